@@ -59,7 +59,7 @@ class SaveCheckpoints(Checkpoint):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save what waited for the validation, and what the validation found to be among the best."""
-        if trainer.sanity_checking or not trainer.training and trainer.state.fn != "fit":
+        if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         best = self.settings.best
         score = trainer.callback_metrics.get(best.metric) if best else None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from transformers import PreTrainedModel
 
 from lightning_hub.models.generation import complete
 
@@ -46,7 +48,7 @@ class GenerateSamples(Callback):
         self._last_step = trainer.global_step
         turns = [[{"role": "user", "content": prompt}] for prompt in self.prompts]
         answers = complete(
-            pl_module.model,
+            cast("PreTrainedModel", pl_module.model),
             trainer.datamodule.tokenizer,  # type: ignore[attr-defined]  # Lightning types its trainer without one
             turns,
             max_new_tokens=self.max_new_tokens,
