@@ -124,12 +124,11 @@ class _Checker:
         if not isinstance(spec, dict):
             yield self.fault(path, f"{_shown(path, value)} is no class", f"write class_path ({', '.join(names)})")
             return
+        name = spec.get("class_path")
+        info = self.schema.find(str(name))
         for key in spec:
             if key not in CLASS_KEYS:
-                yield self.misplaced(
-                    (*path, key), self.schema.find(str(spec.get("class_path", ""))) or self.chosen.get(kind)
-                )
-        name = spec.get("class_path")
+                yield self.misplaced((*path, key), info or self.chosen.get(kind))
         if not isinstance(name, str):
             given = "class_path is missing" if name is None else f"{_shown(path, name)} is no class path"
             yield self.fault(path, given, f"choose one of {', '.join(names)}")
@@ -143,19 +142,17 @@ class _Checker:
 
     def misplaced(self, path: KeyPath, info: ClassInfo | None) -> ConfigError:
         """Return the fault of a key beside class_path: most often an option that belongs below init_args."""
-        key = str(path[-1])
-        if info is not None and key in info.options:
-            inside = ".".join(map(str, (*path[:-1], "init_args", key)))
-            return self.fault(path, f"an option of {info.name} stands beside class_path", f"write {inside}")
+        near = nearest(str(path[-1]), (*CLASS_KEYS, *(info.options if info else ())))
+        if info is not None and near in info.options:
+            inside = ".".join(map(str, (*path[:-1], "init_args", near)))
+            return self.fault(path, f"options of {info.name} stand below init_args", f"write {inside}")
         return self.unknown(path, CLASS_KEYS, "unknown beside class_path", info)
 
     def unknown_class(self, path: KeyPath, name: str, kind: str, other: ClassInfo | None) -> Iterator[ConfigError]:
         names = [info.name for info in self.schema.of_kind(kind)]
         if other is not None:
-            section = {"model": "model", "data": "data"}.get(other.kind, f"a {other.kind}")
-            yield self.fault(
-                path, f"{other.name} is no {kind} class", f"it belongs to {section}; here: {', '.join(names)}"
-            )
+            remedy = f"it is a {other.kind} class; choose one of {', '.join(names)}"
+            yield self.fault(path, f"{other.name} is no {kind} class", remedy)
         elif "." not in name and name not in REFUSED:
             near = nearest(name, names)
             remedy = f"did you mean {near}?" if near else f"choose one of {', '.join(names)}, or give a full class path"
@@ -164,9 +161,8 @@ class _Checker:
     def options(self, path: KeyPath, value: Plain, info: ClassInfo) -> Iterator[ConfigError]:
         """Check a mapping of options against its class."""
         if value is not None and not isinstance(value, dict):
-            yield self.fault(
-                path, f"{_shown(path, value)} is no mapping of options", f"write the options of {info.name}"
-            )
+            given_text = _shown(path, value)
+            yield self.fault(path, f"{given_text} is no mapping of options", f"write the options of {info.name}")
             return
         given = value or {}
         for name, option in info.options.items():
