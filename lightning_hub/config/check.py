@@ -1,0 +1,230 @@
+"""Check a recipe against the option catalogue before anything heavy is loaded: every fault, one sentence each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+
+from lightning_hub.config.literal_secrets import check_secrets, is_secret, mask
+from lightning_hub.config.reading import KeyPath, Plain
+from lightning_hub.config.recipe import CLASS_KEYS, SEED_OPTION, Recipe
+from lightning_hub.config.registry import REFUSED
+from lightning_hub.config.rules import check_rules, out_of_range
+from lightning_hub.config.safety import AllowList, check_names
+from lightning_hub.config.schema import SECTIONS, ClassInfo, Option, Schema, shipped_schema
+from lightning_hub.config.suggest import elsewhere, nearest
+from lightning_hub.config.typelang import Type
+from lightning_hub.errors import ConfigError
+
+_SHOWN = 80
+
+
+class RecipeError(ConfigError):
+    """All faults of one recipe; ``message``, ``where`` and ``remedy`` are those of the first.
+
+    Attributes:
+        faults: Every fault, in the order of the recipe's sections.
+    """
+
+    def __init__(self, faults: Iterable[ConfigError]) -> None:
+        self.faults = tuple(faults)
+        first = self.faults[0]
+        super().__init__(first.message, where=first.where, remedy=first.remedy)
+
+    def __str__(self) -> str:
+        return "\n".join(str(fault) for fault in self.faults)
+
+
+def check(recipe: Recipe, *, allow_classes: Iterable[str] = (), schema: Schema | None = None) -> None:
+    """Refuse a recipe that names an unknown key, a wrong value, a forbidden class or a literal secret.
+
+    Args:
+        recipe: The merged recipe.
+        allow_classes: Prefixes given by ``--allow-class``.
+        schema: The catalogue; the shipped one by default.
+
+    Raises:
+        RecipeError: With every fault found.
+    """
+    faults = list(find_faults(recipe, allow_classes=allow_classes, schema=schema))
+    if faults:
+        raise RecipeError(faults)
+
+
+def find_faults(
+    recipe: Recipe, *, allow_classes: Iterable[str] = (), schema: Schema | None = None
+) -> list[ConfigError]:
+    """Return every fault of a recipe, none twice; see ``check``."""
+    catalogue = schema or shipped_schema()
+    allowed = AllowList.with_more(allow_classes)
+    checker = _Checker(recipe, catalogue, allowed)
+    faults: dict[str, ConfigError] = {}
+    for fault in (*check_names(recipe, catalogue, allowed), *checker.sections(), *check_secrets(recipe)):
+        faults.setdefault(str(fault), fault)
+    for fault in check_rules(recipe):
+        faults.setdefault(str(fault), fault)
+    return list(faults.values())
+
+
+class _Checker:
+    """Walks a recipe beside the catalogue."""
+
+    def __init__(self, recipe: Recipe, schema: Schema, allowed: AllowList) -> None:
+        self.recipe = recipe
+        self.schema = schema
+        self.allowed = allowed
+        self.chosen = self._chosen_classes()
+
+    def _chosen_classes(self) -> dict[str, ClassInfo]:
+        """Return the classes that this recipe configures; where it names none, the first of the kind."""
+        chosen = {}
+        for section in SECTIONS[1:]:
+            named = self.recipe.get(f"{section}.class_path")
+            info = self.schema.section(section, str(named)) or next(iter(self.schema.of_kind(section)), None)
+            if info is not None:
+                chosen[section] = info
+        return chosen
+
+    def fault(self, path: KeyPath, message: str, remedy: str | None = None) -> ConfigError:
+        key = ".".join(map(str, path))
+        return ConfigError(f"{key}: {message}", where=self.recipe.where(path), remedy=remedy)
+
+    def sections(self) -> Iterator[ConfigError]:
+        for key in self.recipe.tree:
+            if key not in SECTIONS:
+                yield self.unknown((key,), SECTIONS, "no section of a recipe", None)
+        if "seed_everything" in self.recipe.tree:
+            yield from self.option(("seed_everything",), self.recipe.tree["seed_everything"], SEED_OPTION)
+        for section in ("trainer", "checkpoint"):
+            value = self.recipe.tree.get(section)
+            if value is not None and (info := self.schema.section(section)):
+                yield from self.options((section,), value, info)
+        for section in ("model", "data"):
+            yield from self.class_section(section)
+
+    def class_section(self, section: str) -> Iterator[ConfigError]:
+        value = self.recipe.tree.get(section)
+        if not value:
+            names = ", ".join(info.name for info in self.schema.of_kind(section))
+            yield ConfigError(
+                f"{section} is missing",
+                where=self.recipe.where(section) or self._any_source(),
+                remedy=f"name its class_path ({names}) and its init_args",
+            )
+        else:
+            yield from self.class_value((section,), value, section)
+
+    def _any_source(self) -> str | None:
+        return self.recipe.sources[0].name if self.recipe.sources else "--config"
+
+    def class_value(self, path: KeyPath, value: Plain, kind: str) -> Iterator[ConfigError]:
+        """Check a class given by name, or as ``class_path`` with ``init_args``."""
+        spec: Plain = {"class_path": value} if isinstance(value, str) else value
+        names = [info.name for info in self.schema.of_kind(kind)]
+        if not isinstance(spec, dict):
+            yield self.fault(path, f"{_shown(path, value)} is no class", f"write class_path ({', '.join(names)})")
+            return
+        name = spec.get("class_path")
+        info = self.schema.find(str(name))
+        for key in spec:
+            if key not in CLASS_KEYS:
+                yield self.misplaced((*path, key), info or self.chosen.get(kind))
+        if not isinstance(name, str):
+            given = "class_path is missing" if name is None else f"{_shown(path, name)} is no class path"
+            yield self.fault(path, given, f"choose one of {', '.join(names)}")
+            return
+        if info is None or info.kind != kind:
+            yield from self.unknown_class((*path, "class_path"), name, kind, info)
+            return
+        yield from self.options((*path, "init_args"), spec.get("init_args"), info)
+        if "dict_kwargs" in spec and not info.takes_other_keys:
+            yield self.fault((*path, "dict_kwargs"), f"{info.name} takes no further keys", "use init_args")
+
+    def misplaced(self, path: KeyPath, info: ClassInfo | None) -> ConfigError:
+        """Return the fault of a key beside class_path: most often an option that belongs below init_args."""
+        near = nearest(str(path[-1]), (*CLASS_KEYS, *(info.options if info else ())))
+        if info is not None and near in info.options:
+            inside = ".".join(map(str, (*path[:-1], "init_args", near)))
+            return self.fault(path, f"options of {info.name} stand below init_args", f"write {inside}")
+        return self.unknown(path, CLASS_KEYS, "unknown beside class_path", info)
+
+    def unknown_class(self, path: KeyPath, name: str, kind: str, other: ClassInfo | None) -> Iterator[ConfigError]:
+        names = [info.name for info in self.schema.of_kind(kind)]
+        if other is not None:
+            remedy = f"it is a {other.kind} class; choose one of {', '.join(names)}"
+            yield self.fault(path, f"{other.name} is no {kind} class", remedy)
+        elif "." not in name and name not in REFUSED:
+            near = nearest(name, names)
+            remedy = f"did you mean {near}?" if near else f"choose one of {', '.join(names)}, or give a full class path"
+            yield self.fault(path, f"no {kind} class is named {name!r:.80}", remedy)
+
+    def options(self, path: KeyPath, value: Plain, info: ClassInfo) -> Iterator[ConfigError]:
+        """Check a mapping of options against its class."""
+        if value is not None and not isinstance(value, dict):
+            given_text = _shown(path, value)
+            yield self.fault(path, f"{given_text} is no mapping of options", f"write the options of {info.name}")
+            return
+        given = value or {}
+        for name, option in info.options.items():
+            if option.required and given.get(name) is None:
+                remedy = f"set {'.'.join(map(str, (*path, name)))}: {option.type.describe()}"
+                yield self.fault(path, f"{info.name} needs {name}", remedy)
+        for key, child in given.items():
+            if key in info.options:
+                yield from self.option((*path, key), child, info.options[key])
+            elif not info.takes_other_keys:
+                yield self.unknown((*path, key), info.options, f"no option of {info.name}", info)
+
+    def option(self, path: KeyPath, value: Plain, option: Option) -> Iterator[ConfigError]:
+        """Check one value: type, range, and the classes and settings inside it."""
+        if value is None and option.has_default and option.default is None:
+            return
+        if isinstance(value, str) and value.startswith("${env:"):
+            return  # read where it is needed; a wrong text is told there
+        inner = list(self.nested(path, value, option.type))
+        if inner or not option.type.accepts(value):
+            yield from inner or [self.wrong_type(path, value, option)]
+        elif out_of_range(value, option.range):
+            yield self.fault(path, f"{_shown(path, value)} is out of range", f"give a number {option.range}")
+
+    def nested(self, path: KeyPath, value: Plain, type_: Type) -> Iterator[ConfigError]:
+        """Check the classes and settings that a value holds."""
+        for member in type_.members():
+            if member.head == "list" and isinstance(value, list):
+                for index, item in enumerate(value):
+                    yield from self.nested((*path, index), item, member.args[0])
+            elif member.head == "class" and (isinstance(value, dict) or _names_class(value, type_)):
+                yield from self.class_value(path, value, str(member.word))
+            elif member.head == "settings" and isinstance(value, dict) and (info := self.schema.find(str(member.word))):
+                yield from self.options(path, value, info)
+
+    def wrong_type(self, path: KeyPath, value: Plain, option: Option) -> ConfigError:
+        choices = option.type.choices()
+        near = nearest(str(value), choices) if isinstance(value, str) else None
+        remedy = f"did you mean {near}?" if near else None
+        return self.fault(path, f"{_shown(path, value)} is not {option.type.describe()}", remedy)
+
+    def unknown(self, path: KeyPath, names: Iterable[str], what: str, here: ClassInfo | None) -> ConfigError:
+        """Return the fault of an unknown key: the nearest name here, else the section that has it."""
+        key = str(path[-1])
+        other = elsewhere(key, self.schema, here, self.chosen)
+        near = nearest(key, names)
+        if near is not None and (other is None or near.lower() == key.lower()):
+            return self.fault(path, what, f"did you mean {near}?")
+        if other is not None:
+            return self.fault(path, what, f"it belongs to {other.partition('.')[0]}: write {other}")
+        return self.fault(path, what, f"known: {', '.join(names)}")
+
+
+def _names_class(value: Plain, type_: Type) -> bool:
+    """Say whether a text must be a class name: nothing else that the option takes accepts it."""
+    accepting = [member.head for member in type_.members() if isinstance(value, str) and member.accepts(value)]
+    return accepting == ["class"]
+
+
+def _shown(path: KeyPath, value: Plain) -> str:
+    """Return a value as a message shows it: short, and without secrets."""
+    if is_secret(str(path[-1]), value):
+        return "the value (not shown)"
+    text = mask(json.dumps(value, ensure_ascii=False) if not isinstance(value, float) else repr(value))
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"

@@ -1,0 +1,133 @@
+"""Split a command line into the recipe that it asks for and the arguments that belong to the command itself."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from lightning_hub.config.recipe import Override, Recipe, build_recipe
+from lightning_hub.config.schema import SECTIONS, Schema, shipped_schema
+from lightning_hub.config.suggest import SYNONYMS, nearest
+from lightning_hub.errors import ConfigError
+
+_FLAG = re.compile(r"--(?P<keys>[A-Za-z_][\w.-]*?)(?P<append>\+)?(?:=(?P<value>.*))?", re.DOTALL)
+_NEGATIVE = re.compile(r"-\.?\d")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command line, read.
+
+    Attributes:
+        recipe: Files merged and overrides applied; not yet checked.
+        rest: What is not of the recipe (``--run-dir``, ``--resume`` ...), in its order, for the caller's own parser.
+    """
+
+    recipe: Recipe
+    rest: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SplitArguments:
+    """Config files and overrides of a command line, and what is left over."""
+
+    files: tuple[str, ...]
+    overrides: tuple[Override, ...]
+    rest: tuple[str, ...]
+
+
+def parse_command(argv: Iterable[str], schema: Schema | None = None) -> Command:
+    """Read ``--config A --config B --model LoRA --model.learning_rate 1e-5 --run-dir D``.
+
+    Nothing is imported and no option is checked here; ``check`` does that with every fault at once.
+
+    Raises:
+        ConfigError: A file cannot be read, a flag lacks its value, or ``--x.y`` begins with no section.
+    """
+    parts = split_arguments(argv)
+    return Command(build_recipe(parts.files, parts.overrides, schema), parts.rest)
+
+
+def split_arguments(argv: Iterable[str]) -> SplitArguments:
+    """Sort the arguments without reading a file; ``--`` ends the recipe's part."""
+    files: list[str] = []
+    overrides: list[Override] = []
+    rest: list[str] = []
+    waiting = list(argv)
+    while waiting:
+        word = waiting.pop(0)
+        if word == "--":
+            rest += [word, *waiting]
+            break
+        match = _FLAG.fullmatch("--config" + word[2:] if re.match(r"-c(=|$)", word) else word)
+        if match is None:
+            rest.append(word)
+        elif match["keys"] == "config":
+            files.append(_value(match, waiting) or _missing_value("--config", "a YAML file"))
+        elif _belongs_to_recipe(match):
+            overrides.append(_override(match, waiting))
+        else:
+            rest.append(word)
+    return SplitArguments(tuple(files), tuple(overrides), tuple(rest))
+
+
+def _belongs_to_recipe(match: re.Match[str]) -> bool:
+    section, dot, _ = match["keys"].partition(".")
+    if section in SECTIONS:
+        return True
+    if dot:
+        near = nearest(section, SECTIONS)
+        remedy = f"did you mean --{near}.{match['keys'].partition('.')[2]}?" if near else None
+        known = ", ".join(SECTIONS)
+        raise ConfigError(f"{section!r} is no section of a recipe ({known})", where=f"--{match['keys']}", remedy=remedy)
+    return False
+
+
+def _override(match: re.Match[str], waiting: list[str]) -> Override:
+    flag = f"--{match['keys']}"
+    keys = tuple(match["keys"].split("."))
+    if not all(keys):
+        raise ConfigError("the flag holds an empty key", where=flag, remedy="write --section.option value")
+    return Override(flag, keys, _value(match, waiting), append=bool(match["append"]))
+
+
+def _value(match: re.Match[str], waiting: list[str]) -> str | None:
+    if match["value"] is not None:
+        return match["value"]
+    if waiting and (not waiting[0].startswith("-") or _NEGATIVE.match(waiting[0]) or waiting[0] == "-"):
+        return waiting.pop(0)
+    return None
+
+
+def _missing_value(flag: str, what: str) -> str:
+    raise ConfigError(f"{flag} needs a value", where=flag, remedy=f"give {what}")
+
+
+def explain_flag(flag: str, known: Iterable[str], schema: Schema | None = None) -> ConfigError:
+    """Return the error for a flag that nobody knows, with the nearest flag or the option of a recipe.
+
+    Args:
+        flag: As given, with or without ``=value``.
+        known: The command's own flags.
+        schema: The catalogue.
+    """
+    name = flag.partition("=")[0]
+    word = name.lstrip("-").replace("-", "_")
+    options = _full_names(schema or shipped_schema())
+    wanted = next((options[name] for name in (word, *SYNONYMS.get(word, ())) if name in options), None)
+    near = nearest(name, known)
+    if near is None and wanted is None:
+        close = nearest(word, options)
+        wanted = options[close] if close else None
+    remedy = f"did you mean {near}?" if near else f"did you mean --{wanted}?" if wanted else "see --help"
+    return ConfigError("unknown flag", where=name, remedy=remedy)
+
+
+def _full_names(schema: Schema) -> dict[str, str]:
+    """Map each option of the sections' own classes to its dotted flag."""
+    names = {"seed_everything": "seed_everything", "seed": "seed_everything"}
+    for kind in ("checkpoint", "data", "model", "trainer"):
+        for info in schema.of_kind(kind):
+            names |= {option: f"{kind}.{option}" for option in info.options}
+    return names

@@ -1,0 +1,287 @@
+"""A recipe: YAML files merged in order, overrides of the command line on top, and where each value came from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from lightning_hub.config.reading import KeyPath, Node, Place, Plain, read_file, read_text
+from lightning_hub.config.schema import SECTIONS, Option, Schema, shipped_schema
+from lightning_hub.errors import ConfigError
+
+CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input of a recipe, verbatim: a file with its text, or a flag with its value."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Override:
+    """One ``--section.key value`` of the command line; ``append`` for the ``+=`` form."""
+
+    flag: str
+    keys: tuple[str, ...]
+    text: str | None
+    append: bool = False
+
+    def names_class(self, schema: Schema) -> bool:
+        """Whether it chooses a class: these go first, so that their options know where they belong."""
+        return self.keys[-1] == "class_path" or schema.find(self.text or "") is not None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a person asked for, as plain values.
+
+    Attributes:
+        tree: Sections by name: seed_everything, trainer, model, data, checkpoint.
+        sources: The inputs, verbatim, in the order in which they were merged.
+        notes: What merging left out, in sentences to be shown.
+    """
+
+    tree: dict[str, Plain]
+    sources: tuple[Source, ...] = ()
+    notes: tuple[str, ...] = ()
+    _places: Mapping[KeyPath, Place] = field(default_factory=dict, repr=False, compare=False)
+
+    def where(self, path: str | KeyPath) -> str | None:
+        """Return ``file:line`` or the flag that gave a key (or the nearest key above it), if any did."""
+        keys = _keys(path) if isinstance(path, str) else path
+        while keys:
+            if keys in self._places:
+                return str(self._places[keys])
+            keys = keys[:-1]
+        return None
+
+    def get(self, path: str) -> Plain:
+        """Return the value at a dotted path, or None."""
+        value: Plain = self.tree
+        for key in _keys(path):
+            if isinstance(value, dict):
+                value = value.get(str(key))
+            elif isinstance(value, list) and isinstance(key, int) and key < len(value):
+                value = value[key]
+            else:
+                return None
+        return value
+
+
+def _keys(path: str) -> KeyPath:
+    return tuple(int(key) if key.isdigit() else key for key in path.split(".")) if path else ()
+
+
+def build_recipe(
+    files: Iterable[str | Path], overrides: Iterable[Override] = (), schema: Schema | None = None
+) -> Recipe:
+    """Read files, merge them (the later wins) and apply overrides.
+
+    Raises:
+        ConfigError: A file cannot be read, or an override cannot be placed.
+    """
+    catalogue = schema or shipped_schema()
+    merge = _Merge(catalogue)
+    for file in files:
+        node, text = read_file(file)
+        merge.overlay(node, Source(str(file), text))
+    for override in sorted(overrides, key=lambda item: not item.names_class(catalogue)):
+        merge.override(override)
+    return merge.recipe()
+
+
+def recipe_from_text(text: str, source: str, schema: Schema | None = None) -> Recipe:
+    """Read a recipe from text, for example the one of an editor.
+
+    Raises:
+        ConfigError: The text is not YAML, or not a mapping.
+    """
+    merge = _Merge(schema or shipped_schema())
+    node = read_text(text, source)
+    if not isinstance(node.value, dict | None):
+        raise ConfigError("is not a mapping of sections", where=str(node.place))
+    merge.overlay(node if node.value is not None else Node({}, node.place), Source(source, text))
+    return merge.recipe()
+
+
+class _Merge:
+    """Nodes put on top of each other; keeps the places, and notes what a change of class drops."""
+
+    def __init__(self, schema: Schema) -> None:
+        self.schema = schema
+        self.root = Node({}, Place(""))
+        self.sources: list[Source] = []
+        self.notes: list[str] = []
+
+    def recipe(self) -> Recipe:
+        tree = self.root.plain()
+        assert isinstance(tree, dict), "a recipe is a mapping"
+        return Recipe(tree, tuple(self.sources), tuple(self.notes), dict(self.root.places()))
+
+    def overlay(self, node: Node, source: Source) -> None:
+        self.sources.append(source)
+        self.root = self.merged(self.root, _with_class_nodes(node), ())
+
+    def merged(self, old: Node | None, new: Node, path: KeyPath) -> Node:
+        """Return the new node on top of the old one: mappings merge, everything else is replaced."""
+        if old is None or not isinstance(new.value, dict) or not isinstance(old.value, dict):
+            return new
+        kept = self.kept_for_class(old.value, new, path)
+        both = dict(kept)
+        for key, child in new.value.items():
+            both[key] = self.merged(kept.get(key), child, (*path, key))
+        return Node.collection(both, new.place)
+
+    def kept_for_class(self, old: dict[str, Node], new: Node, path: KeyPath) -> dict[str, Node]:
+        """Return the old keys that still hold: a new class drops options that it does not have, and says so."""
+        assert isinstance(new.value, dict), "only mappings are merged"
+        before, after = old.get("class_path"), new.value.get("class_path")
+        if after is None or before is None or before.value == after.value or "init_args" not in old:
+            return old
+        info, args = self.schema.find(str(after.value)), old["init_args"].value
+        if info is None or info.takes_other_keys or not isinstance(args, dict):
+            return old
+        dropped = [key for key in args if key not in info.options]
+        if not dropped:
+            return old
+        names = ", ".join(f"{key} ({args[key].place})" for key in dropped)
+        self.notes.append(
+            f"{after.place}: {'.'.join(map(str, path))} is now {info.name}, which has no {names}: left out"
+        )
+        left = {key: child for key, child in args.items() if key in info.options}
+        return {**old, "init_args": Node.collection(left, old["init_args"].place)}
+
+    def override(self, override: Override) -> None:
+        value = _override_value(override)
+        self.sources.append(Source(override.flag, override.text or "true"))
+        keys = self.routed(override.keys)
+        value = self.fitted(value, keys, override)
+        self.root = self.assigned(self.root, keys, value, override, ())
+
+    def routed(self, keys: tuple[str, ...]) -> tuple[str, ...]:
+        """Insert ``init_args`` where a class stands: ``model.learning_rate`` is ``model.init_args.learning_rate``."""
+        out: list[str] = []
+        node: Node | None = self.root
+        for key in keys:
+            is_class = out in (["model"], ["data"]) or (
+                node is not None and isinstance(node.value, dict) and "class_path" in node.value
+            )
+            if is_class and key not in CLASS_KEYS:
+                node = _child(node, "init_args")
+                out.append("init_args")
+            node = _child(node, key)
+            out.append(key)
+        return tuple(out)
+
+    def fitted(self, node: Node, keys: tuple[str, ...], override: Override) -> Node:
+        """Return the text itself where the option wants text: ``--data.train 2024`` is a file name."""
+        option = find_option(self.root, keys, self.schema)
+        if option is not None and option.type.kinds() and not override.append and self.schema.find(node.text or ""):
+            return Node.collection({"class_path": node}, node.place)
+        if option is None or node.text is None or option.type.accepts(node.plain()):
+            return node
+        if override.text is None:
+            raise ConfigError(f"needs a value: {option.type.describe()}", where=override.flag)
+        return replace(node, value=node.text) if option.type.accepts(node.text) else node
+
+    def assigned(
+        self, node: Node | None, keys: tuple[str, ...], value: Node, override: Override, path: KeyPath
+    ) -> Node:
+        if not keys:
+            return (
+                _appended(node, value) if override.append else self.merged(node, _with_class_nodes(value, path), path)
+            )
+        key, rest = keys[0], keys[1:]
+        if node is not None and isinstance(node.value, list):
+            return self.assigned_item(node, key, rest, value, override, path)
+        children = dict(node.value) if node is not None and isinstance(node.value, dict) else {}
+        child = self.assigned(children.get(key), rest, value, override, (*path, key))
+        if key == "class_path" and node is not None:
+            children = self.kept_for_class(children, Node({key: child}, child.place), path)
+        place = node.place if node is not None and node.place.source else value.place
+        return Node.collection({**children, key: child}, place)
+
+    def assigned_item(
+        self, node: Node, key: str, rest: tuple[str, ...], value: Node, override: Override, path: KeyPath
+    ) -> Node:
+        assert isinstance(node.value, list), "items are assigned in lists"
+        if not key.isdigit() or int(key) >= len(node.value):
+            known = f"0 to {len(node.value) - 1}" if node.value else "none yet, use +="
+            raise ConfigError(f"{key!r} is not an item of this list ({known})", where=override.flag)
+        items = list(node.value)
+        items[int(key)] = self.assigned(items[int(key)], rest, value, override, (*path, int(key)))
+        return Node.collection(items, node.place)
+
+
+def _child(node: Node | None, key: str) -> Node | None:
+    if node is not None and isinstance(node.value, dict):
+        return node.value.get(key)
+    if node is not None and isinstance(node.value, list) and key.isdigit() and int(key) < len(node.value):
+        return node.value[int(key)]
+    return None
+
+
+def _appended(node: Node | None, value: Node) -> Node:
+    before = [] if node is None or node.value is None else node.value if isinstance(node.value, list) else [node]
+    after = value.value if isinstance(value.value, list) else [value]
+    return Node.collection([*before, *after], value.place)
+
+
+def _with_class_nodes(node: Node, path: KeyPath = ()) -> Node:
+    """Write ``model: LoRA`` as ``model: {class_path: LoRA}``, so that it merges with options."""
+    if path in (("model",), ("data",)) and isinstance(node.value, str):
+        return Node.collection({"class_path": node}, node.place)
+    if len(path) == 1 and path[0] in SECTIONS[1:] and node.value is None:
+        return Node({}, node.place)  # a heading whose options are all commented out
+    if path or not isinstance(node.value, dict):
+        return node
+    return Node.collection({key: _with_class_nodes(child, (key,)) for key, child in node.value.items()}, node.place)
+
+
+def _override_value(override: Override) -> Node:
+    place = Place(override.flag)
+    if override.text is None:
+        return Node(True, place, "true")
+    try:
+        node = read_text(override.text, override.flag)
+    except ConfigError as error:
+        if override.text.lstrip().startswith(("[", "{", '"', "'")):
+            raise ConfigError(f"{override.text!r:.80} is not a value: {error.message}", where=override.flag) from None
+        return Node(override.text, place, override.text)
+    return replace(_at(node, place), text=override.text)
+
+
+def _at(node: Node, place: Place) -> Node:
+    if isinstance(node.value, list):
+        return Node.collection([_at(child, place) for child in node.value], place)
+    if isinstance(node.value, dict):
+        return Node.collection({key: _at(child, place) for key, child in node.value.items()}, place)
+    return replace(node, place=place)
+
+
+def find_option(root: Node, keys: tuple[str, ...], schema: Schema) -> Option | None:
+    """Return the option that a key path names in this recipe, if the catalogue knows it."""
+    if keys == ("seed_everything",):
+        return SEED_OPTION
+    node = _child(root, keys[0])
+    info = schema.section(keys[0], _class_name(node))
+    option: Option | None = None
+    for key in keys[1:]:
+        if key != "init_args":
+            option = info.options.get(key) if info is not None else None
+            info = schema.find(_class_name(_child(node, key)) or "") or schema.settings_of(option)
+        node = _child(node, key)
+    return option
+
+
+def _class_name(node: Node | None) -> str | None:
+    named = _child(node, "class_path") if node is not None else None
+    return str(named.value) if named is not None else None
+
+
+SEED_OPTION = Option("seed_everything", "int | bool", default=True, help="The seed of every random choice of a run.")
+"""The one option that belongs to no class: an integer, or ``true`` for one that is chosen and recorded."""

@@ -1,0 +1,105 @@
+"""What the option schema covers: names only, so that reading this costs nothing.
+
+``scripts/make_schema.py`` imports each name, reads its signature and docstring and writes ``schema.json``.
+A new class of ours is one line here.
+"""
+
+from __future__ import annotations
+
+from lightning_hub.config.reading import Plain
+
+_CALLBACKS = "lightning.pytorch.callbacks."
+_LOGGERS = "lightning.pytorch.loggers."
+_STRATEGIES = "lightning.pytorch.strategies."
+
+CLASSES: dict[str, str] = {
+    "lightning.pytorch.Trainer": "trainer",
+    "lightning_hub.checkpoints.settings.CheckpointSettings": "checkpoint",
+    "lightning_hub.methods.sft.SFT": "model",
+    "lightning_hub.data.module.ChatData": "data",
+    _CALLBACKS + "BackboneFinetuning": "callback",
+    _CALLBACKS + "DeviceStatsMonitor": "callback",
+    _CALLBACKS + "EarlyStopping": "callback",
+    _CALLBACKS + "EMAWeightAveraging": "callback",
+    _CALLBACKS + "LearningRateMonitor": "callback",
+    _CALLBACKS + "ModelCheckpoint": "callback",
+    _CALLBACKS + "ModelSummary": "callback",
+    _CALLBACKS + "RichModelSummary": "callback",
+    _CALLBACKS + "RichProgressBar": "callback",
+    _CALLBACKS + "SpikeDetection": "callback",
+    _CALLBACKS + "StochasticWeightAveraging": "callback",
+    _CALLBACKS + "Timer": "callback",
+    _CALLBACKS + "TQDMProgressBar": "callback",
+    _LOGGERS + "CSVLogger": "logger",
+    _LOGGERS + "CometLogger": "logger",
+    _LOGGERS + "MLFlowLogger": "logger",
+    _LOGGERS + "TensorBoardLogger": "logger",
+    _LOGGERS + "WandbLogger": "logger",
+    _STRATEGIES + "DDPStrategy": "strategy",
+    _STRATEGIES + "SingleDeviceStrategy": "strategy",
+}
+"""Dotted name to kind: trainer, checkpoint, model, data, callback, logger or strategy."""
+
+TYPES: dict[str, str] = {
+    "Trainer.accelerator": "'auto' | 'cpu' | 'gpu' | 'cuda' | 'mps'",
+    "Trainer.strategy": "'auto' | 'ddp' | 'fsdp' | 'model_parallel' | class[strategy]",
+    "Trainer.devices": "int | 'auto' | list[int] | str",
+    "Trainer.logger": "bool | class[logger] | list[class[logger]] | null",
+    "Trainer.callbacks": "list[class[callback]] | class[callback] | null",
+    "Trainer.gradient_clip_algorithm": "'norm' | 'value' | null",
+    "Trainer.profiler": "'simple' | 'advanced' | 'pytorch' | null",
+    "Trainer.plugins": "null",
+    "Trainer.max_time": "duration | null",
+    "Trainer.val_check_interval": "int | float | duration | null",
+    "Trainer.precision": "'32-true' | '16-true' | '16-mixed' | 'bf16-true' | 'bf16-mixed' | '64-true'"
+    " | '32' | '16' | 'bf16' | '64' | 32 | 16 | 64 | null",
+    "EarlyStopping.mode": "'min' | 'max'",
+    "ModelCheckpoint.mode": "'min' | 'max'",
+    "Timer.duration": "duration | null",
+    "Timer.interval": "'step' | 'epoch'",
+    "RichProgressBar.console_kwargs": "null",
+    "MLFlowLogger.tags": "map[str, str] | null",
+}
+"""Types that a signature does not tell: words that Lightning checks late, or not at all."""
+
+DEFAULTS: dict[str, Plain] = {
+    "Trainer.use_distributed_sampler": False,
+}
+"""Defaults of ours where the class's own would train wrong: Lightning's sampler halves the steps in silence."""
+
+RANGES: dict[str, str] = {
+    "Trainer.num_nodes": ">= 1",
+    "Trainer.max_epochs": ">= -1",
+    "Trainer.max_steps": ">= -1",
+    "Trainer.log_every_n_steps": ">= 0",
+    "Trainer.gradient_clip_val": ">= 0",
+    "Trainer.accumulate_grad_batches": ">= 1",
+    "EarlyStopping.patience": ">= 0",
+    "SFT.learning_rate": "> 0",
+    "SFT.weight_decay": ">= 0",
+    "SFT.eps": "> 0",
+    "SFT.warmup_steps": ">= 0",
+    "SFT.warmup_ratio": ">= 0, <= 1",
+    "SFT.min_lr_ratio": ">= 0, <= 1",
+    "SFT.label_smoothing": ">= 0, < 1",
+    "SFT.neftune_alpha": ">= 0",
+    "ChatData.max_seq_len": ">= 1",
+    "ChatData.max_tokens_per_gpu": ">= 1",
+    "ChatData.effective_batch_size": ">= 1",
+    "ChatData.tokens_per_step": ">= 1",
+    "ChatData.num_proc": ">= 1",
+    "CheckpointSettings.every_n_steps": ">= 1",
+    "CheckpointSettings.every_n_epochs": ">= 1",
+    "CheckpointSettings.every_minutes": "> 0",
+    "CheckpointSettings.keep": ">= 1",
+}
+"""Bounds by ``Class.option``; a subclass inherits those of the class that the option comes from."""
+
+REFUSED: dict[str, str] = {
+    "GradientAccumulationScheduler": "gradients are accumulated by data.init_args.effective_batch_size",
+    "BatchSizeFinder": "a row holds at most data.init_args.max_tokens_per_gpu tokens",
+    "LearningRateFinder": "set model.init_args.learning_rate",
+    "LambdaCallback": "it takes Python functions: write a callback class and give --allow-class",
+    "ModelPruning": "pruned weights cannot be exported as a plain model folder",
+}
+"""Lightning classes that would break what the exact step promises, with what to use."""

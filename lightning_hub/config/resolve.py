@@ -1,0 +1,92 @@
+"""The full form of a recipe, with every default written out, and what differs between two of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lightning_hub.config.reading import Plain
+from lightning_hub.config.recipe import Recipe
+from lightning_hub.config.schema import SECTIONS, ClassInfo, Schema, shipped_schema
+from lightning_hub.config.typelang import Type
+
+
+@dataclass(frozen=True)
+class Change:
+    """One key that differs: its dotted path with both values, ``given`` telling which side has it."""
+
+    path: str
+    before: Plain
+    after: Plain
+    in_before: bool = True
+    in_after: bool = True
+
+
+def fill_defaults(recipe: Recipe, schema: Schema | None = None) -> dict[str, Plain]:
+    """Return the checked recipe with the defaults of the catalogue filled in.
+
+    Sections and options stand in the catalogue's order, classes keep their short names, and options of classes
+    that the catalogue does not know stay as given: equal recipes give equal trees.
+    """
+    catalogue = schema or shipped_schema()
+    tree: dict[str, Plain] = {"seed_everything": recipe.tree.get("seed_everything", True)}
+    for section in SECTIONS[1:]:
+        value = recipe.tree.get(section)
+        if section in ("model", "data"):
+            if value:
+                tree[section] = _class_form(value, catalogue)
+        elif info := catalogue.section(section):
+            tree[section] = _filled(value if isinstance(value, dict) else {}, info, catalogue)
+    return tree
+
+
+def _class_form(value: Plain, schema: Schema) -> Plain:
+    spec: Plain = {"class_path": value} if isinstance(value, str) else value
+    if not isinstance(spec, dict):
+        return spec
+    name, args = spec.get("class_path"), spec.get("init_args")
+    info = schema.find(str(name))
+    given = args if isinstance(args, dict) else {}
+    form: dict[str, Plain] = {
+        "class_path": info.name if info else name,
+        "init_args": _filled(given, info, schema) if info else given,
+    }
+    return form | {key: child for key, child in spec.items() if key not in form}
+
+
+def _filled(given: dict[str, Plain], info: ClassInfo, schema: Schema) -> dict[str, Plain]:
+    full: dict[str, Plain] = {}
+    for name, option in info.options.items():
+        if name in given:
+            full[name] = _value_form(given[name], option.type, schema)
+        elif option.has_default:
+            full[name] = option.default
+    return full | {name: value for name, value in given.items() if name not in full}
+
+
+def _value_form(value: Plain, type_: Type, schema: Schema) -> Plain:
+    for member in type_.members():
+        if member.head == "list" and isinstance(value, list):
+            return [_value_form(item, member.args[0], schema) for item in value]
+        if member.head == "class" and (isinstance(value, dict) or schema.find(str(value)) is not None):
+            return _class_form(value, schema)
+        if member.head == "settings" and isinstance(value, dict) and (info := schema.find(str(member.word))):
+            return _filled(value, info, schema)
+    return value
+
+
+def diff(before: Plain, after: Plain, path: str = "") -> list[Change]:
+    """Return what differs between two trees, key by key; lists of plain values count as one value."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        keys = dict.fromkeys((*before, *after))
+        return [change for key in keys for change in _diff_key(before, after, key, f"{path}.{key}" if path else key)]
+    return [] if _same(before, after) else [Change(path, before, after)]
+
+
+def _diff_key(before: dict[str, Plain], after: dict[str, Plain], key: str, path: str) -> list[Change]:
+    if key in before and key in after:
+        return diff(before[key], after[key], path)
+    return [Change(path, before.get(key), after.get(key), key in before, key in after)]
+
+
+def _same(before: Plain, after: Plain) -> bool:
+    return type(before) is type(after) and repr(before) == repr(after)

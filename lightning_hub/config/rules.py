@@ -1,0 +1,117 @@
+"""Rules that hold between options: what a type alone cannot say."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from lightning_hub.config.reading import KeyPath, Plain
+from lightning_hub.config.recipe import Recipe
+from lightning_hub.config.registry import REFUSED
+from lightning_hub.errors import ConfigError
+
+_BOUND = re.compile(r"(>=|<=|>|<)\s*(-?[0-9.]+)")
+_DEVICE_WORDS = re.compile(r"auto|-1|\d+(\s*,\s*\d+)*,?")
+
+
+def out_of_range(value: Plain, bounds: str) -> bool:
+    """Say whether a number breaks bounds such as ``"> 0, <= 1"``."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    for sign, limit in _BOUND.findall(bounds):
+        bound = float(limit)
+        holds = {">": value > bound, ">=": value >= bound, "<": value < bound, "<=": value <= bound}[sign]
+        if not holds:
+            return True
+    return False
+
+
+def check_rules(recipe: Recipe) -> Iterator[ConfigError]:
+    """Yield one fault for each rule that the recipe breaks."""
+    for rule in (_accumulation, _devices, _sampler, _lengths, _batch_size, _warmup):
+        fault = rule(recipe)
+        if fault:
+            path, message, remedy = fault
+            yield ConfigError(f"{path}: {message}", where=recipe.where(path), remedy=remedy)
+    yield from _refused_names(recipe)
+    yield from _remote_code(recipe)
+
+
+_Fault = tuple[str, str, str] | None
+
+
+def _accumulation(recipe: Recipe) -> _Fault:
+    path = "trainer.accumulate_grad_batches"
+    given = recipe.get(path)
+    if given is None or given == 1:
+        return None
+    remedy = "remove it and set data.init_args.effective_batch_size (samples of one step over all ranks)"
+    return path, f"{given} cannot be used: a batch is already a whole optimizer step, accumulated exactly", remedy
+
+
+def _devices(recipe: Recipe) -> _Fault:
+    path = "trainer.devices"
+    given = recipe.get(path)
+    remedy = "give a number, a list of device indices or auto"
+    if isinstance(given, str) and not _DEVICE_WORDS.fullmatch(given):
+        return path, f"{given!r} is no number of devices", remedy
+    if isinstance(given, int) and (given == 0 or given < -1):
+        return path, f"{given} is no number of devices", remedy
+    return None
+
+
+def _sampler(recipe: Recipe) -> _Fault:
+    path = "trainer.use_distributed_sampler"
+    if recipe.get(path) is not True:
+        return None
+    return path, "true would share out whole steps and train only a part of them", "remove it"
+
+
+def _lengths(recipe: Recipe) -> _Fault:
+    longest = recipe.get("data.init_args.max_seq_len")
+    row = recipe.get("data.init_args.max_tokens_per_gpu")
+    if not isinstance(longest, int) or not isinstance(row, int) or longest <= row:
+        return None
+    path = "data.init_args.max_seq_len"
+    return path, f"{longest} is more than max_tokens_per_gpu ({row}): such a sample fits in no row", "lower it"
+
+
+def _batch_size(recipe: Recipe) -> _Fault:
+    path = "data.init_args.tokens_per_step"
+    if recipe.get(path) is None or recipe.get("data.init_args.effective_batch_size") is None:
+        return None
+    return path, "given beside effective_batch_size: both say how large a step is", "keep one of them"
+
+
+def _warmup(recipe: Recipe) -> _Fault:
+    path = "model.init_args.warmup_ratio"
+    if not recipe.get(path) or not recipe.get("model.init_args.warmup_steps"):
+        return None
+    return path, "given beside warmup_steps: both say how long the warm-up is", "keep one of them"
+
+
+def _refused_names(recipe: Recipe) -> Iterator[ConfigError]:
+    for path, key, value in _mappings(recipe.tree, ()):
+        name = str(value).rpartition(".")[2]
+        if key == "class_path" and name in REFUSED:
+            message = f"{'.'.join(map(str, path))}: {name} is not used here"
+            yield ConfigError(message, where=recipe.where((*path, key)), remedy=REFUSED[name])
+
+
+def _remote_code(recipe: Recipe) -> Iterator[ConfigError]:
+    for path, key, _ in _mappings(recipe.tree, ()):
+        if key.replace("-", "_") == "trust_remote_code":
+            message = f"{'.'.join(map(str, (*path, key)))}: running a model's own code is not a recipe's to allow"
+            remedy = "remove it and, if you trust the model, give the flag --trust-remote-code"
+            yield ConfigError(message, where=recipe.where((*path, key)), remedy=remedy)
+
+
+def _mappings(value: Plain, path: KeyPath) -> Iterator[tuple[KeyPath, str, Plain]]:
+    """Yield each key of each mapping as (path of the mapping, key, value)."""
+    if isinstance(value, dict):
+        for key, child in value.items():
+            yield path, key, child
+            yield from _mappings(child, (*path, key))
+    elif isinstance(value, list):
+        for index, child in enumerate(value):
+            yield from _mappings(child, (*path, index))
