@@ -103,6 +103,7 @@ class ChatData(LightningDataModule):
         )
         self.num_workers = num_workers
         self.predict_file = predict
+        self._tokenizer: PreTrainedTokenizerFast | None = None
         self._prepared: Prepared | None = None
         self._plan: StepPlan | None = None
 
@@ -117,7 +118,8 @@ class ChatData(LightningDataModule):
     @property
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer that made the samples, with the chat template that rendered them."""
-        return self.prepared.tokenizer
+        assert self._tokenizer is not None, "setup has run"
+        return self._tokenizer
 
     @property
     def plan(self) -> StepPlan:
@@ -133,10 +135,13 @@ class ChatData(LightningDataModule):
         into a time-out.
         """
         if self._prepared is None:
-            config, tokenizer = pretrained.config, pretrained.tokenizer
-            check_tokenizer_fits(tokenizer, config)
+            config = pretrained.config
+            self._tokenizer = pretrained.tokenizer
+            check_tokenizer_fits(self._tokenizer, config.get_text_config().vocab_size)
             check_positions(self.settings.max_seq_len, config)
-            self._prepared = prepare(self.settings, tokenizer, stop_ids=pretrained.stop_ids)
+            self._prepared = prepare(self.settings, self._tokenizer, stop_ids=pretrained.stop_ids)
+            if self._prepared.chat_template is not None:
+                self._tokenizer.chat_template = self._prepared.chat_template
         return self._prepared
 
     def setup(self, stage: str) -> None:

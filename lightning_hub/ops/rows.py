@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 IGNORED = -100
-"""The label of a token that is context only."""
+"""The label of a token that is context only (the value that transformers uses)."""
 
 
 @dataclass(eq=False)  # not frozen: Lightning rebuilds batches field by field under half precision
