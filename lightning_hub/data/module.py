@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from lightning_hub.data.checks import check_positions, check_tokenizer_fits
 from lightning_hub.data.prepare import Prepared, prepare
-from lightning_hub.data.settings import DataSettings, Format, OnBad, OnLong, Source, TrainOn
 from lightning_hub.data.prompts import Prompt, read_prompts
+from lightning_hub.data.settings import DataSettings, Format, OnBad, OnLong, Source, TrainOn
 from lightning_hub.data.steps import Batching, Position, StepLoader, StepPlan
 from lightning_hub.errors import DataError
 from lightning_hub.models.pretrained import Pretrained
@@ -150,6 +150,10 @@ class ChatData(LightningDataModule):
         module = cast("HasPretrained", self.trainer.lightning_module)
         if stage != "predict":
             self.open(module.pretrained)
+
+    def packing_report(self) -> dict[str, float]:
+        """Return how full the rows are and how many steps make an epoch, for the data report."""
+        return {"fill": self.plan.fill(), "steps_per_epoch": len(self.plan), "max_tokens": self.batching.max_tokens}
 
     # ---- loaders ---------------------------------------------------------------------------------------------------
 
