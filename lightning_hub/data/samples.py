@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +15,10 @@ IGNORED = -100
 """The label of a token that is context only (the value that transformers uses)."""
 
 Ids = npt.NDArray[np.int32]
+Indices = npt.NDArray[np.int64]
+
+_FILES = {"ids": np.int32, "labels": np.int32, "offsets": np.int64, "num_trained": np.int32}
+_CHUNK = 16_384  # samples copied at a time, so that writing needs little memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,3 +74,59 @@ class Samples:
             num_trained=np.array([int((row != IGNORED).sum()) for row in labels], dtype=np.int32),
             fingerprint=fingerprint,
         )
+
+    def save(self, folder: Path, *, order: Indices | None = None, fingerprint: str | None = None) -> None:
+        """Write the store, or the samples of ``order`` from it, into a folder that is made.
+
+        Every file is on the disk when this returns. Whoever needs all or nothing saves into a temporary folder and
+        renames it, as the cache does.
+
+        Args:
+            folder: Where to write.
+            order: Sample numbers in their new order, repeats allowed; None is all as they are.
+            fingerprint: The hash that names the new content; None keeps the one of this store.
+        """
+        folder.mkdir(parents=True)
+        order = np.arange(len(self), dtype=np.int64) if order is None else order
+        offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(self.lengths[order])])
+        _write(folder / "offsets", [offsets])
+        _write(folder / "num_trained", [self.num_trained[order]])
+        chunks = [order[start : start + _CHUNK] for start in range(0, len(order), _CHUNK)]
+        _write(folder / "ids", (self.ids[self._tokens_of(chunk)] for chunk in chunks))
+        _write(folder / "labels", (self.labels[self._tokens_of(chunk)] for chunk in chunks))
+        about = {"samples": len(order), "tokens": int(offsets[-1]), "fingerprint": fingerprint or self.fingerprint}
+        _write(folder / "samples.json", [np.frombuffer(json.dumps(about).encode(), dtype=np.uint8)])
+
+    def _tokens_of(self, chosen: Indices) -> Indices:
+        """The positions of all tokens of these samples, one sample after the other."""
+        lengths = self.lengths[chosen]
+        begins = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)[:-1]])
+        return np.repeat(self.offsets[chosen] - begins, lengths) + np.arange(lengths.sum(), dtype=np.int64)
+
+    @classmethod
+    def load(cls, folder: Path) -> Samples:
+        """Map a saved store into memory, read-only.
+
+        Raises:
+            OSError: A file is missing or cannot be read.
+            ValueError: The files do not fit together.
+        """
+        about = json.loads((folder / "samples.json").read_text(encoding="utf-8"))
+        sizes = {"ids": about["tokens"], "labels": about["tokens"]}
+        sizes |= {"offsets": about["samples"] + 1, "num_trained": about["samples"]}
+        arrays = {name: _map(folder / name, np.dtype(kind), sizes[name]) for name, kind in _FILES.items()}
+        return cls(**arrays, fingerprint=about["fingerprint"])
+
+
+def _write(path: Path, arrays: Iterable[npt.NDArray[np.generic]]) -> None:
+    with path.open("wb") as stream:
+        for array in arrays:
+            array.tofile(stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _map(path: Path, kind: np.dtype[np.generic], size: int) -> npt.NDArray[np.generic]:
+    if path.stat().st_size != size * kind.itemsize:
+        raise ValueError(f"{path} should hold {size} numbers and does not")
+    return np.memmap(path, kind, mode="r") if size else np.empty(0, kind)

@@ -1,0 +1,59 @@
+"""Answers to fixed prompts while a model is trained: the quickest way to see what it learns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from transformers import PreTrainedModel
+
+from lightning_hub.models.generation import complete
+
+
+class GenerateSamples(Callback):
+    """Answers prompts every so many steps and writes them to the run's ``samples.jsonl``.
+
+    Args:
+        prompts: What is asked, each as one user turn.
+        every_n_steps: Steps between two rounds; a round also follows the last step.
+        max_new_tokens: The longest answer, in tokens.
+        temperature: 0 takes the likeliest token each time; above 0 samples.
+    """
+
+    def __init__(
+        self, prompts: list[str], every_n_steps: int = 100, max_new_tokens: int = 128, temperature: float = 0.0
+    ) -> None:
+        self.prompts = prompts
+        self.every_n_steps = every_n_steps
+        self.max_new_tokens = max_new_tokens
+        self.temperature = temperature
+        self.write: Callable[[int, str, str], None] = lambda step, prompt, completion: None
+        self._last_step = -1
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
+        """Answer the prompts if it is time."""
+        if trainer.global_step % self.every_n_steps == 0:
+            self._answer(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Answer the prompts once more, after the last step."""
+        self._answer(trainer, pl_module)
+
+    def _answer(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step == self._last_step:
+            return
+        self._last_step = trainer.global_step
+        turns = [[{"role": "user", "content": prompt}] for prompt in self.prompts]
+        answers = complete(
+            cast("PreTrainedModel", pl_module.model),
+            trainer.datamodule.tokenizer,  # type: ignore[attr-defined]  # Lightning types its trainer without one
+            turns,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+        )
+        if trainer.is_global_zero:
+            for prompt, answer in zip(self.prompts, answers, strict=True):
+                self.write(trainer.global_step, prompt, answer)

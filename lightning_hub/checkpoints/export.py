@@ -1,0 +1,65 @@
+"""Export: a plain Hugging Face folder that anything can load, verified before it is called done."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lightning_hub.errors import HubError
+
+
+def write_export(
+    target: Path,
+    model: PreTrainedModel,
+    weights: Mapping[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Write weights, configuration, tokenizer, chat template and generation config to a folder.
+
+    Args:
+        target: The folder; one that exists is replaced by the finished new one.
+        model: The model whose classes write the files.
+        weights: What is written, by the model's own names.
+        tokenizer: The tokenizer that made the training data, with its chat template.
+
+    Raises:
+        HubError: A written tensor differs from the one in memory.
+    """
+    building = target.with_name(target.name + ".tmp")
+    shutil.rmtree(building, ignore_errors=True)
+    model.save_pretrained(building, state_dict=dict(weights))
+    tokenizer.save_pretrained(building)
+    _compare(building, model, weights)
+    old = target.with_name(target.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    building.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _compare(folder: Path, model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
+    """Read every written tensor and compare it with memory, bit by bit.
+
+    Some architectures are written under other names than they have in memory; those are read back as a model.
+    """
+    written: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as stream:
+            for name in stream.keys():  # noqa: SIM118  # no dictionary
+                if name not in weights:
+                    written = type(model).from_pretrained(folder, dtype=model.dtype).state_dict()
+                    break
+                _same(folder, name, stream.get_tensor(name), weights[name])
+    for name, tensor in written.items():
+        _same(folder, name, tensor, weights[name])
+
+
+def _same(folder: Path, name: str, written: Tensor, memory: Tensor) -> None:
+    if not written.equal(memory.cpu()):
+        raise HubError(f"{name} was not written as it is in memory", where=str(folder), remedy="export again")

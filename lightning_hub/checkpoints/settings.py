@@ -1,0 +1,56 @@
+"""The ``checkpoint`` section of a recipe: when the state of a run is saved, and how much of it is kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lightning_hub.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Best:
+    """Which checkpoints are kept for their metric.
+
+    Args:
+        metric: Name of a logged metric.
+        mode: Whether lower or higher is better.
+        keep: How many of the best are kept.
+    """
+
+    metric: str = "val_loss"
+    mode: Literal["min", "max"] = "min"
+    keep: int = 1
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    """When the state of the run is saved, and how much of it is kept.
+
+    Args:
+        every_n_steps: Save after every so many optimizer steps; not by steps if null.
+        every_n_epochs: Save at the end of every so many epochs; not by epochs if null.
+        every_minutes: Save when so many minutes have passed since the last save; not by time if null.
+        keep: How many of the newest checkpoints are kept, at least 2: a run must survive a damaged one.
+        best: Keep the best by a metric as well; none if null.
+    """
+
+    every_n_steps: int | None = None
+    every_n_epochs: int | None = 1
+    every_minutes: float | None = None
+    keep: int = 2
+    best: Best | None = None
+
+    def __post_init__(self) -> None:
+        if self.keep < 2:
+            raise ConfigError(
+                f"keeping {self.keep} checkpoint is unsafe: a damaged one would end the run",
+                where="checkpoint.keep",
+                remedy="keep 2 or more",
+            )
+        for name in ("every_n_steps", "every_n_epochs", "every_minutes"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(
+                    f"{value} is not above 0", where=f"checkpoint.{name}", remedy="use null to turn it off"
+                )

@@ -1,0 +1,80 @@
+"""The small normal form that every input format is brought into before a template sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+Role: TypeAlias = Literal["system", "developer", "user", "assistant", "tool"]
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """One call that an assistant turn makes; its arguments are always an object, never JSON text."""
+
+    name: str
+    arguments: Mapping[str, object]
+    id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn.
+
+    Attributes:
+        role: Who speaks.
+        content: The text, "" where there is none.
+        reasoning: Thoughts given beside the content (``reasoning_content`` or a reasoning part).
+        tool_calls: The calls of an assistant turn.
+        name: The speaker's or the tool's name, if the row gives one.
+        tool_call_id: The call that a tool turn answers.
+        train: True or False where the row itself says whether to train on this turn; None leaves it to ``train_on``.
+    """
+
+    role: Role
+    content: str
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    name: str | None = None
+    tool_call_id: str | None = None
+    train: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """The turns of one sample.
+
+    Attributes:
+        messages: The turns in order.
+        tools: Tool definitions offered to the model, in the shape that templates expect.
+        unmask: Train on everything but the system text (a row's own ``unmask: true``).
+        completion_from: Index of the first turn that belongs to the completion; None where the row does not say.
+    """
+
+    messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, object], ...] = ()
+    unmask: bool = False
+    completion_from: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """Plain text for continued pretraining: every token is trained."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """A row that was tokenised elsewhere."""
+
+    ids: tuple[int, ...]
+    labels: tuple[int, ...]
+
+
+Example: TypeAlias = Conversation | Document | Tokens
+
+
+class BadRowError(ValueError):
+    """A row that cannot be used as it stands; the message says why, without the place."""

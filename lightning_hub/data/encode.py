@@ -1,0 +1,153 @@
+"""Normal form to token ids and labels."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import get_args
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from lightning_hub.data.conversation import BadRowError, Conversation, Document, Example, Role, Tokens
+from lightning_hub.data.probe import Backend, Profile, backend_of, probe
+from lightning_hub.data.samples import IGNORED, Ids
+from lightning_hub.data.settings import DataSettings
+from lightning_hub.data.templates import Renderer, resolve_template
+from lightning_hub.data.turns import Masked, TurnFinder, expand
+from lightning_hub.errors import ConfigError
+
+
+ROLES: tuple[str, ...] = (*get_args(Role), "template", "document", "tokens")
+"""What tokens are counted by: texts of a role, everything that a template writes between them, rows without roles."""
+
+
+@dataclass(slots=True)
+class Sample:
+    """One sample before it is stored.
+
+    Attributes:
+        ids: Token ids.
+        labels: The same where a token is trained, else ``IGNORED``.
+        num_trained: Trained tokens.
+        by_role: Tokens of each of ``ROLES``.
+        notes: Counted remarks, such as what the template dropped.
+        text: The rendering, for people; "" where there is none.
+    """
+
+    ids: Ids
+    labels: Ids
+    num_trained: int
+    by_role: list[int]
+    notes: Counter[str] = field(default_factory=Counter)
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A row that gives no sample."""
+
+    why: str
+
+
+class Encoder:
+    """Encodes rows of every layout with one tokenizer.
+
+    Args:
+        settings: What is trained on, and how long samples may be.
+        tokenizer: A fast tokenizer.
+        stop_ids: End-of-text ids of the model's generation config.
+    """
+
+    def __init__(
+        self, settings: DataSettings, tokenizer: PreTrainedTokenizerBase, stop_ids: Iterable[int] = ()
+    ) -> None:
+        self.settings = settings
+        self.tokenizer = tokenizer
+        self.stop_ids = tuple(stop_ids)
+        self.backend: Backend = backend_of(tokenizer)
+        self._finder: TurnFinder | None = None
+
+    @property
+    def finder(self) -> TurnFinder:
+        """The way to masks, built when the first conversation comes: other rows need no template."""
+        if self._finder is None:
+            template = resolve_template(self.settings.chat_template, self.tokenizer)
+            render = Renderer(self.tokenizer, template, self.settings.template_options)
+            profile: Profile = probe(render, self.backend, self.stop_ids)
+            self._finder = TurnFinder(render, self.backend, profile, self.settings.train_on)
+        return self._finder
+
+    def encode(self, examples: Sequence[Example]) -> list[list[Sample] | Refused]:
+        """Encode rows, each to its samples (one, or several for expanded turns and long documents)."""
+        return [self._one(example) for example in examples]
+
+    def _one(self, example: Example) -> list[Sample] | Refused:
+        try:
+            match example:
+                case Conversation():
+                    turns = expand(example) if self.settings.expand_turns else [example]
+                    return [to_sample(self.finder(turn)) for turn in turns]
+                case Document():
+                    return self._document(example)
+                case Tokens():
+                    return [self._tokens(example)]
+        except BadRowError as error:
+            return Refused(str(error))
+
+    def _document(self, document: Document) -> list[Sample]:
+        """Bos where the tokenizer has it, the text, eos; pieces of a long one overlap by the token that is context only.
+
+        So every token but the document's first is trained exactly once.
+        """
+        bos, eos = self._borders()
+        ids = np.array([*bos, *self.backend.encode(document.text, add_special_tokens=False).ids, eos], dtype=np.int32)
+        size = self.settings.max_seq_len
+        starts = range(0, max(1, len(ids) - 1), size - 1)
+        samples = [
+            _sample(ids[start : start + size].copy(), ids[start : start + size].copy(), "document") for start in starts
+        ]
+        samples[0].text = document.text
+        return samples
+
+    def _borders(self) -> tuple[list[int], int]:
+        """The tokens before a document (as the tokenizer itself adds them) and the one after it."""
+        eos = self.tokenizer.eos_token_id
+        if eos is None:
+            raise ConfigError(
+                "the tokenizer has no eos token to end documents with",
+                where="model.init_args.model",
+                remedy="set eos_token in the tokenizer's files",
+            )
+        empty: list[int] = self.tokenizer("").input_ids
+        bos = self.tokenizer.bos_token_id
+        return ([int(bos)] if bos is not None and empty[:1] == [bos] else []), int(eos)
+
+    def _tokens(self, tokens: Tokens) -> Sample:
+        size = len(self.tokenizer)
+        if min(tokens.ids) < 0 or max(tokens.ids) >= size:
+            raise BadRowError(f"input_ids reach from {min(tokens.ids)} to {max(tokens.ids)}; the tokenizer has {size}")
+        return _sample(np.array(tokens.ids, dtype=np.int32), np.array(tokens.labels, dtype=np.int32), "tokens")
+
+
+def to_sample(masked: Masked) -> Sample:
+    """A masked conversation as arrays."""
+    ids = np.array(masked.ids, dtype=np.int32)
+    labels = np.full_like(ids, IGNORED)
+    for start, end in masked.trained:
+        labels[start:end] = ids[start:end]
+    sample = _sample(ids, labels, "template")
+    for role, (start, end) in masked.texts:
+        sample.by_role[ROLES.index(role)] += end - start
+        sample.by_role[ROLES.index("template")] -= end - start
+    sample.notes = masked.losses
+    if masked.appended:
+        sample.notes["end tokens appended"] += 1
+    sample.text = masked.text
+    return sample
+
+
+def _sample(ids: Ids, labels: Ids, role: str) -> Sample:
+    labels[0] = IGNORED  # nothing stands before it that could predict it
+    return Sample(ids, labels, int((labels != IGNORED).sum()), [len(ids) if name == role else 0 for name in ROLES])

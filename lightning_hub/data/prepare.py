@@ -1,0 +1,180 @@
+"""From named inputs to stored samples: read, normalise, encode, account, split, weigh, store."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from lightning_hub.data.cache import Cache, code_version, default_cache_dir, key_of
+from lightning_hub.data.encode import Encoder
+from lightning_hub.data.intake import Intake
+from lightning_hub.data.probe import backend_of
+from lightning_hub.data.report import DataReport, write_json
+from lightning_hub.data.samples import Indices, Samples
+from lightning_hub.data.settings import DataSettings
+from lightning_hub.data.sources import Input, open_source
+from lightning_hub.data.templates import resolve_template
+from lightning_hub.errors import DataError
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Data that is ready for packing.
+
+    Attributes:
+        train: Training samples, memory-mapped.
+        val: Validation samples, or None.
+        report: What became of every training row.
+        val_report: The same for validation rows.
+        cached: Whether nothing had to be tokenised.
+        chat_template: The template that replaced the tokenizer's own; an export must carry it. None if none did.
+    """
+
+    train: Samples
+    val: Samples | None
+    report: DataReport
+    val_report: DataReport | None
+    cached: bool
+    chat_template: str | None
+
+    def write_report(self, path: Path, **more: object) -> None:
+        """Write ``data_report.json``, with whatever later rooms have to add (packing fill)."""
+        val = self.val_report.as_dict() if self.val_report else None
+        write_json(path, {"schema": 1, **self.report.as_dict(), "val": val, **more})
+
+
+def _to_stderr(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def prepare(
+    settings: DataSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    cache_dir: Path | None = None,
+    stop_ids: Iterable[int] = (),
+    notify: Callable[[str], None] = _to_stderr,
+) -> Prepared:
+    """Prepare data, or map what an earlier call (or another rank) prepared from the same input.
+
+    Args:
+        settings: What to read and how.
+        tokenizer: A fast tokenizer; its chat template is used unless the settings name another.
+        cache_dir: Where prepared data is kept; by default ``LIGHTNING_HUB_CACHE`` or ``~/.cache/lightning-hub``.
+        stop_ids: End-of-text ids of the model's generation config.
+        notify: Tells a person what is worth knowing.
+
+    Raises:
+        ConfigError: A setting, a path, the template or the tokenizer cannot be used.
+        DataError: The data cannot be trained on as asked; lists the first 20 rows with file:line.
+    """
+    template = settings.chat_template and resolve_template(settings.chat_template, tokenizer)
+    job = _Job(settings, Encoder(settings, tokenizer, stop_ids))
+    key = key_of(
+        {
+            "code": code_version(),
+            "inputs": [given.digest() for given in job.train],
+            "val_inputs": [given.digest() for given in job.val],
+            "tokenizer": key_of({"engine": backend_of(tokenizer).to_str(), "map": str(tokenizer.special_tokens_map)}),
+            "template": template or str(tokenizer.chat_template),
+            "settings": settings.identity(),
+            "stop_ids": sorted(stop_ids),
+        }
+    )
+    cache = Cache(cache_dir or default_cache_dir(), notify)
+    (train, val, reports), cached = cache.get_or_make(key, lambda folder: job.make(folder, key), _load)
+    report = DataReport.from_dict(reports["train"])
+    val_report = DataReport.from_dict(reports["val"]) if val is not None else None
+    return Prepared(train, val, report, val_report, cached, template or None)
+
+
+def _load(folder: Path) -> tuple[Samples, Samples | None, dict[str, dict[str, object]]]:
+    reports = json.loads((folder / "reports.json").read_text(encoding="utf-8"))
+    val = Samples.load(folder / "val") if reports["val"] else None
+    return Samples.load(folder / "train"), val, reports
+
+
+class _Job:
+    """One preparation."""
+
+    def __init__(self, settings: DataSettings, encoder: Encoder) -> None:
+        self.settings = settings
+        self.encoder = encoder
+        self.train: list[Input] = [open_source(source) for source in settings.sources]
+        self.val: list[Input] = [open_source(source) for source in settings.val_sources]
+
+    def make(self, folder: Path, key: str) -> None:
+        """Write the whole entry."""
+        intake = self._take(self.train, folder / "spool-train")
+        reports: dict[str, object] = {"val": None}
+        chosen = intake.rows
+        if self.settings.val_share is not None:
+            chosen, aside = split_rows(chosen, self.settings.val_share, self.settings.seed)
+            intake.report.set_aside = len(aside)
+            reports["val"] = intake.store(folder / "val", intake.samples_of(aside), f"{key}-val", _aside(intake, aside))
+        elif self.val:
+            val = self._take(self.val, folder / "spool-val")
+            reports["val"] = val.store(folder / "val", val.samples_of(val.rows), f"{key}-val", val.report)
+            val.close()
+        chosen = self._weigh(intake, chosen)
+        reports["train"] = intake.store(folder / "train", intake.samples_of(chosen), f"{key}-train", intake.report)
+        intake.close()
+        write_json(folder / "reports.json", reports)
+
+    def _take(self, inputs: list[Input], spool: Path) -> Intake:
+        intake = Intake(self.settings, self.encoder, spool)
+        for given in inputs:
+            intake.read(given)
+        intake.finish()
+        return intake
+
+    def _weigh(self, intake: Intake, rows: Indices) -> Indices:
+        """Repeat and leave out rows as the weights of their sources say."""
+        kept = []
+        for number, source in enumerate(self.settings.sources):
+            mine = rows[intake.source_of(rows) == number]
+            whole, fraction = int(source.weight), source.weight % 1
+            extra = pick(mine, round(fraction * len(mine)), (self.settings.seed, number))
+            kept.append(np.concatenate([np.tile(mine, whole), extra]))
+            if whole == 0:
+                intake.leave_out(np.setdiff1d(mine, extra))
+        chosen = np.concatenate(kept)
+        if not len(chosen):
+            raise DataError("the weights leave no row to train on", where="data.train", remedy="raise a weight")
+        return chosen
+
+
+def _aside(intake: Intake, rows: Indices) -> DataReport:
+    """The report of rows that training gave away: all of them were good."""
+    return DataReport(
+        rows_read=len(rows), rows_kept=len(rows), formats=intake.report.formats, inputs=intake.report.inputs
+    )
+
+
+def pick(rows: Indices, count: int, seed: int | tuple[int, int]) -> Indices:
+    """Choose rows by seed and keep them in their order."""
+    chosen: Indices = rows[np.sort(np.random.default_rng(seed).permutation(len(rows))[:count])]
+    return chosen
+
+
+def split_rows(rows: Indices, share: float, seed: int) -> tuple[Indices, Indices]:
+    """Set a share of the rows aside, at least one; the same rows and seed always give the same split.
+
+    Raises:
+        DataError: Nothing would be left to train on.
+    """
+    count = max(1, round(share * len(rows)))
+    if count >= len(rows):
+        raise DataError(
+            f"a validation share of {share} of {len(rows)} rows leaves none to train on",
+            where="data.val",
+            remedy="give more rows or a smaller share",
+        )
+    aside = pick(rows, count, seed)
+    return np.setdiff1d(rows, aside), aside

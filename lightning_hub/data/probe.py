@@ -1,0 +1,235 @@
+"""What a template does, found once by rendering small conversations with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from lightning_hub.data.conversation import Conversation, Message, ToolCall
+from lightning_hub.data.marks import Marker, Shape, Traced, choose_alphabet, trace
+from lightning_hub.data.templates import Renderer, TemplateRefusal
+from lightning_hub.errors import ConfigError
+
+_TURNS = (
+    Message("user", "first question"),
+    Message("assistant", "first answer"),
+    Message("user", "second question"),
+    Message("assistant", "second answer"),
+)
+_CALL = ToolCall("get_weather", {"city": "Paris"}, "call00001")
+_TOOL_TURNS = (
+    Message("user", "How is it there?"),
+    Message("assistant", "", tool_calls=(_CALL,)),
+    Message("tool", "sunny", name="get_weather", tool_call_id="call00001"),
+    Message("assistant", "It is sunny."),
+)
+_TOOLS = (
+    {
+        "type": "function",
+        "function": {
+            "name": "get_weather",
+            "description": "Tells the weather.",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string", "description": "Where"}}},
+        },
+    },
+)
+
+
+class Encoded(Protocol):
+    """What is used of an encoding of the ``tokenizers`` library."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+
+
+class Backend(Protocol):
+    """What is used of a tokenizer of the ``tokenizers`` library."""
+
+    def encode(self, sequence: str, *, add_special_tokens: bool) -> Encoded:
+        """Encode one text."""
+
+    def encode_batch_fast(self, input: list[str], *, add_special_tokens: bool) -> list[Encoded]:
+        """Encode texts without offsets."""
+
+    def no_padding(self) -> None:
+        """Switch padding off."""
+
+    def no_truncation(self) -> None:
+        """Switch truncation off."""
+
+    def to_str(self) -> str:
+        """The whole tokenizer as JSON."""
+
+
+def backend_of(tokenizer: PreTrainedTokenizerBase) -> Backend:
+    """The fast tokenizer's engine, without padding or truncation.
+
+    Raises:
+        ConfigError: The tokenizer is not a fast one.
+    """
+    backend: Backend | None = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ConfigError(
+            f"{type(tokenizer).__name__} is no fast tokenizer, so that tokens cannot be traced to their text",
+            where="model.init_args.model",
+            remedy="use a model folder with a tokenizer.json",
+        )
+    backend.no_padding()
+    backend.no_truncation()
+    return backend
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The habits of one template with one tokenizer.
+
+    Attributes:
+        shape: How contents and tool arguments must be given.
+        prompt: The generation prompt, "" where the template has none.
+        prompt_cuts: Where its tokens end, in characters.
+        user_header: What the template writes before a user's text.
+        stops: Tokens at which generation stops.
+        end: The token to append where the template ends a last turn with none; None if no end token is known.
+        appends: Whether the template ends a last turn with none.
+        specials: Every special token.
+    """
+
+    shape: Shape
+    prompt: str
+    prompt_cuts: tuple[int, ...]
+    user_header: str
+    stops: frozenset[int]
+    end: int | None
+    appends: bool
+    specials: frozenset[int]
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids of all tokens that the tokenizer calls special."""
+    added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset(tokenizer.all_special_ids) | added
+
+
+def probe(render: Renderer, backend: Backend, stop_ids: Iterable[int] = ()) -> Profile:
+    """Learn what the template does.
+
+    Args:
+        render: The template.
+        backend: The tokenizer's engine.
+        stop_ids: End-of-text ids of the model's generation config.
+
+    Raises:
+        ConfigError: The template cannot render a plain conversation, or leaves its texts out.
+    """
+    shape, traced = _plain_shape(render)
+    eos = render.tokenizer.eos_token_id
+    known = frozenset(stop_ids) | (frozenset() if eos is None else {int(eos)})
+    specials = special_ids(render.tokenizer)
+    middle, header = _middle(traced, backend)
+    last = backend.encode(traced.tail(), add_special_tokens=False).ids
+    stops = known | _template_end(middle[: len(middle) - len(header.ids)], last, known, specials)
+    end = next((token for token in middle if token in stops), eos if eos is not None else min(known, default=None))
+    prompt, cuts = _generation_prompt(render, shape, backend)
+    return Profile(
+        shape=Shape(shape.parts, _arguments_as_text(render, shape)),
+        prompt=prompt,
+        prompt_cuts=cuts,
+        user_header=header.text,
+        stops=stops,
+        end=end,
+        appends=not any(token in stops for token in last),
+        specials=specials,
+    )
+
+
+def traced_rendering(render: Renderer, conversation: Conversation, shape: Shape) -> Traced:
+    """Render a small known conversation with marks, unchecked."""
+    marker = Marker(shape, alphabet := choose_alphabet(""))
+    return trace(render(*marker.conversation(conversation)), marker.segments, alphabet)
+
+
+def _plain_shape(render: Renderer) -> tuple[Shape, Traced]:
+    refusal = "it leaves the texts of the turns out"
+    for turns in (_TURNS, _TURNS[:2]):
+        for shape in (Shape(), Shape(parts=True)):
+            try:
+                traced = traced_rendering(render, Conversation(turns), shape)
+            except TemplateRefusal as error:
+                refusal = str(error)
+                continue
+            if not traced.lost():
+                return shape, traced
+    raise ConfigError(
+        f"the chat template cannot render a plain conversation: {refusal}",
+        where="data.chat_template",
+        remedy="give another template",
+    )
+
+
+@dataclass(frozen=True)
+class _Header:
+    text: str
+    ids: list[int]
+
+
+def _middle(traced: Traced, backend: Backend) -> tuple[list[int], _Header]:
+    """The tokens between an answer and the next question, and those of them that open the question."""
+    if len(traced.places) < 4:
+        return [], _Header("", [])
+    first, answer, second, _ = traced.places
+    opening = backend.encode(traced.text[: first.start], add_special_tokens=False)
+    between = backend.encode(traced.text[answer.end : second.start], add_special_tokens=False)
+    common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(opening.ids[::-1], between.ids[::-1])))
+    if not common:
+        return between.ids, _Header("", [])
+    start = answer.end + between.offsets[-common][0]
+    return between.ids, _Header(traced.text[start : second.start], between.ids[-common:])
+
+
+def _template_end(middle: list[int], last: list[int], known: frozenset[int], specials: frozenset[int]) -> set[int]:
+    """The end token that only the template tells of: the last of the special tokens right after a turn."""
+    for tokens in (middle, last):
+        if any(token in known for token in tokens):
+            return set()
+        run = list(takewhile(specials.__contains__, tokens))
+        if run:
+            return {run[-1]}
+    return set()
+
+
+def _generation_prompt(render: Renderer, shape: Shape, backend: Backend) -> tuple[str, tuple[int, ...]]:
+    """The generation prompt and the ends of its tokens: what is added after the tokens that both renderings share."""
+    turns, _ = Marker(shape).conversation(Conversation(_TURNS[:1]))
+    try:
+        without, text = render(turns), render(turns, add_generation_prompt=True)
+    except TemplateRefusal:
+        return "", ()
+    full = backend.encode(text, add_special_tokens=False)
+    pairs = zip(full.ids, backend.encode(without, add_special_tokens=False).ids, strict=False)
+    common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    if common == len(full.ids):
+        return "", ()
+    start = full.offsets[common][0]
+    return text[start:], tuple(end - start for _, end in full.offsets[common:])
+
+
+def _arguments_as_text(render: Renderer, shape: Shape) -> bool:
+    """Whether tool-call arguments must be given as JSON text: where an object raises or is printed as Python's own."""
+    return not _calls_come_out(render, shape, '"city": "Paris"') and _calls_come_out(
+        render, Shape(shape.parts, arguments_as_text=True), '"city": "Paris"'
+    )
+
+
+def _calls_come_out(render: Renderer, shape: Shape, spelling: str) -> bool:
+    try:
+        traced = traced_rendering(render, Conversation(_TOOL_TURNS, _TOOLS), shape)
+    except TemplateRefusal:
+        return False
+    calls = [place for place in traced.places if place.segment.kind == "tool call"]
+    printed_by_python = any(traced.text[place.start - 1 : place.start] == "'" for place in calls)
+    escaped = any(traced.text[place.start - 2 : place.start] == '\\"' for place in calls)
+    return len(calls) == 3 and not printed_by_python and not escaped

@@ -1,0 +1,152 @@
+"""Named inputs to rows: files, folders, patterns, saved ``datasets`` folders and hub ids, each with a content hash."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, cast
+
+from lightning_hub.data.files import Row, is_data_file, kind_of, read_rows
+from lightning_hub.data.settings import Source
+from lightning_hub.errors import ConfigError, DataError
+
+
+class Input(Protocol):
+    """One opened source: its rows, and a hash that changes whenever a row does."""
+
+    def rows(self) -> Iterator[Row]:
+        """All rows in their order."""
+
+    def digest(self) -> dict[str, str]:
+        """Content hashes by name, for the report and the cache key."""
+
+
+@dataclass(frozen=True)
+class FileInput:
+    """Files that are read one after the other."""
+
+    paths: tuple[Path, ...]
+
+    def rows(self) -> Iterator[Row]:
+        """All rows of all files in their order."""
+        for path in self.paths:
+            yield from read_rows(path)
+
+    def digest(self) -> dict[str, str]:
+        """The sha256 of the bytes of each file."""
+        return {str(path): _sha256(path) for path in self.paths}
+
+
+class _ArrowRows(Protocol):
+    """What is used of a ``datasets.Dataset`` (the package ships no types)."""
+
+    _fingerprint: str
+
+    def __iter__(self) -> Iterator[dict[str, object]]: ...
+
+
+@dataclass(frozen=True)
+class DatasetInput:
+    """A ``datasets`` object: from a saved folder or from the hub."""
+
+    name: str
+    dataset: _ArrowRows
+
+    def rows(self) -> Iterator[Row]:
+        """All rows; a row's place is its number, counted from 1."""
+        for number, data in enumerate(self.dataset, 1):
+            yield Row(f"{self.name}:{number}", data)
+
+    def digest(self) -> dict[str, str]:
+        """The fingerprint that ``datasets`` keeps of content and history."""
+        return {self.name: self.dataset._fingerprint}
+
+
+def open_source(source: Source) -> Input:
+    """Find what a source names.
+
+    Args:
+        source: A file, a folder of files, a pattern, a folder written by ``save_to_disk``, or a hub id, in this order.
+
+    Raises:
+        ConfigError: Nothing is there, or the name is of a kind that cannot be read.
+    """
+    path = Path(source.path).expanduser()
+    if path.is_file():
+        kind_of(path)
+        return FileInput((path,))
+    if path.is_dir():
+        return _open_folder(path, source)
+    if glob.has_magic(source.path):
+        return _files(source.path, [Path(found) for found in glob.glob(str(path), recursive=True)])
+    if _looks_like_hub_id(source.path):
+        return _open_hub(source)
+    raise ConfigError(f"{source.path!r} does not exist", where="data.train", remedy="check the path")
+
+
+def _open_folder(path: Path, source: Source) -> Input:
+    if any((path / marker).is_file() for marker in ("state.json", "dataset_dict.json")):
+        return _open_saved(path, source)
+    return _files(source.path, list(path.iterdir()))
+
+
+def _files(name: str, found: list[Path]) -> FileInput:
+    paths = tuple(sorted(path for path in found if path.is_file() and is_data_file(path)))
+    if not paths:
+        raise ConfigError(
+            f"{name!r} holds no data file", where="data.train", remedy="name a folder with JSONL, JSON, CSV or Parquet"
+        )
+    return FileInput(paths)
+
+
+def _open_saved(path: Path, source: Source) -> Input:
+    import datasets  # 1 s and 100 MB, for datasets folders and hub ids only
+
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"not a readable datasets folder: {error}", where=source.path) from error
+    return DatasetInput(source.path, _pick_split(loaded, source))
+
+
+def _pick_split(loaded: object, source: Source) -> _ArrowRows:
+    if not isinstance(loaded, dict):
+        return cast(_ArrowRows, loaded)
+    wanted = source.split or "train"
+    if wanted not in loaded:
+        raise ConfigError(
+            f"no split {wanted!r}; there are {', '.join(sorted(loaded))}",
+            where=source.path,
+            remedy="name one: {path: ..., split: ...}",
+        )
+    return cast(_ArrowRows, loaded[wanted])
+
+
+def _looks_like_hub_id(name: str) -> bool:
+    parts = name.split("/")
+    return len(parts) <= 2 and all(parts) and not name.startswith((".", "~")) and not is_data_file(Path(name))
+
+
+def _open_hub(source: Source) -> Input:
+    import datasets  # 1 s and 100 MB, for datasets folders and hub ids only
+
+    try:
+        loaded = datasets.load_dataset(source.path, source.name, split=source.split)
+    except Exception as error:  # every layer below (hub client, HTTP, builders) raises kinds of its own
+        offline = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("HF_DATASETS_OFFLINE")
+        raise ConfigError(
+            f"neither a path here nor a dataset that could be loaded from the hub"
+            f"{' (offline mode is on)' if offline else ''}: {str(error).splitlines()[0] if str(error) else error!r}",
+            where=source.path,
+            remedy="check the spelling, the network and HF_TOKEN, or give a local path",
+        ) from error
+    return DatasetInput(source.path, _pick_split(loaded, source))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

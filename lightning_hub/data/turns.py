@@ -1,0 +1,334 @@
+"""The reference way to a mask: find, in the rendered text itself, what the model would have said in each turn.
+
+Trained is what the model itself would have produced after the generation prompt, up to and including the token at
+which it would stop, and nothing else. Nothing is inferred from prefixes of the conversation unless it is found again
+in the rendering of the whole one.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from lightning_hub.data.conversation import BadRowError, Conversation, Role
+from lightning_hub.data.marks import Marker, Place, Segment, Traced, choose_alphabet, trace
+from lightning_hub.data.probe import Backend, Profile
+from lightning_hub.data.settings import TrainOn
+from lightning_hub.data.templates import Renderer, TemplateRefusal, Turn
+
+Span = tuple[int, int]
+"""Tokens from the first up to, not including, the second."""
+
+
+@dataclass(slots=True)
+class Masked:
+    """A conversation as tokens.
+
+    Attributes:
+        text: The rendering.
+        ids: Its tokens.
+        trained: Stretches of trained tokens, in order.
+        texts: The tokens of each message's texts with its role.
+        losses: What the template dropped or rewrote, by name.
+        appended: Whether an end token was added that the template does not write.
+    """
+
+    text: str
+    ids: list[int]
+    trained: list[Span]
+    texts: list[tuple[Role, Span]]
+    losses: Counter[str] = field(default_factory=Counter)
+    appended: bool = False
+
+
+def wanted_turns(conversation: Conversation, train_on: TrainOn) -> list[int]:
+    """The assistant turns to train on, by index."""
+    messages = conversation.messages
+    speaking = [index for index, message in enumerate(messages) if message.role == "assistant"]
+    first = 0
+    if train_on == "last" and speaking:
+        first = speaking[-1]
+    elif train_on == "completion" or (train_on == "assistant" and conversation.completion_from is not None):
+        first = conversation.completion_from or 0
+        if conversation.completion_from is None:
+            first = max((index for index, message in enumerate(messages) if message.role == "user"), default=-1) + 1
+    return [index for index in speaking if (index >= first if messages[index].train is None else messages[index].train)]
+
+
+def expand(conversation: Conversation) -> list[Conversation]:
+    """One conversation per assistant turn that may be trained, each ending with it and training it alone."""
+    kept = []
+    for index in wanted_turns(conversation, "assistant"):
+        context = tuple(replace(message, train=False) for message in conversation.messages[:index])
+        kept.append(replace(conversation, messages=(*context, conversation.messages[index])))
+    return kept or [conversation]
+
+
+class TurnFinder:
+    """Masks conversations one by one, for any template.
+
+    Args:
+        render: The template.
+        backend: The tokenizer's engine.
+        profile: What is known of the template.
+        train_on: Which turns are trained.
+    """
+
+    def __init__(self, render: Renderer, backend: Backend, profile: Profile, train_on: TrainOn) -> None:
+        self.render = render
+        self.backend = backend
+        self.profile = profile
+        self.train_on = train_on
+
+    def __call__(self, conversation: Conversation) -> Masked:
+        """Render, encode and mask one conversation.
+
+        Raises:
+            BadRowError: The template refuses it, loses its turns or its calls, or a turn cannot be found for certain.
+        """
+        try:
+            return _Search(self, conversation).masked()
+        except TemplateRefusal as error:
+            raise BadRowError(f"the chat template refuses this conversation: {error}") from error
+
+
+class _Search:
+    """The work on one conversation."""
+
+    def __init__(self, finder: TurnFinder, conversation: Conversation) -> None:
+        self.render, self.profile, self.train_on = finder.render, finder.profile, finder.train_on
+        self.backend = finder.backend
+        self.conversation = conversation
+        self.plain_turns, self.plain_tools = Marker(self.profile.shape).conversation(conversation)
+        text = self.render(self.plain_turns, self.plain_tools)
+        self.alphabet = choose_alphabet(text)
+        self.traced = self._trace(text)
+        self.places = self.traced.places
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        self.ids = list(encoding.ids)
+        self.starts = [start for start, _ in encoding.offsets]
+
+    def _trace(self, text: str) -> Traced:
+        for only_ends in (False, True):
+            marker = Marker(self.profile.shape, self.alphabet, only_ends=only_ends)
+            self.turns, self.tools = marker.conversation(self.conversation)
+            self.segments = marker.segments
+            try:
+                traced = trace(self.render(self.turns, self.tools), self.segments, self.alphabet)
+            except TemplateRefusal:
+                continue
+            if traced.text == text:
+                return traced
+        raise BadRowError("the chat template changes the texts of this conversation, so that its turns cannot be found")
+
+    def masked(self) -> Masked:
+        losses = _losses(self.conversation, self.traced)
+        texts = [(place, (self._token(place.start), self._token(place.end))) for place in self.places]
+        if any(token in self.profile.specials for _, (start, end) in texts for token in self.ids[start:end]):
+            losses["special tokens written out inside texts"] += 1
+        appended = self._append_end()
+        trained = self._trained(losses)
+        roles = [
+            (self.conversation.messages[place.segment.turn].role, span)
+            for place, span in texts
+            if place.segment.turn >= 0
+        ]
+        return Masked(self.traced.text, self.ids, _merged(trained), roles, losses, appended)
+
+    def _append_end(self) -> bool:
+        """End a last turn that the template leaves open, so that the model learns to stop."""
+        if self.conversation.messages[-1].role != "assistant" or self._stop(len(self.conversation.messages) - 1):
+            return False
+        if self.profile.end is None:
+            raise BadRowError("no end token is known: the tokenizer has no eos token and the template writes none")
+        keep = self._token(len(self.traced.text.rstrip()))
+        self.ids[keep:] = [self.profile.end]
+        self.starts[keep:] = [len(self.traced.text)]
+        return True
+
+    def _trained(self, losses: Counter[str]) -> list[Span]:
+        messages = self.conversation.messages
+        everything = self.train_on == "all" or self.conversation.unmask
+        if not everything:
+            return [self._turn(index, losses) for index in wanted_turns(self.conversation, self.train_on)]
+        hidden = [self._turn(i, losses) for i, m in enumerate(messages) if m.train is False and m.role == "assistant"]
+        for place in self.places:
+            message = messages[place.segment.turn] if place.segment.turn >= 0 else None
+            silent = message is not None and message.train is False and message.role != "assistant"
+            system = message is not None and message.role in ("system", "developer") and self.train_on != "all"
+            if silent or system:
+                hidden.append((self._token(place.start), self._token(place.end)))
+        return _without((0 if self.train_on == "all" else self._after_system(), len(self.ids)), hidden)
+
+    def _after_system(self) -> int:
+        """The first token that is not the system's: where the header of the first other turn begins."""
+        for place in self.places:
+            turn = place.segment.turn
+            if turn >= 0 and self.conversation.messages[turn].role not in ("system", "developer"):
+                header = self.profile.user_header
+                opened = self.traced.text.endswith(header, 0, place.start)
+                return self._token(place.start - len(header) if opened else place.start)
+        return 0
+
+    def _turn(self, index: int, losses: Counter[str]) -> Span:
+        """The trained tokens of one assistant turn."""
+        start, stop = self._token(self._start(index)), self._stop(index)
+        if stop is None:
+            losses["turns that the template ends with no stop token"] += 1
+            stop = self._open_end(index)
+        return start, max(start, stop)
+
+    def _token(self, character: int) -> int:
+        """The first token that begins at this character or later."""
+        return bisect_left(self.starts, character)
+
+    def _own(self, index: int) -> list[Place]:
+        return [place for place in self.places if place.segment.turn == index]
+
+    def _next(self, index: int, after: int) -> int:
+        """Where the text of a later turn begins."""
+        later = (place.start for place in self.places if place.segment.turn > index and place.start >= after)
+        return min(later, default=len(self.traced.text) + 1)
+
+    def _last_character(self, index: int) -> int:
+        own = self._own(index)
+        return max(place.end for place in own) if own else self._start(index)
+
+    def _stop(self, index: int) -> int | None:
+        """One past the first token after the turn's texts at which generation stops."""
+        after = self._last_character(index)
+        limit = self._next(index, after)
+        for token in range(self._token(after), len(self.ids)):
+            if self.starts[token] >= limit:
+                break
+            if self.ids[token] in self.profile.stops:
+                return token + 1
+        return None
+
+    def _open_end(self, index: int) -> int:
+        """Where a turn ends that no stop token closes: before the next special token."""
+        first = self._token(self._last_character(index))
+        limit = self._token(self._next(index, self._last_character(index)))
+        special = (token for token in range(first, limit) if self.ids[token] in self.profile.specials)
+        return next(special, first)
+
+    def _start(self, index: int) -> int:
+        """The character at which the model takes over from the generation prompt."""
+        own = self._own(index)
+        limit = min(place.start for place in own) if own else self._next(index, 0)
+        earlier = [place for place in self.places if place.segment.turn < index and place.end <= limit]
+        previous = max(earlier, key=lambda place: place.end, default=None)
+        gap_start = previous.end if previous else 0
+        gap = self.traced.text[gap_start : min(limit, len(self.traced.text))]
+        tail = self._prompt_tail(index, previous.segment if previous else None)
+        begun = self._find_prompt(gap) if tail is None else self._align(tail, gap)
+        if begun is None:
+            raise BadRowError(f"turn {index + 1} does not begin as the template's generation prompt does")
+        return gap_start + begun
+
+    def _prompt_tail(self, index: int, previous: Segment | None) -> str | None:
+        """What the template writes between the last text before a turn and the model's first token."""
+        if index == 0:
+            return None
+        try:
+            prompt = self.render(self.turns[:index], self.tools, add_generation_prompt=True)
+        except TemplateRefusal:
+            return None
+        traced = trace(prompt, self.segments, self.alphabet)
+        last = max(traced.places, key=lambda place: place.end, default=None)
+        return traced.tail() if (last.segment if last else None) is previous else None
+
+    def _find_prompt(self, gap: str) -> int | None:
+        """Look for the longest beginning of the generation prompt, cut between its tokens."""
+        if not self.profile.prompt:
+            return len(gap)
+        for cut in reversed(self.profile.prompt_cuts):
+            found = gap.rfind(self.profile.prompt[:cut])
+            if found >= 0:
+                return found + cut
+        return None
+
+    def _align(self, tail: str, gap: str) -> int | None:
+        """Lay the generation prompt over what the whole rendering has in its place."""
+        reached, matched = align(tail, gap)
+        if reached == len(tail):
+            return matched[reached]
+        begin = len(tail) - len(self.profile.prompt)
+        if not self.profile.prompt or not tail.endswith(self.profile.prompt):
+            return None
+        cuts = [begin + cut for cut in self.profile.prompt_cuts if begin + cut <= reached]
+        return matched[cuts[-1]] if cuts else None
+
+
+def align(tail: str, gap: str) -> tuple[int, list[int]]:
+    """Walk two texts side by side as long as they agree but for the amount of white space.
+
+    Returns:
+        How far ``tail`` was followed, and for each of its characters (and its end) the position in ``gap``.
+    """
+    matched = [0]
+    i = j = 0
+    while i < len(tail):
+        if j < len(gap) and tail[i] == gap[j]:
+            i, j = i + 1, j + 1
+        else:
+            next_i, next_j = _skip_space(tail, i), _skip_space(gap, j)
+            if next_i < len(tail) and (next_j >= len(gap) or tail[next_i] != gap[next_j] or (next_i, next_j) == (i, j)):
+                break
+            if next_i == len(tail):
+                next_j = j
+            i, j = next_i, next_j
+        matched.extend([j] * (i + 1 - len(matched)))
+    return i, matched
+
+
+def _skip_space(text: str, position: int) -> int:
+    while position < len(text) and text[position].isspace():
+        position += 1
+    return position
+
+
+def _losses(conversation: Conversation, traced: Traced) -> Counter[str]:
+    """Count what the template lost by name; refuse the row where a turn or a call is gone.
+
+    Raises:
+        BadRowError: What is missing is part of what the model must see or say.
+    """
+    losses: Counter[str] = Counter()
+    present = {place.segment.turn for place in traced.places}
+    for segment in traced.lost():
+        role = conversation.messages[segment.turn].role if segment.turn >= 0 else "tool"
+        vital = segment.kind == "tool call" or (segment.kind == "text" and role not in ("system", "developer"))
+        if vital and not (segment.kind == "text" and role == "assistant" and segment.turn in present):
+            raise BadRowError(f"the chat template leaves out the {segment.kind} of turn {segment.turn + 1} ({role})")
+        losses[_loss_name(segment, role)] += 1
+        losses[_loss_name(segment, role) + ", characters"] += len(segment.text)
+    for place in traced.places:
+        if place.times > 1 and place.segment.kind == "tool call":
+            raise BadRowError(f"the chat template repeats the tool call of turn {place.segment.turn + 1}")
+    rewritten = traced.rewritten()
+    if rewritten:
+        losses["texts rewritten"] += len(rewritten)
+    return losses
+
+
+def _loss_name(segment: Segment, role: str) -> str:
+    if segment.kind == "text":
+        return "system texts dropped" if role != "assistant" else "texts beside tool calls dropped"
+    return f"{segment.kind if segment.kind == 'thoughts' else segment.kind + 's'} dropped"
+
+
+def _merged(spans: Sequence[Span]) -> list[Span]:
+    return [span for span in sorted(spans) if span[0] < span[1]]
+
+
+def _without(whole: Span, holes: Sequence[Span]) -> list[Span]:
+    """A span minus others."""
+    kept, position = [], whole[0]
+    for start, end in sorted(holes):
+        if start > position:
+            kept.append((position, start))
+        position = max(position, end)
+    return [*kept, (position, whole[1])]

@@ -1,0 +1,226 @@
+"""Supervised fine-tuning: the training step that every method shares."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel
+
+from lightning_hub.errors import ConfigError
+from lightning_hub.methods.neftune import Neftune
+from lightning_hub.methods.schedule import Schedule, Shape
+from lightning_hub.models.generation import Messages, complete
+from lightning_hub.models.pretrained import Pretrained
+from lightning_hub.ops.attention import PACKED
+from lightning_hub.ops.loss import LossHead
+from lightning_hub.ops.rows import IGNORED, Row, Step
+
+Dtype = Literal["auto", "float32", "bfloat16"]
+
+
+class SFT(LightningModule):
+    """Full-parameter supervised fine-tuning of a causal language model.
+
+    Args:
+        model: Local folder or hub id of the model to train.
+        learning_rate: Peak learning rate of AdamW.
+        weight_decay: Decoupled weight decay of matrices; norms and biases are never decayed.
+        betas: Decay rates of AdamW's two moments.
+        eps: Added to AdamW's denominator.
+        lr_scheduler: constant, linear, cosine, or wsd (warm up, stay, fall in the last tenth).
+        warmup_steps: Steps in which the learning rate rises from 0.
+        warmup_ratio: The same as a share of all steps; not beside warmup_steps.
+        min_lr_ratio: Learning rate at the end as a share of the peak.
+        attn_implementation: auto attends inside each packed document with the fastest exact kernel of the device;
+            sdpa, eager, flash_attention_2 and flex_attention are those of transformers.
+        gradient_checkpointing: Recompute activations in the backward: less memory, about a third more compute.
+        label_smoothing: Share of each target that is spread over the vocabulary.
+        neftune_alpha: Noise on the embeddings while training (NEFTune); none if null.
+        dtype: dtype of the trained weights. auto: bfloat16 under precision bf16-true, else float32.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        learning_rate: float = 1e-5,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        lr_scheduler: Shape = "cosine",
+        warmup_steps: int = 0,
+        warmup_ratio: float = 0.0,
+        min_lr_ratio: float = 0.0,
+        attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = "auto",
+        gradient_checkpointing: bool = False,
+        label_smoothing: float = 0.0,
+        neftune_alpha: float | None = None,
+        dtype: Dtype = "auto",
+    ) -> None:
+        super().__init__()
+        if warmup_steps and warmup_ratio:
+            raise ConfigError(
+                f"both warmup_steps {warmup_steps} and warmup_ratio {warmup_ratio} are given",
+                where="model.init_args.warmup_ratio",
+                remedy="keep one",
+            )
+        self.source = model
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.betas = betas
+        self.eps = eps
+        self.lr_scheduler: Shape = lr_scheduler
+        self.warmup_steps = warmup_steps
+        self.warmup_ratio = warmup_ratio
+        self.min_lr_ratio = min_lr_ratio
+        self.attn_implementation = PACKED if attn_implementation == "auto" else attn_implementation
+        self.gradient_checkpointing = gradient_checkpointing
+        self.label_smoothing = label_smoothing
+        self.neftune_alpha = neftune_alpha
+        self.weights_dtype: Dtype = dtype
+        self.trust_remote_code = False
+        self.model: PreTrainedModel | None = None
+        self.loss_head: LossHead | None = None
+        self.step_loss = torch.zeros(())
+        self.grad_norm: Tensor | None = None
+        self._sums = torch.zeros(2, dtype=torch.float64)
+
+    # ---- set-up ----------------------------------------------------------------------------------------------------
+
+    @property
+    def pretrained(self) -> Pretrained:
+        """The model as it lies on disk or on the hub."""
+        return Pretrained(self.source, self.trust_remote_code)
+
+    def configure_model(self) -> None:
+        """Read the weights and decide what is trainable (Lightning calls this once it knows the strategy)."""
+        if self.model is not None:
+            return
+        pretrained = self.pretrained
+        self.model = pretrained.load(dtype=self._load_dtype(), attn_implementation=self.attn_implementation)
+        self.model.train()
+        self.choose_trainable(self.model)
+        if self.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        if self.neftune_alpha is not None:
+            Neftune(self.neftune_alpha).attach(self.model)
+        self.loss_head = LossHead(self.model, self.label_smoothing)
+
+    def choose_trainable(self, model: PreTrainedModel) -> None:
+        """Decide what trains: everything here. The one thing in which a method differs."""
+        model.requires_grad_(True)
+
+    def _load_dtype(self) -> torch.dtype:
+        if self.weights_dtype == "auto":
+            return torch.bfloat16 if self.trainer.precision == "bf16-true" else torch.float32
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.weights_dtype]
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """AdamW over what is trainable, with the learning rate as a pure function of the step."""
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        matrices = [parameter for parameter in trained if parameter.ndim > 1]
+        vectors = [parameter for parameter in trained if parameter.ndim <= 1]
+        groups = [
+            {"params": matrices, "weight_decay": self.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+        optimizer = AdamW(groups, lr=self.learning_rate, betas=self.betas, eps=self.eps, fused=True)
+        total = self.trainer.estimated_stepping_batches
+        warmup = self.warmup_steps or round(self.warmup_ratio * total if self.warmup_ratio else 0)
+        schedule = Schedule(self.lr_scheduler, warmup, total, self.min_lr_ratio)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": LambdaLR(optimizer, schedule), "interval": "step", "name": "lr"},
+        }
+
+    # ---- the step --------------------------------------------------------------------------------------------------
+
+    def training_step(self, step: Step, index: int) -> Tensor:
+        """Run the rows of one optimizer step; the last row's backward is Lightning's.
+
+        The gradient is that of the sum over all trained tokens of the step, over all rows and ranks, divided by
+        their number: exact for any packing, accumulation and number of ranks, the last partial step included.
+        """
+        self.trainer.optimizers[0].zero_grad()
+        total = torch.zeros((), device=self.device)
+        for row in step.rows[:-1]:
+            loss = self.row_loss(row, step)
+            self.trainer.strategy.backward(loss, None)
+            total += loss.detach()
+        loss = self.row_loss(step.rows[-1], step)
+        self.step_loss = total + loss.detach()
+        return loss
+
+    def row_loss(self, row: Row, step: Step) -> Tensor:
+        """Return the row's share of the step's loss, times the data-parallel size: ranks average gradients."""
+        assert self.loss_head is not None, "configure_model has run"
+        return self.loss_head(row) * (self.trainer.world_size / max(1, step.num_trained))
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        """Do nothing: Lightning calls this between the last row's forward and its backward, when the gradients of
+        the other rows are already there. The training step clears them itself.
+        """  # noqa: D205
+
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip the gradients as the trainer asks, and keep their norm for the log."""
+        parameters = [parameter for parameter in self.parameters() if parameter.grad is not None]
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Lightning's connector
+        self.grad_norm = None
+        if gradient_clip_val and gradient_clip_algorithm != "value":
+            self.grad_norm = nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+            return
+        if every and (self.trainer.global_step + 1) % every == 0:
+            self.grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if gradient_clip_val:
+            nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+
+    # ---- validation and answers ------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        """Begin the two sums of the validation loss: of losses and of trained tokens."""
+        self._sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+
+    def validation_step(self, step: Step, index: int) -> None:
+        """Add the rows of this rank to the two sums."""
+        assert self.loss_head is not None, "configure_model has run"
+        for row in step.rows:
+            self._sums[0] += self.loss_head(row).detach()
+            self._sums[1] += (row.labels != IGNORED).sum()
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the loss per trained token over the whole validation set: one division, over all ranks."""
+        self.log("val_loss", self._mean_loss(), logger=False)
+
+    test_step = validation_step
+
+    def on_test_epoch_start(self) -> None:
+        """As for validation."""
+        self.on_validation_epoch_start()
+
+    def on_test_epoch_end(self) -> None:
+        """As for validation, under the name ``test_loss``."""
+        self.log("test_loss", self._mean_loss(), logger=False)
+
+    def _mean_loss(self) -> float:
+        total, count = self.trainer.strategy.reduce(self._sums, reduce_op="sum").tolist()
+        return float(total / max(1.0, count))
+
+    def predict_step(self, prompts: list[Messages], index: int) -> list[str]:
+        """Answer a batch of prompts."""
+        assert self.model is not None, "configure_model has run"
+        return complete(self.model, self.pretrained.tokenizer, prompts)
+
+    # ---- what is kept ----------------------------------------------------------------------------------------------
+
+    def export_state(self) -> tuple[nn.Module, dict[str, Tensor]]:
+        """Return the model to export and its weights, so that an exporter needs to know no method."""
+        assert self.model is not None, "configure_model has run"
+        return self.model, {name: tensor.detach() for name, tensor in self.model.state_dict().items()}

@@ -1,0 +1,126 @@
+"""Open a pretrained model: its configuration, tokenizer and weights, with every fault said in one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from lightning_hub.errors import ConfigError
+
+T = TypeVar("T")
+
+KEY = "model.init_args.model"
+"""Where a recipe names its model; errors point there."""
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A pretrained causal language model, opened piece by piece so that cheap checks come first.
+
+    Args:
+        source: A local folder or a hub id.
+        trust_remote_code: Whether Python files of the model may run. Only a command-line flag sets it.
+    """
+
+    source: str
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        looks_local = self.source.startswith((".", "/", "~")) or self.source.count("/") > 1
+        if self.source.startswith(("http://", "https://")):
+            raise ConfigError(f"{self.source} is an address", where=KEY, remedy="give a hub id or a local folder")
+        if looks_local and not self.path.is_dir():
+            raise ConfigError(f"no such folder: {self.source}", where=KEY, remedy="give a local folder or a hub id")
+        if self.path.is_dir() and not (self.path / "config.json").is_file():
+            remedy = "give a folder that AutoModelForCausalLM can load"
+            raise ConfigError(f"{self.source} holds no config.json", where=KEY, remedy=remedy)
+
+    @property
+    def path(self) -> Path:
+        """The source as a local path (which need not exist for a hub id)."""
+        return Path(self.source).expanduser()
+
+    @property
+    def _name(self) -> str:
+        return str(self.path) if self.path.is_dir() else self.source
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        """The model's configuration; no weight is read."""
+        config: PretrainedConfig = self._open("configuration", AutoConfig.from_pretrained)
+        remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+        if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not (remote and self.trust_remote_code):
+            message = f"{self.source} is of type {config.model_type!r}, which is no causal language model"
+            remedy = "pass --trust-remote-code if you trust its code" if remote else "give a causal language model"
+            raise ConfigError(message, where=KEY, remedy=remedy)
+        return config
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The model's own tokenizer."""
+        tokenizer = self._open("tokenizer", AutoTokenizer.from_pretrained)
+        if not isinstance(tokenizer, PreTrainedTokenizerFast):
+            remedy = "add a tokenizer.json to it"
+            raise ConfigError(f"{self.source} has no fast tokenizer", where=KEY, remedy=remedy)
+        return tokenizer
+
+    @cached_property
+    def generation_config(self) -> GenerationConfig:
+        """What ends a generation and how it is sampled; derived from the configuration where there is no file."""
+        try:
+            return GenerationConfig.from_pretrained(self._name)
+        except OSError:
+            return GenerationConfig.from_model_config(self.config)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Token ids at which the model stops: those of its generation config, and the tokenizer's eos."""
+        found = self.generation_config.eos_token_id
+        ids = [found] if isinstance(found, int) else list(found or [])
+        if self.tokenizer.eos_token_id is not None:
+            ids.append(int(self.tokenizer.eos_token_id))
+        return tuple(dict.fromkeys(ids))
+
+    def load(self, *, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel:
+        """Read the weights.
+
+        Args:
+            dtype: The dtype of the weights in memory.
+            attn_implementation: A name that transformers knows, ours included.
+        """
+        model: PreTrainedModel = self._open(
+            "weights",
+            lambda name, **options: AutoModelForCausalLM.from_pretrained(
+                name, config=self.config, dtype=dtype, attn_implementation=attn_implementation, **options
+            ),
+        )
+        model.generation_config = self.generation_config
+        return model
+
+    def _open(self, what: str, reader: Callable[..., T]) -> T:
+        """Call a reader of transformers and say its failure in one sentence."""
+        try:
+            return reader(self._name, trust_remote_code=self.trust_remote_code)
+        except (OSError, ValueError, ImportError) as error:
+            reason = " ".join(str(error).split())
+            remedy = "check the folder or hub id, and that this machine can reach the hub"
+            if "trust_remote_code" in reason:
+                reason, remedy = "it runs code of its own", "pass --trust-remote-code if you trust that code"
+            raise ConfigError(
+                f"cannot read the {what} of {self.source} ({reason[:300]})", where=KEY, remedy=remedy
+            ) from error

@@ -1,0 +1,1 @@
+"""The kernels: packed rows, attention that stays inside a document, the loss head."""

@@ -1,0 +1,181 @@
+"""Attention over packed documents: one name, the best exact implementation of each device.
+
+A dense block-diagonal mask costs the square of the row; documents cost the sum of their own squares. On a CPU every
+document is one call of PyTorch's fused attention; on CUDA the whole row is one call of ``varlen_attn``. The function
+is registered with transformers under ``PACKED``, which needs no change of a model: transformers builds no mask for a
+name that it has no mask function for, and hands the borders of the documents through its keyword arguments.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import cache
+from itertools import pairwise
+from typing import TypedDict, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface
+
+from lightning_hub.ops.rows import Row
+
+PACKED = "packed_documents"
+"""The attention name under which transformers finds this implementation."""
+
+
+class RowBorders(TypedDict):
+    """What a model hands on to its attention layers: where the documents of a row lie."""
+
+    borders: tuple[int, ...]
+    cu_seqlens: Tensor | None
+
+
+def borders_of(row: Row) -> RowBorders:
+    """Return the keyword arguments that tell the attention layers where the documents of ``row`` lie."""
+    device = row.input_ids.device
+    cumulative = torch.tensor(row.borders, dtype=torch.int32, device=device) if device.type == "cuda" else None
+    return RowBorders(borders=row.borders, cu_seqlens=cumulative)
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    borders: tuple[int, ...] | None = None,
+    cu_seqlens: Tensor | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **unused: object,
+) -> tuple[Tensor, None]:
+    """Attend causally inside each document of a packed row.
+
+    Args:
+        module: The attention layer (part of the interface of transformers).
+        query: Shape ``(1, heads, tokens, head size)``.
+        key: Shape ``(1, key-value heads, tokens, head size)``; as many heads as ``query`` or a divisor of them.
+        value: The same shape as ``key``, but perhaps another head size.
+        attention_mask: Must be None: a mask would open the borders or cost the square of the row.
+        scaling: Factor of the scores; the inverse root of the head size if None.
+        dropout: Probability of dropping an attention weight.
+        borders: Document borders ``(0, ..., tokens)``; one document if None.
+        cu_seqlens: The same borders as an int32 tensor on the device of the query (CUDA only).
+        sliding_window: How many tokens a query sees, itself included.
+        softcap: Scores are squashed to ``softcap * tanh(score / softcap)`` (Gemma 2).
+        s_aux: One learned sink per head that takes part in the softmax (gpt-oss), shape ``(heads,)``.
+        unused: What else models hand over (position ids and the like).
+
+    Returns:
+        The output, shape ``(1, tokens, heads, head size)``, and None in place of the attention weights.
+    """
+    if attention_mask is not None:
+        raise ValueError("packed rows take no attention mask: the borders of the documents say it all")
+    borders = borders or (0, query.shape[2])
+    plain = softcap is None and s_aux is None
+    if plain and cu_seqlens is not None and dropout == 0.0 and query.dtype != torch.float32 and _varlen() is not None:
+        return _varlen_attention(query, key, value, scaling, cu_seqlens, borders, sliding_window), None
+    parts = [
+        _document_attention(
+            query[:, :, start:end],
+            key[:, :, start:end],
+            value[:, :, start:end],
+            scaling=scaling,
+            dropout=dropout,
+            window=sliding_window if sliding_window and sliding_window < end - start else None,
+            softcap=softcap,
+            sinks=s_aux,
+        )
+        for start, end in pairwise(borders)
+    ]
+    return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+def _document_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scaling: float | None,
+    dropout: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Causal attention of one document; the fused kernel wherever it can say what the layer asks for."""
+    grouped = key.shape[1] != query.shape[1]
+    if softcap is None and sinks is None:
+        mask = None if window is None else _band(query.shape[2], window, query.device)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling,
+            enable_gqa=grouped,
+        )  # fmt: skip
+    if grouped:
+        repeats = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    scores = query @ key.transpose(-1, -2) * (scaling if scaling is not None else query.shape[-1] ** -0.5)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    length = query.shape[2]
+    scores = scores.masked_fill(~_band(length, window or length, query.device), float("-inf"))
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.reshape(1, -1, 1, 1).expand(1, -1, length, 1).to(scores.dtype)], dim=-1)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)[..., :length]
+    return F.dropout(weights, dropout) @ value
+
+
+def _band(length: int, window: int, device: torch.device) -> Tensor:
+    """Return the boolean mask of shape ``(length, length)`` that is true where a query may look."""
+    position = torch.arange(length, device=device)
+    distance = position[:, None] - position[None, :]
+    return (distance >= 0) & (distance < window)
+
+
+@cache
+def _varlen() -> Callable[..., Tensor] | None:
+    """Return ``varlen_attn`` where this torch has it."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn  # 0.1 s; only CUDA needs it, and older torch lacks it
+    except ImportError:
+        return None
+    return cast("Callable[..., Tensor]", varlen_attn)
+
+
+def _varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    cu_seqlens: Tensor,
+    borders: tuple[int, ...],
+    window: int | None,
+) -> Tensor:
+    """Attend with one kernel over the whole row; its signature moved between releases, so it is asked."""
+    kernel = _varlen()
+    assert kernel is not None, "the caller has asked for the kernel"
+    known = inspect.signature(kernel).parameters
+    options: dict[str, object] = {"scale": scaling} if "scale" in known else {}
+    if "window_size" in known:
+        options["window_size"] = (window - 1 if window else -1, 0)
+    elif window is None:
+        options["is_causal"] = True
+    if key.shape[1] != query.shape[1]:
+        if "enable_gqa" in known:
+            options["enable_gqa"] = True
+        else:
+            repeats = query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    if "scale" not in known and scaling is not None:
+        query = query * (scaling * query.shape[-1] ** 0.5)
+    longest = max(end - start for start, end in pairwise(borders))
+    flat = [states[0].transpose(0, 1).contiguous() for states in (query, key, value)]
+    return kernel(*flat, cu_seqlens, cu_seqlens, longest, longest, **options).unsqueeze(0)
+
+
+AttentionInterface.register(PACKED, packed_attention)

@@ -1,0 +1,187 @@
+"""The loss head: the sum of the cross-entropy over trained tokens, without the logits of all the others.
+
+Logits are the largest tensor of a step (tokens times vocabulary). Only rows that have a label reach the head, in
+chunks, and the gradients of a chunk are made while its logits exist, so that no more than one chunk is ever held.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from lightning_hub.ops.attention import PACKED, borders_of
+from lightning_hub.ops.rows import IGNORED, Row
+
+CHUNK = 2048
+"""Trained tokens whose logits are held at a time."""
+
+
+class LossHead:
+    """Turns a model and a packed row into the summed loss of the row's trained tokens.
+
+    Most models end in one linear layer; then the head is fused with the loss. Others scale or cap their logits:
+    they make the logits themselves, of the trained tokens only. Which of the two it is, is found out by comparing
+    numbers, never by a model's name.
+
+    Args:
+        model: A causal language model of transformers.
+        label_smoothing: Share of the target that is spread over the whole vocabulary, 0 to 1.
+    """
+
+    def __init__(self, model: PreTrainedModel, label_smoothing: float = 0.0) -> None:
+        self.model = model
+        self.label_smoothing = label_smoothing
+        self.is_linear = _has_linear_head(model)
+
+    def __call__(self, row: Row) -> Tensor:
+        """Return the summed cross-entropy of the row's trained tokens (float32, no dimensions).
+
+        A row without any trained token gives a zero that is still connected to the parameters, so that every rank
+        takes part in the reduction of gradients.
+        """
+        places, targets = trained_places(row.labels)
+        if self.is_linear:
+            hidden = self._hidden(row)[0].index_select(0, places)
+            head = self.model.get_output_embeddings()
+            return linear_cross_entropy(hidden, head.weight, head.bias, targets, self.label_smoothing)
+        logits = self.model(**_inputs(self.model, row), logits_to_keep=places).logits[0].float()
+        return _smoothed_cross_entropy(logits, targets, self.label_smoothing)
+
+    def _hidden(self, row: Row) -> Tensor:
+        """Run the model up to its head: shape ``(1, tokens, hidden size)``."""
+        return self.model.base_model(**_inputs(self.model, row)).last_hidden_state  # type: ignore[no-any-return]
+
+
+def trained_places(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the places whose next token is trained, and those next tokens.
+
+    Args:
+        labels: Labels of a row, shape ``(1, tokens)``; documents begin with ``IGNORED``.
+    """
+    targets = labels[0, 1:]
+    places = (targets != IGNORED).nonzero().squeeze(1)
+    return places, targets.index_select(0, places)
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, label_smoothing: float = 0.0
+) -> Tensor:
+    """Return the summed cross-entropy of ``hidden @ weight.T + bias``.
+
+    Args:
+        hidden: Hidden states of trained places, shape ``(places, hidden size)``.
+        weight: The head, shape ``(vocabulary, hidden size)``.
+        bias: Shape ``(vocabulary,)`` or None.
+        targets: Token ids, shape ``(places,)``.
+        label_smoothing: Share of the target that is spread over the vocabulary (Szegedy et al. 2016, section 7).
+    """
+    return cast("Tensor", _LinearCrossEntropy.apply(hidden, weight, bias, targets, label_smoothing))  # type: ignore[no-untyped-call]
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Makes the gradients in the forward, chunk by chunk, while the logits of the chunk exist."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, label_smoothing: float
+    ) -> Tensor:
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and wants_bias else None
+        cast_weight, cast_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        with torch.autocast(device, enabled=False):
+            for start in range(0, len(hidden), CHUNK):
+                states, goals = hidden[start : start + CHUNK].to(dtype), targets[start : start + CHUNK]
+                logits = F.linear(states, cast_weight, cast_bias).float()
+                normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
+                picked = logits.gather(1, goals.unsqueeze(1))
+                total += (normaliser - (1 - label_smoothing) * picked).sum()
+                if label_smoothing:
+                    total -= label_smoothing * logits.mean(dim=-1).sum()
+                if not (wants_hidden or wants_weight or wants_bias):
+                    continue
+                surplus = logits.sub_(normaliser).exp_()  # softmax minus the target distribution, in place
+                if label_smoothing:
+                    surplus -= label_smoothing / surplus.shape[-1]
+                surplus.scatter_add_(1, goals.unsqueeze(1), torch.full_like(picked, label_smoothing - 1))
+                if grad_bias is not None:
+                    grad_bias += surplus.sum(dim=0)
+                surplus = surplus.to(dtype)
+                if grad_hidden is not None:
+                    grad_hidden[start : start + CHUNK] = surplus @ cast_weight
+                if grad_weight is not None:
+                    grad_weight += surplus.t() @ states
+        ctx.gradients = [grad_hidden, grad_weight, grad_bias]
+        ctx.dtypes = [hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype]
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("the loss head keeps its gradients for one backward only")
+        scaled = [
+            None if gradient is None else gradient.mul_(grad_outputs[0]).to(dtype)
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+        ]
+        return (*scaled, None, None)
+
+
+def _smoothed_cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
+    """Return the summed cross-entropy; ``logits`` has shape ``(places, vocabulary)``."""
+    if len(targets) == 0:
+        return logits.sum()
+    return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
+
+
+def _inputs(model: PreTrainedModel, row: Row) -> dict[str, Any]:
+    """Return what a model is called with: never a mask and never a cache, which would open the borders.
+
+    Other attention implementations read the borders from positions that begin again at 0.
+    """
+    packed = model.config._attn_implementation == PACKED
+    return {
+        "input_ids": row.input_ids,
+        "position_ids": row.position_ids,
+        "use_cache": False,
+        **(borders_of(row) if packed else {}),
+    }
+
+
+@torch.no_grad()
+def _has_linear_head(model: PreTrainedModel) -> bool:
+    """Return whether the logits are the last hidden states times the output embeddings, and nothing else.
+
+    The head is made to answer with large marks: a cap or a scale behind it would change them, however small the
+    logits of the model are.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or model.base_model is model:
+        return False
+    seen: list[Tensor] = []
+
+    def mark(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        seen.append(inputs[0])
+        return torch.linspace(-1e4, 1e4, output.numel(), dtype=output.dtype, device=output.device).view_as(output)
+
+    was_training = model.training
+    model.eval()
+    ids = torch.arange(3) % model.config.get_text_config().vocab_size
+    row = Row.pack([(ids, ids)]).to(head.weight.device)
+    hidden = model.base_model(**_inputs(model, row)).last_hidden_state
+    handle = head.register_forward_hook(mark)
+    try:
+        logits = model(**_inputs(model, row)).logits
+    finally:
+        handle.remove()
+        model.train(was_training)
+    marks = mark(head, (hidden,), logits)
+    return torch.equal(seen[0], hidden) and torch.equal(logits, marks)

@@ -1,0 +1,93 @@
+"""Packed rows and optimizer steps: the one form in which tokens travel from the data to the kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Self
+
+import torch
+from torch import Tensor
+
+IGNORED = -100
+"""The label of a token that is context only (the value that transformers uses)."""
+
+
+@dataclass(eq=False)  # not frozen: Lightning rebuilds batches field by field under half precision
+class Row:
+    """Several documents end to end, run by one forward; they never see each other.
+
+    Attributes:
+        input_ids: Token ids, int64, shape ``(1, tokens)``.
+        labels: Aligned with the ids, ``IGNORED`` where a token is context; the first token of each document is
+            ``IGNORED``, so that no document predicts the start of the next. Int64, shape ``(1, tokens)``.
+        position_ids: Positions that begin at 0 in each document, int64, shape ``(1, tokens)``.
+        borders: Where the documents begin and end, ``(0, ..., tokens)``, on the host.
+        sample_ids: The index of each document in the data.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    borders: tuple[int, ...]
+    sample_ids: tuple[int, ...]
+
+    @classmethod
+    def pack(cls, documents: list[tuple[Tensor, Tensor]], sample_ids: tuple[int, ...] = ()) -> Self:
+        """Join documents into a row.
+
+        Args:
+            documents: Pairs of ids and labels, each of shape ``(length,)``.
+            sample_ids: The index of each document in the data; counts from 0 if left out.
+        """
+        borders = [0]
+        for ids, _ in documents:
+            borders.append(borders[-1] + len(ids))
+        labels = torch.cat([labels for _, labels in documents]).long()
+        labels[torch.tensor(borders[:-1])] = IGNORED
+        return cls(
+            input_ids=torch.cat([ids for ids, _ in documents]).long().unsqueeze(0),
+            labels=labels.unsqueeze(0),
+            position_ids=torch.cat([torch.arange(len(ids)) for ids, _ in documents]).unsqueeze(0),
+            borders=tuple(borders),
+            sample_ids=sample_ids or tuple(range(len(documents))),
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """Trained and context tokens of the row."""
+        return self.borders[-1]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each document."""
+        return [end - start for start, end in pairwise(self.borders)]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Row:
+        """Return the row with its tensors on ``device``."""
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device, non_blocking=non_blocking),
+            labels=self.labels.to(device, non_blocking=non_blocking),
+            position_ids=self.position_ids.to(device, non_blocking=non_blocking),
+        )
+
+
+@dataclass(eq=False)  # not frozen: Lightning rebuilds batches field by field under half precision
+class Step:
+    """One optimizer step of this rank.
+
+    Attributes:
+        rows: The rows of this rank, at least one: every rank has the same number, so that all ranks run the same
+            forwards; a rank with less work repeats a row without labels.
+        num_trained: Trained tokens of the whole step, over all rows and ranks: the divisor of the loss.
+        num_tokens: Tokens of the whole step, over all rows and ranks, without repeated rows.
+    """
+
+    rows: tuple[Row, ...]
+    num_trained: int
+    num_tokens: int
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Step:
+        """Return the step with its tensors on ``device`` (Lightning calls this before the step)."""
+        return replace(self, rows=tuple(row.to(device, non_blocking) for row in self.rows))
