@@ -81,15 +81,15 @@ def build_parser(*, resumable: bool = False) -> argparse.ArgumentParser:
     """Return the parser of ``lightning-hub runs``."""
     parser = _Parser(prog="lightning-hub runs", description="Look at runs, follow, stop, delete them.")
     verbs = parser.add_subparsers(dest="name", metavar="VERB")
-    common = argparse.ArgumentParser(add_help=False)
+    common = _Parser(add_help=False)
     common.add_argument("--runs-root", metavar="DIR", help="where runs are kept (LIGHTNING_HUB_RUNS, else runs/)")
-    as_json = argparse.ArgumentParser(add_help=False)
+    as_json = _Parser(add_help=False)
     as_json.add_argument("--json", action="store_true", help="print one JSON value and nothing else")
-    one = argparse.ArgumentParser(add_help=False)
+    one = _Parser(add_help=False)
     one.add_argument("run", metavar="RUN", help="an id, a unique beginning of one, or a path")
 
     def add(
-        name: str, verb: Callable[[argparse.Namespace], int], text: str, *parents: argparse.ArgumentParser
+        name: str, verb: Callable[[argparse.Namespace], int], text: str, *parents: _Parser
     ) -> argparse.ArgumentParser:
         made = verbs.add_parser(name, help=text, description=text, parents=[common, *parents])
         made.set_defaults(verb=verb)

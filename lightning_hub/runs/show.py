@@ -118,8 +118,8 @@ def run_page(view: RunView, attempts: Sequence[Attempt], error: ErrorRecord | No
         ]
         parts.append(table(("RANK", "NODE", "STATE", "STEP", "PHASE", "AGE", "DOING"), rows))
     if attempts:
-        rows = [(str(item.attempt), clean(item.reason), str(item.step), local_time(item.created)) for item in attempts]
-        parts.append(table(("ATTEMPT", "WHY", "FROM STEP", "BEGAN"), rows))
+        made = [(str(item.attempt), clean(item.reason), str(item.step), local_time(item.created)) for item in attempts]
+        parts.append(table(("ATTEMPT", "WHY", "FROM STEP", "BEGAN"), made))
     if error is not None:
         where = f" ({clean(error.where)})" if error.where else ""
         remedy = f"\n  {clean(error.remedy)}" if error.remedy else ""
