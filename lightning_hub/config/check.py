@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 
 from lightning_hub.config.literal_secrets import check_secrets, is_secret, mask
 from lightning_hub.config.reading import KeyPath, Plain
-from lightning_hub.config.recipe import CLASS_KEYS, SEED_OPTION, Recipe
-from lightning_hub.config.registry import REFUSED
+from lightning_hub.config.recipe import CLASS_KEYS, SEED_OPTION, Recipe, keyed_fault
+from lightning_hub.config.registry import FOREIGN_SECTIONS, REFUSED
 from lightning_hub.config.rules import check_rules, out_of_range
 from lightning_hub.config.safety import AllowList, check_names
 from lightning_hub.config.schema import SECTIONS, ClassInfo, Option, Schema, shipped_schema
@@ -86,12 +86,13 @@ class _Checker:
         return chosen
 
     def fault(self, path: KeyPath, message: str, remedy: str | None = None) -> ConfigError:
-        key = ".".join(map(str, path))
-        return ConfigError(f"{key}: {message}", where=self.recipe.where(path), remedy=remedy)
+        return keyed_fault(self.recipe, path, message, remedy)
 
     def sections(self) -> Iterator[ConfigError]:
         for key in self.recipe.tree:
-            if key not in SECTIONS:
+            if key in FOREIGN_SECTIONS:
+                yield self.fault((key,), "no section of a recipe", FOREIGN_SECTIONS[key])
+            elif key not in SECTIONS:
                 yield self.unknown((key,), SECTIONS, "no section of a recipe", None)
         if "seed_everything" in self.recipe.tree:
             yield from self.option(("seed_everything",), self.recipe.tree["seed_everything"], SEED_OPTION)
@@ -149,11 +150,15 @@ class _Checker:
         return self.unknown(path, CLASS_KEYS, "unknown beside class_path", info)
 
     def unknown_class(self, path: KeyPath, name: str, kind: str, other: ClassInfo | None) -> Iterator[ConfigError]:
+        """Yield the fault of a name that is no class of this kind; a foreign class path is left to ``safety``."""
         names = [info.name for info in self.schema.of_kind(kind)]
+        last = name.rpartition(".")[2]
         if other is not None:
             remedy = f"it is a {other.kind} class; choose one of {', '.join(names)}"
             yield self.fault(path, f"{other.name} is no {kind} class", remedy)
-        elif "." not in name and name not in REFUSED:
+        elif last in REFUSED:
+            yield self.fault(path, f"{last} is not used here", REFUSED[last])
+        elif "." not in name:
             near = nearest(name, names)
             remedy = f"did you mean {near}?" if near else f"choose one of {', '.join(names)}, or give a full class path"
             yield self.fault(path, f"no {kind} class is named {name!r:.80}", remedy)

@@ -72,6 +72,14 @@ class Recipe:
         return value
 
 
+def keyed_fault(recipe: Recipe, path: str | KeyPath, message: str, remedy: str | None = None) -> ConfigError:
+    """Return the error for one key of a recipe: place, key, what was given, what to do."""
+    key = path if isinstance(path, str) else ".".join(map(str, path))
+    where = recipe.where(path)
+    said = message if where == f"--{key}" else f"{key}: {message}"  # a flag's name is the key already
+    return ConfigError(said, where=where, remedy=remedy)
+
+
 def _keys(path: str) -> KeyPath:
     return tuple(int(key) if key.isdigit() else key for key in path.split(".")) if path else ()
 

@@ -6,8 +6,7 @@ import re
 from collections.abc import Iterator
 
 from lightning_hub.config.reading import KeyPath, Plain
-from lightning_hub.config.recipe import Recipe
-from lightning_hub.config.registry import REFUSED
+from lightning_hub.config.recipe import Recipe, keyed_fault
 from lightning_hub.errors import ConfigError
 
 _BOUND = re.compile(r"(>=|<=|>|<)\s*(-?[0-9.]+)")
@@ -32,8 +31,7 @@ def check_rules(recipe: Recipe) -> Iterator[ConfigError]:
         fault = rule(recipe)
         if fault:
             path, message, remedy = fault
-            yield ConfigError(f"{path}: {message}", where=recipe.where(path), remedy=remedy)
-    yield from _refused_names(recipe)
+            yield keyed_fault(recipe, path, message, remedy)
     yield from _remote_code(recipe)
 
 
@@ -90,20 +88,11 @@ def _warmup(recipe: Recipe) -> _Fault:
     return path, "given beside warmup_steps: both say how long the warm-up is", "keep one of them"
 
 
-def _refused_names(recipe: Recipe) -> Iterator[ConfigError]:
-    for path, key, value in _mappings(recipe.tree, ()):
-        name = str(value).rpartition(".")[2]
-        if key == "class_path" and name in REFUSED:
-            message = f"{'.'.join(map(str, path))}: {name} is not used here"
-            yield ConfigError(message, where=recipe.where((*path, key)), remedy=REFUSED[name])
-
-
 def _remote_code(recipe: Recipe) -> Iterator[ConfigError]:
     for path, key, _ in _mappings(recipe.tree, ()):
         if key.replace("-", "_") == "trust_remote_code":
-            message = f"{'.'.join(map(str, (*path, key)))}: running a model's own code is not a recipe's to allow"
             remedy = "remove it and, if you trust the model, give the flag --trust-remote-code"
-            yield ConfigError(message, where=recipe.where((*path, key)), remedy=remedy)
+            yield keyed_fault(recipe, (*path, key), "running a model's own code is not a recipe's to allow", remedy)
 
 
 def _mappings(value: Plain, path: KeyPath) -> Iterator[tuple[KeyPath, str, Plain]]:

@@ -282,7 +282,7 @@ def list_runs(root: Path) -> list[RunFolder]:
 
 
 def _is_run(path: Path) -> bool:
-    return any((path / name).exists() for name in ("run.json", "status.json", "config.yaml"))
+    return (path / "run.json").is_file()
 
 
 def find_run(name: str, root: Path) -> RunFolder:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,49 +56,56 @@ class MetricsWriter:
         self._file.close()
 
 
+def valid_lines(lines: Iterable[Line], started: Mapping[int, int]) -> list[Line]:
+    """Return the lines that count: a resumed attempt makes void what earlier ones logged after its first step.
+
+    Args:
+        lines: In the order of the file.
+        started: Step from which each attempt resumed; one that is not known is taken from its first line.
+    """
+    kept: list[Line] = []
+    newest = 0
+    for line in lines:
+        attempt = _number(line, "attempt")
+        if attempt > newest:
+            resumed = started.get(attempt, _number(line, "step") - 1)
+            kept = [before for before in kept if _number(before, "step") <= resumed]
+            newest = attempt
+        if attempt == newest:
+            kept.append(line)
+    return kept
+
+
 @dataclass
 class MetricsReader:
     """Follows a metrics file by its byte offset: each call of ``read`` costs what was added since the last.
 
     Attributes:
         path: The file; it may not exist yet.
-        lines: The lines that count: whole ones, without those that a resumed attempt made void.
         started: Step from which each attempt resumed, where known (``Attempt.step``).
+        lines: The lines that count; replaced as a whole by ``read``.
     """
 
     path: Path
     started: Mapping[int, int] = field(default_factory=dict)
     lines: list[Line] = field(default_factory=list)
     _offset: int = 0
-    _attempt: int = 0
 
-    def read(self) -> list[Line]:
-        """Read what is new; return the new lines that count."""
-        before = self.lines
-        fresh: list[Line] = []
-        for text in self._new_lines():
-            line = parse_line(text)
-            if line is None:
-                continue
-            attempt = line.get("attempt")
-            if isinstance(attempt, int) and attempt > self._attempt:
-                resumed = self._resumed_from(attempt, line)
-                self._attempt = attempt
-                fresh = [kept for kept in fresh if _step(kept) <= resumed]
-                self.lines = before = [kept for kept in self.lines if _step(kept) <= resumed]
-            if not isinstance(attempt, int) or attempt == self._attempt:
-                fresh.append(line)
-        self.lines = [*before, *fresh]
-        return fresh
+    def read(self) -> bool:
+        """Read what was added; return whether there was anything."""
+        fresh = [line for line in map(parse_line, self._new_lines()) if line is not None]
+        newest = max((_number(line, "attempt") for line in self.lines[-1:]), default=0)
+        if all(_number(line, "attempt") == newest for line in fresh):
+            self.lines += fresh
+        else:
+            self.lines = valid_lines([*self.lines, *fresh], self.started)
+        return bool(fresh)
 
-    def _resumed_from(self, attempt: int, first: Line) -> int:
-        return self.started.get(attempt, _step(first) - 1)
-
-    def _new_lines(self) -> Iterable[bytes]:
+    def _new_lines(self) -> list[bytes]:
         try:
             with self.path.open("rb") as file:
-                if file.seek(0, 2) < self._offset:  # the file was replaced: start again
-                    self._offset, self.lines, self._attempt = 0, [], 0
+                if file.seek(0, os.SEEK_END) < self._offset:  # the file was replaced: start again
+                    self._offset, self.lines = 0, []
                 file.seek(self._offset)
                 data = file.read()
         except OSError:
@@ -116,10 +124,9 @@ def parse_line(text: bytes) -> Line | None:
     return value if isinstance(value, dict) and isinstance(value.get("step"), int) else None
 
 
-def _step(line: Line) -> int:
-    step = line["step"]
-    assert isinstance(step, int), "parse_line lets whole steps pass only"
-    return step
+def _number(line: Line, key: str) -> int:
+    value = line.get(key)
+    return value if isinstance(value, int) else 0
 
 
 def read_metrics(folder: RunFolder) -> list[Line]:

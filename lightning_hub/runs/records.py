@@ -131,6 +131,7 @@ class Lease(Record):
 
     seq: int = 0
     time: str = ""
+    mono: float = 0.0
     attempt: int = 0
     host: str = ""
     pid: int = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -197,7 +198,15 @@ class RunWriter:
         self._lease_seq += 1
         own = Identity.own()
         lease = Lease(
-            self._lease_seq, now(), self.attempt, own.host, own.pid, own.start, own.boot, list(self._children)
+            seq=self._lease_seq,
+            time=now(),
+            mono=round(time.monotonic(), 3),
+            attempt=self.attempt,
+            host=own.host,
+            pid=own.pid,
+            pid_start=own.start,
+            boot_id=own.boot,
+            children=self._children,
         )
         write_json(self.folder.node(0).lease, lease.to_json())
 
