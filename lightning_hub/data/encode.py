@@ -18,7 +18,6 @@ from lightning_hub.data.templates import Renderer, resolve_template
 from lightning_hub.data.turns import Masked, TurnFinder, expand
 from lightning_hub.errors import ConfigError
 
-
 ROLES: tuple[str, ...] = (*get_args(Role), "template", "document", "tokens")
 """What tokens are counted by: texts of a role, everything that a template writes between them, rows without roles."""
 

@@ -21,10 +21,12 @@ from lightning_hub.callbacks.progress import ProgressLine
 from lightning_hub.callbacks.recorder import Recorder
 from lightning_hub.callbacks.samples import GenerateSamples
 from lightning_hub.checkpoints.export import write_export
-from lightning_hub.checkpoints.plugin import FolderCheckpointIO
+from lightning_hub.checkpoints.plugin import WEIGHTS, FolderCheckpointIO
 from lightning_hub.checkpoints.settings import CheckpointSettings
 from lightning_hub.checkpoints.storage import newest_whole, verify
+from lightning_hub.checkpoints.tensors import load_tensors
 from lightning_hub.errors import ExitCode, HubError, NoCheckpointError
+from lightning_hub.runs.folder import RunFolder
 from lightning_hub.runs.rank import RankWriter
 from lightning_hub.runs.samples import SamplesWriter
 from lightning_hub.runs.writer import RunWriter
@@ -171,6 +173,26 @@ def build(
     cli = RecipeCLI(given, root=root, callbacks=callbacks, checkpoint_io=checkpoint_io)
     cli.model.trust_remote_code = trust_remote_code
     return cli
+
+
+def export(tree: dict[str, Any], folder: RunFolder, target: Path, *, trust_remote_code: bool = False) -> None:
+    """Write the export of a run from its newest whole checkpoint.
+
+    Raises:
+        NoCheckpointError: The run has none.
+    """
+    found, damaged = newest_whole(folder.checkpoints)
+    if found is None:
+        reason = f"there is no whole checkpoint ({damaged[0]})" if damaged else "there is no checkpoint"
+        raise NoCheckpointError(reason, where=str(folder.checkpoints), remedy="train on, or start a new run")
+    cli = build(tree, trust_remote_code=trust_remote_code)
+    module, data = cli.model, cli.datamodule
+    module.trainer = cli.trainer
+    module.configure_model()
+    module.load_state_dict(load_tensors(found / WEIGHTS))
+    data.open(module.pretrained)
+    model, weights = module.export_state()
+    write_export(target, model, weights, data.tokenizer)
 
 
 def measure(tree: dict[str, Any], verb: str, *, trust_remote_code: bool) -> dict[str, float]:
