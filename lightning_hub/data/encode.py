@@ -18,7 +18,6 @@ from lightning_hub.data.templates import Renderer, resolve_template
 from lightning_hub.data.turns import Masked, TurnFinder, expand
 from lightning_hub.errors import ConfigError
 
-
 ROLES: tuple[str, ...] = (*get_args(Role), "template", "document", "tokens")
 """What tokens are counted by: texts of a role, everything that a template writes between them, rows without roles."""
 
@@ -97,7 +96,7 @@ class Encoder:
             return Refused(str(error))
 
     def _document(self, document: Document) -> list[Sample]:
-        """Bos where the tokenizer has it, the text, eos; pieces of a long one overlap by the token that is context only.
+        """Bos where the tokenizer has it, the text, eos; pieces of a long one overlap by one token of context.
 
         So every token but the document's first is trained exactly once.
         """

@@ -183,11 +183,16 @@ def _middle(traced: Traced, backend: Backend) -> tuple[list[int], _Header]:
     first, answer, second, _ = traced.places
     opening = backend.encode(traced.text[: first.start], add_special_tokens=False)
     between = backend.encode(traced.text[answer.end : second.start], add_special_tokens=False)
-    common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(opening.ids[::-1], between.ids[::-1])))
+    common = _shared(opening.ids[::-1], between.ids[::-1])
     if not common:
         return between.ids, _Header("", [])
     start = answer.end + between.offsets[-common][0]
     return between.ids, _Header(traced.text[start : second.start], between.ids[-common:])
+
+
+def _shared(first: list[int], second: list[int]) -> int:
+    """How many tokens two lists begin with alike."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 def _template_end(middle: list[int], last: list[int], known: frozenset[int], specials: frozenset[int]) -> set[int]:
@@ -209,8 +214,7 @@ def _generation_prompt(render: Renderer, shape: Shape, backend: Backend) -> tupl
     except TemplateRefusal:
         return "", ()
     full = backend.encode(text, add_special_tokens=False)
-    pairs = zip(full.ids, backend.encode(without, add_special_tokens=False).ids, strict=False)
-    common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    common = _shared(full.ids, backend.encode(without, add_special_tokens=False).ids)
     if common == len(full.ids):
         return "", ()
     start = full.offsets[common][0]

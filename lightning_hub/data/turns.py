@@ -16,7 +16,7 @@ from lightning_hub.data.conversation import BadRowError, Conversation, Role
 from lightning_hub.data.marks import Marker, Place, Segment, Traced, choose_alphabet, trace
 from lightning_hub.data.probe import Backend, Profile
 from lightning_hub.data.settings import TrainOn
-from lightning_hub.data.templates import Renderer, TemplateRefusal, Turn
+from lightning_hub.data.templates import Renderer, TemplateRefusal
 
 Span = tuple[int, int]
 """Tokens from the first up to, not including, the second."""
