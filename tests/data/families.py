@@ -16,7 +16,13 @@ CORPUS = [
     "user assistant system model tool Human Machine final analysis commentary",
     "first question second answer: it is sunny in Paris today\n\n",
 ] * 4
-SPECIALS = ["<|endoftext|>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "[INST]", "[/INST]", "<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>", "<|begin▁of▁sentence|>", "<|end▁of▁sentence|>", "<|User|>", "<|Assistant|>", "<|tool▁call|>", "<|tool▁output|>", "[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<|system|>", "<|observation|>", "<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>", "<|call|>", "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|CHATBOT_TOKEN|>", "<|USER_TOKEN|>", "<|SYSTEM_TOKEN|>", "<|START_RESPONSE|>", "<|END_RESPONSE|>"]  # fmt: skip
+SPECIALS = (
+    "<|endoftext|> <s> </s> <|im_start|> <|im_end|> <|begin_of_text|> <|eot_id|> <|start_header_id|> <|end_header_id|>"
+    " [INST] [/INST] <bos> <eos> <start_of_turn> <end_of_turn> <|begin▁of▁sentence|> <|end▁of▁sentence|> <|User|>"
+    " <|Assistant|> <|tool▁call|> <|tool▁output|> [gMASK] <sop> <|user|> <|assistant|> <|system|> <|observation|>"
+    " <|start|> <|end|> <|message|> <|channel|> <|return|> <|call|> <|START_OF_TURN_TOKEN|> <|END_OF_TURN_TOKEN|>"
+    " <|CHATBOT_TOKEN|> <|USER_TOKEN|> <|SYSTEM_TOKEN|> <|START_RESPONSE|> <|END_RESPONSE|>"
+)
 
 
 @cache
@@ -26,7 +32,7 @@ def _engine() -> str:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=600, special_tokens=list(SPECIALS), initial_alphabet=alphabet, show_progress=False
+        vocab_size=600, special_tokens=SPECIALS.split(), initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
     tokenizer.add_tokens(["<think>", "</think>", "<tool_call>", "</tool_call>"])
@@ -66,7 +72,8 @@ class Family:
         return make_tokenizer(source, self.bos, self.eos)
 
     def stop_ids(self, tokenizer: PreTrainedTokenizerFast) -> list[int]:
-        return [int(i) for i in tokenizer.convert_tokens_to_ids(list(self.stops))]
+        vocabulary = tokenizer.get_vocab()
+        return [vocabulary[stop] for stop in self.stops]
 
 
 def _same(name: str, eos: str, both: str, bos: str | None = None, system: bool = True) -> Family:
