@@ -6,7 +6,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 from typing import BinaryIO
 
@@ -45,6 +45,13 @@ class Outcome:
     tokens_lost: int = 0
 
 
+def _sizes() -> Iterator[int]:
+    """Small batches first, while the encoder learns a template's habits from rows that it takes slowly."""
+    for size in (16, 16, 32, 64, 128, 256):
+        yield size
+    yield from repeat(BATCH)
+
+
 class RowReader:
     """Rows of one input to outcomes, in order.
 
@@ -64,7 +71,10 @@ class RowReader:
         Raises:
             DataError: The layout of the first row is not recognised.
         """
-        while batch := list(islice(rows, BATCH)):
+        for size in _sizes():
+            batch = list(islice(rows, size))
+            if not batch:
+                return
             examples = [self._example(row) for row in batch]
             good = [example for example in examples if not isinstance(example, Refused)]
             encoded = iter(self.encoder.encode(good))
@@ -194,8 +204,8 @@ class Intake:
         raise DataError(f"{how_many} that cannot be used ({reason}):{listed}\n", remedy=_REMEDIES[reason])
 
     def _store(self, sample: Sample) -> None:
-        sample.ids.tofile(self._ids)
-        sample.labels.tofile(self._labels)
+        self._ids.write(sample.ids.data)
+        self._labels.write(sample.labels.data)
         self._lengths.append(len(sample.ids))
         self._trained.append(sample.num_trained)
         self._roles.append(sample.by_role)

@@ -5,7 +5,7 @@ Rendering is transformers' own (``apply_chat_template``), which runs templates i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -82,7 +82,7 @@ class Renderer:
         Raises:
             TemplateRefusal: The template raised.
         """
-        return self._render(list(turns), tools, add_generation_prompt)
+        return cast(str, self._render(list(turns), tools, add_generation_prompt))
 
     def many(self, conversations: Sequence[Sequence[Turn]]) -> list[str] | None:
         """Render conversations without tools in one call; None if the template raises on any of them."""
@@ -91,18 +91,16 @@ class Renderer:
         except TemplateRefusal:
             return None
 
-    def _render(self, conversation: object, tools: object, add_generation_prompt: bool) -> str:
+    def _render(self, conversation: object, tools: object, add_generation_prompt: bool) -> object:
+        apply = cast(Callable[..., object], self.tokenizer.apply_chat_template)  # typed for fewer shapes than it takes
         try:
-            return cast(
-                str,
-                self.tokenizer.apply_chat_template(
-                    conversation,  # type: ignore[arg-type]
-                    tools=tools,  # type: ignore[arg-type]
-                    chat_template=self.template,
-                    add_generation_prompt=add_generation_prompt,
-                    tokenize=False,
-                    **self.options,
-                ),
+            return apply(
+                conversation,
+                tools=tools,
+                chat_template=self.template,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+                **self.options,
             )
         except Exception as error:  # a template is a program: it can raise anything, and all of it is its refusal
             raise TemplateRefusal(f"{type(error).__name__}: {error}") from error
