@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 from transformers import TextStreamer
 
 from lightning_hub.models.generation import complete
@@ -22,7 +23,8 @@ class Chat:
         pretrained = Pretrained(source, trust_remote_code)
         on_gpu = torch.cuda.is_available()
         dtype = torch.bfloat16 if on_gpu else torch.float32
-        self.model = pretrained.load(dtype=dtype, attn_implementation="sdpa").to("cuda" if on_gpu else "cpu")
+        self.model = pretrained.load(dtype=dtype, attn_implementation="sdpa")
+        nn.Module.to(self.model, "cuda" if on_gpu else "cpu")
         self.model.eval()
         self.tokenizer = pretrained.tokenizer
         self.system = system

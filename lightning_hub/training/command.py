@@ -40,15 +40,18 @@ def start(recipe: Recipe, tree: dict[str, Any], options: Options) -> int:
         tree: The same, checked, with its defaults.
         options: Where and how.
     """
-    folder = _folder(tree, options)
-    if folder.run_json.exists():
-        writer = RunWriter(folder)
-    else:
-        sources = [(source.name, source.text) for source in recipe.sources]
-        writer = RunWriter.create(folder, _new_run(tree, dump(tree), sources, options))
+    writer = write_run(_folder(tree, options), recipe, tree, options)
     from lightning_hub.training.session import Session  # 4 s: torch, lightning and transformers
 
     return Session(tree, writer, resume=options.resume, trust_remote_code=options.trust_remote_code).fit()
+
+
+def write_run(folder: RunFolder, recipe: Recipe, tree: dict[str, Any], options: Options) -> RunWriter:
+    """Write what a new run is; one that exists is opened as it stands."""
+    if folder.run_json.exists():
+        return RunWriter(folder)
+    sources = [(source.name, source.text) for source in recipe.sources]
+    return RunWriter.create(folder, _new_run(tree, dump(tree), sources, options))
 
 
 def checked(recipe: Recipe, options: Options) -> dict[str, Any]:

@@ -26,13 +26,13 @@ class Options:
         print_config: Whether to print the whole recipe instead of running it.
     """
 
-    run_dir: Path | None
-    runs_root: Path | None
-    run_name: str | None
-    resume: str
-    trust_remote_code: bool
-    allow_class: tuple[str, ...]
-    print_config: bool
+    run_dir: Path | None = None
+    runs_root: Path | None = None
+    run_name: str | None = None
+    resume: str = "never"
+    trust_remote_code: bool = False
+    allow_class: tuple[str, ...] = ()
+    print_config: bool = False
 
 
 class _Parser(ArgumentParser):

@@ -49,7 +49,7 @@ class Session:
         self.folder = run.folder
         self.resume = resume
         self.trust_remote_code = trust_remote_code
-        self.recorder: Recorder | None = None
+        self.val_losses: dict[int, float] = {}
         self._signals = 0
 
     def fit(self) -> int:
@@ -95,7 +95,8 @@ class Session:
 
     def _train(self, rank: RankWriter, checkpoint: Path | None) -> int:
         facts: dict[str, str] = {}
-        self.recorder = recorder = Recorder(rank, self.run)
+        recorder = Recorder(rank, self.run)
+        self.val_losses = recorder.val_losses
         trial = bool(self.tree["trainer"].get("fast_dev_run"))
 
         def ours(settings: CheckpointSettings) -> list[Callback]:
