@@ -19,7 +19,7 @@ from lightning_hub.training.command import checked, write_run
 from lightning_hub.training.options import Options
 
 RECIPE = Path(__file__).with_name("recipe.yaml")
-TRAINED, VALIDATED, ASKED = 1920, 160, 3
+TRAINED, VALIDATED, ASKED = 4000, 160, 3
 """Conversations to train on, to validate on, and to show."""
 
 
