@@ -66,10 +66,10 @@ def _filled(given: dict[str, Plain], info: ClassInfo, schema: Schema) -> dict[st
 def _value_form(value: Plain, type_: Type, schema: Schema) -> Plain:
     for member in type_.members():
         if member.head == "list" and isinstance(value, list):
-            return [_value_form(item, member.args[0], schema) for item in value]
-        if member.head == "class" and (isinstance(value, dict) or schema.find(str(value)) is not None):
+            value = [_value_form(item, member.args[0], schema) for item in value]
+        elif member.head == "class" and (isinstance(value, dict) or schema.find(str(value)) is not None):
             return _class_form(value, schema)
-        if member.head == "settings" and isinstance(value, dict) and (info := schema.find(str(member.word))):
+        elif member.head == "settings" and isinstance(value, dict) and (info := schema.find(str(member.word))):
             return _filled(value, info, schema)
     return value
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 
 from lightning_hub.config.reading import KeyPath, Plain
 from lightning_hub.config.recipe import Recipe, keyed_fault
@@ -25,10 +26,16 @@ def out_of_range(value: Plain, bounds: str) -> bool:
     return False
 
 
-def check_rules(recipe: Recipe) -> Iterator[ConfigError]:
-    """Yield one fault for each rule that the recipe breaks."""
+def check_rules(recipe: Recipe, filled: dict[str, Plain]) -> Iterator[ConfigError]:
+    """Yield one fault for each rule that the recipe breaks.
+
+    Args:
+        recipe: As given.
+        filled: Its tree with defaults: a rule between two options holds when only one of them was given, too.
+    """
+    full = replace(recipe, tree=filled)
     for rule in (_accumulation, _devices, _sampler, _lengths, _batch_size, _warmup):
-        fault = rule(recipe)
+        fault = rule(full)
         if fault:
             path, message, remedy = fault
             yield keyed_fault(recipe, path, message, remedy)
