@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice, repeat
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import BinaryIO
 
@@ -45,11 +46,13 @@ class Outcome:
     tokens_lost: int = 0
 
 
-def _sizes() -> Iterator[int]:
+def _batches(rows: Iterator[Row]) -> Iterator[list[Row]]:
     """Small batches first, while the encoder learns a template's habits from rows that it takes slowly."""
-    for size in (16, 16, 32, 64, 128, 256):
-        yield size
-    yield from repeat(BATCH)
+    for size in chain((16, 16, 32, 64, 128, 256), repeat(BATCH)):
+        batch = list(islice(rows, size))
+        if not batch:
+            return
+        yield batch
 
 
 class RowReader:
@@ -66,20 +69,30 @@ class RowReader:
         self.layout: Layout | None = None
 
     def outcomes(self, rows: Iterator[Row]) -> Iterator[Outcome]:
-        """Encode rows batch by batch.
+        """Encode rows batch by batch, several at a time; outcomes come in the order of the rows.
+
+        Threads, not processes: the tokenizer works outside the interpreter's lock, and nothing has to be copied.
 
         Raises:
             DataError: The layout of the first row is not recognised.
         """
-        for size in _sizes():
-            batch = list(islice(rows, size))
-            if not batch:
-                return
-            examples = [self._example(row) for row in batch]
-            good = [example for example in examples if not isinstance(example, Refused)]
-            encoded = iter(self.encoder.encode(good))
-            for row, example in zip(batch, examples, strict=True):
-                yield self._outcome(row, example if isinstance(example, Refused) else next(encoded))
+        pending: deque[tuple[list[Row], list[Example | Refused], Future[list[list[Sample] | Refused]]]] = deque()
+        with ThreadPoolExecutor(self.settings.num_proc) as pool:
+            for batch in _batches(rows):
+                examples = [self._example(row) for row in batch]
+                good = [example for example in examples if not isinstance(example, Refused)]
+                pending.append((batch, examples, pool.submit(self.encoder.encode, good)))
+                if len(pending) > self.settings.num_proc:
+                    yield from self._finish(*pending.popleft())
+            while pending:
+                yield from self._finish(*pending.popleft())
+
+    def _finish(
+        self, batch: list[Row], examples: list[Example | Refused], encoding: Future[list[list[Sample] | Refused]]
+    ) -> Iterator[Outcome]:
+        encoded = iter(encoding.result())
+        for row, example in zip(batch, examples, strict=True):
+            yield self._outcome(row, example if isinstance(example, Refused) else next(encoded))
 
     def _example(self, row: Row) -> Example | Refused:
         if row.problem:
@@ -210,7 +223,8 @@ class Intake:
         self._trained.append(sample.num_trained)
         self._roles.append(sample.by_role)
         self._row_of_sample.append(len(self._places))
-        self.report.notes.update(sample.notes)
+        if sample.notes:
+            self.report.notes.update(sample.notes)
 
     def finish(self) -> None:
         """Close the intake and judge it as a whole.
