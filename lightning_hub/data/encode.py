@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from threading import Lock
 from typing import get_args
 
 import numpy as np
@@ -44,7 +44,7 @@ class Sample:
     labels: Ids
     num_trained: int
     by_role: list[int]
-    notes: Counter[str] = field(default_factory=Counter)
+    notes: dict[str, int] = field(default_factory=dict)
     text: str = ""
 
 
@@ -71,6 +71,7 @@ class Encoder:
         self.tokenizer = tokenizer
         self.stop_ids = tuple(stop_ids)
         self.backend: Backend = backend_of(tokenizer)
+        self._lock = Lock()
 
     @cached_property
     def finder(self) -> TurnFinder:
@@ -87,9 +88,19 @@ class Encoder:
     def encode(self, examples: Sequence[Example]) -> list[list[Sample] | Refused]:
         """Encode rows, each to its samples (one, or several for expanded turns and long documents)."""
         results: list[list[Sample] | Refused | None] = [None] * len(examples)
+        with self._lock:
+            self._make_ready(examples)
         if not self.settings.expand_turns:
             self._encode_fast(examples, results)
         return [self._one(row) if done is None else done for row, done in zip(examples, results, strict=True)]
+
+    def _make_ready(self, examples: Sequence[Example]) -> None:
+        """Build what these rows need; later calls find it built. Probing must not happen in two threads at once."""
+        kinds = set(map(type, examples))
+        if Conversation in kinds:
+            _ = self.fast
+        if Document in kinds:
+            _ = self._borders
 
     def _encode_fast(self, examples: Sequence[Example], results: list[list[Sample] | Refused | None]) -> None:
         plain = []
@@ -166,9 +177,9 @@ def to_sample(masked: Masked) -> Sample:
     for role, (start, end) in masked.texts:
         sample.by_role[_ROLE_NUMBER[role]] += end - start
         sample.by_role[_ROLE_NUMBER["template"]] -= end - start
-    sample.notes = masked.losses
+    sample.notes = dict(masked.losses)
     if masked.appended:
-        sample.notes["end tokens appended"] += 1
+        sample.notes["end tokens appended"] = 1
     sample.text = masked.text
     return sample
 

@@ -5,6 +5,7 @@ Rendering is transformers' own (``apply_chat_template``), which runs templates i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -19,6 +20,8 @@ Turn: TypeAlias = dict[str, object]
 """One message as a template sees it."""
 
 _FOLDER = resources.files("lightning_hub.data") / "templates"
+
+_CONTROL_TOKENS = re.compile(r"<\|\w+\|>|<(?:start|end)_of_turn>|\[/?INST\]")
 
 
 class TemplateRefusal(ValueError):
@@ -46,13 +49,36 @@ def resolve_template(wanted: str | None, tokenizer: PreTrainedTokenizerBase) -> 
             remedy=f"give a template file or one of the built-in ones ({names}; plain adds nothing to the texts), "
             "or use a tokenizer that has one",
         )
-    if Path(wanted).is_file():
-        return Path(wanted).read_text(encoding="utf-8")
     if wanted in built_in_templates():
-        return (_FOLDER / f"{wanted}.jinja").read_text(encoding="utf-8")
+        source = (_FOLDER / f"{wanted}.jinja").read_text(encoding="utf-8")
+        _check_tokens(wanted, source, tokenizer)
+        return source
+    if Path(wanted).is_file():
+        return _read(Path(wanted))
     raise ConfigError(
         f"{wanted!r} is neither a file nor a built-in template", where="data.chat_template", remedy=f"one of {names}"
     )
+
+
+def _check_tokens(name: str, source: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a built-in template whose control tokens would be spelled out letter by letter."""
+    vocabulary = tokenizer.get_vocab()
+    missing = sorted(set(_CONTROL_TOKENS.findall(source)) - vocabulary.keys())
+    if missing:
+        raise ConfigError(
+            f"the tokenizer has no {' '.join(missing)}, which the built-in template {name!r} writes",
+            where="data.chat_template",
+            remedy="use the template that belongs to the model; plain needs no tokens of its own",
+        )
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{path} cannot be read as a template: {error}", where="data.chat_template", remedy="give a UTF-8 text file"
+        ) from error
 
 
 @dataclass(frozen=True)
