@@ -19,10 +19,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging as transformers_logging
 
 from lightning_hub.errors import ConfigError
 
 T = TypeVar("T")
+
+transformers_logging.disable_progress_bar()  # it draws one bar for each read, over ours
 
 EMBEDDED = "demo"
 """The name of the model that the package brings along, where no folder of this name is in the way."""

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import Callback
-from transformers.utils import logging as transformers_logging
 
 from lightning_hub.callbacks.checkpoints import SaveCheckpoints, StopRun, Wish
 from lightning_hub.callbacks.progress import ProgressLine
@@ -30,6 +29,7 @@ from lightning_hub.runs.folder import RunFolder
 from lightning_hub.runs.rank import RankWriter
 from lightning_hub.runs.samples import SamplesWriter
 from lightning_hub.runs.writer import RunWriter
+from lightning_hub.training.announcement import Announcement
 from lightning_hub.training.parser import RecipeCLI
 
 
@@ -101,7 +101,7 @@ class Session:
 
         def ours(settings: CheckpointSettings) -> list[Callback]:
             saver = SaveCheckpoints(settings, self.folder.checkpoints, facts, lambda: self._wish(rank))
-            return [recorder, ProgressLine(recorder), *([] if trial else [saver])]
+            return [recorder, Announcement(), ProgressLine(recorder), *([] if trial else [saver])]
 
         cli = build(self.tree, self.folder.path, ours, FolderCheckpointIO(facts), self.trust_remote_code)
         module, data, trainer = cli.model, cli.datamodule, cli.trainer
@@ -216,7 +216,6 @@ def _quieten() -> None:
     """Leave out what Lightning and transformers say to people who wrote their own loop."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    transformers_logging.disable_progress_bar()
     torch.set_float32_matmul_precision("high")
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
