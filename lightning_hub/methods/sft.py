@@ -106,7 +106,9 @@ class SFT(LightningModule):
         self.model.train()
         self.choose_trainable(self.model)
         if self.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            # The name changed within the versions of transformers that are supported.
+            newer = getattr(self.model, "activation_checkpointing_enable", None)
+            (newer or self.model.gradient_checkpointing_enable)({"use_reentrant": False})
         if self.neftune_alpha is not None:
             Neftune(self.neftune_alpha).attach(self.model)
         self.loss_head = LossHead(self.model, self.label_smoothing)
