@@ -291,5 +291,5 @@ def _class_name(node: Node | None) -> str | None:
     return str(named.value) if named is not None else None
 
 
-SEED_OPTION = Option("seed_everything", "int | bool", default=True, help="The seed of every random choice of a run.")
+SEED_OPTION = Option("seed_everything", "int | bool", default=42, help="The seed of every random choice of a run.")
 """The one option that belongs to no class: an integer, or ``true`` for one that is chosen and recorded."""

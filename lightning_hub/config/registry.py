@@ -63,9 +63,13 @@ TYPES: dict[str, str] = {
 """Types that a signature does not tell: words that Lightning checks late, or not at all."""
 
 DEFAULTS: dict[str, Plain] = {
-    "Trainer.use_distributed_sampler": False,
+    "Trainer.use_distributed_sampler": False,  # Lightning's sampler halves the steps in silence
+    "Trainer.logger": False,  # the run folder has the metrics; others are by choice
+    "Trainer.num_sanity_val_steps": 0,  # -1 validates before the first step
+    "Trainer.log_every_n_steps": 10,
+    "Trainer.precision": "32-true",
 }
-"""Defaults of ours where the class's own would train wrong: Lightning's sampler halves the steps in silence."""
+"""Defaults of ours, where Lightning's own would train wrong or write where nobody looks."""
 
 RANGES: dict[str, str] = {
     "Trainer.num_nodes": ">= 1",

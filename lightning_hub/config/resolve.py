@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lightning_hub.config.reading import Plain
-from lightning_hub.config.recipe import Recipe
+from lightning_hub.config.recipe import SEED_OPTION, Recipe
 from lightning_hub.config.schema import SECTIONS, ClassInfo, Schema, shipped_schema
 from lightning_hub.config.typelang import Type
 
@@ -28,7 +28,7 @@ def fill_defaults(recipe: Recipe, schema: Schema | None = None) -> dict[str, Pla
     that the catalogue does not know stay as given: equal recipes give equal trees.
     """
     catalogue = schema or shipped_schema()
-    tree: dict[str, Plain] = {"seed_everything": recipe.tree.get("seed_everything", True)}
+    tree: dict[str, Plain] = {"seed_everything": recipe.tree.get("seed_everything", SEED_OPTION.default)}
     for section in SECTIONS[1:]:
         value = recipe.tree.get(section)
         if section in ("model", "data"):

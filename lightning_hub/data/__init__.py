@@ -1,0 +1,1 @@
+"""Formats to conversations, token ids and labels, packed rows and optimizer steps."""

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from threading import Lock
 from typing import get_args
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lightning_hub.data.conversation import BadRowError, Conversation, Document, Example, Role, Tokens
-from lightning_hub.data.probe import Backend, Profile, backend_of, probe
+from lightning_hub.data.fast import FastMasked, FastMasker
+from lightning_hub.data.probe import Backend, backend_of, probe
 from lightning_hub.data.samples import IGNORED, Ids
 from lightning_hub.data.settings import DataSettings
 from lightning_hub.data.templates import Renderer, resolve_template
 from lightning_hub.data.turns import Masked, TurnFinder, expand
 from lightning_hub.errors import ConfigError
 
-
 ROLES: tuple[str, ...] = (*get_args(Role), "template", "document", "tokens")
 """What tokens are counted by: texts of a role, everything that a template writes between them, rows without roles."""
+
+
+_ROLE_NUMBER = {role: number for number, role in enumerate(ROLES)}
 
 
 @dataclass(slots=True)
@@ -40,7 +44,7 @@ class Sample:
     labels: Ids
     num_trained: int
     by_role: list[int]
-    notes: Counter[str] = field(default_factory=Counter)
+    notes: dict[str, int] = field(default_factory=dict)
     text: str = ""
 
 
@@ -67,28 +71,53 @@ class Encoder:
         self.tokenizer = tokenizer
         self.stop_ids = tuple(stop_ids)
         self.backend: Backend = backend_of(tokenizer)
-        self._finder: TurnFinder | None = None
+        self._lock = Lock()
 
-    @property
+    @cached_property
     def finder(self) -> TurnFinder:
-        """The way to masks, built when the first conversation comes: other rows need no template."""
-        if self._finder is None:
-            template = resolve_template(self.settings.chat_template, self.tokenizer)
-            render = Renderer(self.tokenizer, template, self.settings.template_options)
-            profile: Profile = probe(render, self.backend, self.stop_ids)
-            self._finder = TurnFinder(render, self.backend, profile, self.settings.train_on)
-        return self._finder
+        """The reference way to masks, built when the first conversation comes: other rows need no template."""
+        template = resolve_template(self.settings.chat_template, self.tokenizer)
+        render = Renderer(self.tokenizer, template, self.settings.template_options)
+        return TurnFinder(render, self.backend, probe(render, self.backend, self.stop_ids), self.settings.train_on)
+
+    @cached_property
+    def fast(self) -> FastMasker:
+        """The fast way, which learns from the reference."""
+        return FastMasker(self.finder)
 
     def encode(self, examples: Sequence[Example]) -> list[list[Sample] | Refused]:
         """Encode rows, each to its samples (one, or several for expanded turns and long documents)."""
-        return [self._one(example) for example in examples]
+        results: list[list[Sample] | Refused | None] = [None] * len(examples)
+        with self._lock:
+            self._make_ready(examples)
+        if not self.settings.expand_turns:
+            self._encode_fast(examples, results)
+        return [self._one(row) if done is None else done for row, done in zip(examples, results, strict=True)]
+
+    def _make_ready(self, examples: Sequence[Example]) -> None:
+        """Build what these rows need; later calls find it built. Probing must not happen in two threads at once."""
+        kinds = set(map(type, examples))
+        if Conversation in kinds:
+            _ = self.fast
+        if Document in kinds:
+            _ = self._borders
+
+    def _encode_fast(self, examples: Sequence[Example], results: list[list[Sample] | Refused | None]) -> None:
+        plain = []
+        for number, example in enumerate(examples):
+            if isinstance(example, Conversation) and (shape := self.fast.shape_of(example)):
+                plain.append((number, example, shape))
+        masked = self.fast([example for _, example, _ in plain], [shape for _, _, shape in plain]) if plain else []
+        for (number, example, _), row in zip(plain, masked, strict=True):
+            if row is not None:
+                results[number] = [_fast_sample(example, row)]
 
     def _one(self, example: Example) -> list[Sample] | Refused:
         try:
             match example:
                 case Conversation():
                     turns = expand(example) if self.settings.expand_turns else [example]
-                    return [to_sample(self.finder(turn)) for turn in turns]
+                    return [self._conversation(turn) for turn in turns]
                 case Document():
                     return self._document(example)
                 case Tokens():
@@ -96,12 +125,18 @@ class Encoder:
         except BadRowError as error:
             return Refused(str(error))
 
+    def _conversation(self, conversation: Conversation) -> Sample:
+        masked = self.finder(conversation)
+        if shape := self.fast.shape_of(conversation):
+            self.fast.learn(shape, masked)
+        return to_sample(masked)
+
     def _document(self, document: Document) -> list[Sample]:
-        """Bos where the tokenizer has it, the text, eos; pieces of a long one overlap by the token that is context only.
+        """Bos where the tokenizer has it, the text, eos; pieces of a long one overlap by one token of context.
 
         So every token but the document's first is trained exactly once.
         """
-        bos, eos = self._borders()
+        bos, eos = self._borders
         ids = np.array([*bos, *self.backend.encode(document.text, add_special_tokens=False).ids, eos], dtype=np.int32)
         size = self.settings.max_seq_len
         starts = range(0, max(1, len(ids) - 1), size - 1)
@@ -111,6 +146,7 @@ class Encoder:
         samples[0].text = document.text
         return samples
 
+    @cached_property
     def _borders(self) -> tuple[list[int], int]:
         """The tokens before a document (as the tokenizer itself adds them) and the one after it."""
         eos = self.tokenizer.eos_token_id
@@ -139,13 +175,22 @@ def to_sample(masked: Masked) -> Sample:
         labels[start:end] = ids[start:end]
     sample = _sample(ids, labels, "template")
     for role, (start, end) in masked.texts:
-        sample.by_role[ROLES.index(role)] += end - start
-        sample.by_role[ROLES.index("template")] -= end - start
-    sample.notes = masked.losses
+        sample.by_role[_ROLE_NUMBER[role]] += end - start
+        sample.by_role[_ROLE_NUMBER["template"]] -= end - start
+    sample.notes = dict(masked.losses)
     if masked.appended:
-        sample.notes["end tokens appended"] += 1
+        sample.notes["end tokens appended"] = 1
     sample.text = masked.text
     return sample
+
+
+def _fast_sample(conversation: Conversation, masked: FastMasked) -> Sample:
+    by_role = [0] * len(ROLES)
+    for message, count in zip(conversation.messages, masked.texts, strict=True):
+        by_role[_ROLE_NUMBER[message.role]] += count
+    by_role[_ROLE_NUMBER["template"]] = len(masked.ids) - sum(masked.texts)
+    trained = int(np.count_nonzero(masked.labels != IGNORED))
+    return Sample(masked.ids, masked.labels, trained, by_role, text=masked.text)
 
 
 def _sample(ids: Ids, labels: Ids, role: str) -> Sample:

@@ -72,10 +72,41 @@ def _open(path: Path) -> BinaryIO:
         case ".gz":
             return cast(BinaryIO, gzip.open(path, "rb"))
         case ".zst":
-            reader = zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True)
-            return cast(BinaryIO, io.BufferedReader(reader, buffer_size=1 << 20))
+            return cast(BinaryIO, io.BufferedReader(_ZstdFrames(path), buffer_size=1 << 20))
         case _:
             return path.open("rb", buffering=1 << 20)
+
+
+class _ZstdFrames(io.RawIOBase):
+    """The frames of a file, one after the other; the library's own reader takes a cut file for a whole one."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("rb")
+        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._inside = False
+        self._ready = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        while not self._ready:
+            chunk = self._frame.unused_data or self._file.read(1 << 17)
+            if not chunk:
+                if self._inside:
+                    raise EOFError("the compressed stream ends in a frame")
+                return 0
+            if self._frame.eof:
+                self._frame = zstandard.ZstdDecompressor().decompressobj()
+            self._ready = self._frame.decompress(chunk)
+            self._inside = not self._frame.eof
+        taken, self._ready = self._ready[: len(buffer)], self._ready[len(buffer) :]
+        buffer[: len(taken)] = taken
+        return len(taken)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes | str]]:
@@ -234,6 +265,7 @@ def read_csv(path: Path) -> Iterator[Row]:
         with io.TextIOWrapper(_open(path), "utf-8-sig", errors="surrogateescape", newline="") as stream:
             reader = csv.reader(stream, delimiter=delimiter, strict=True)
             header = next(reader, [])
+            number = reader.line_num
             for cells in reader:
                 number = reader.line_num
                 if cells:

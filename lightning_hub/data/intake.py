@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import islice
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import BinaryIO
 
@@ -35,14 +36,49 @@ _REMEDIES: dict[str, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one row came to: samples, or the reason why there are none."""
+    """What one row came to.
+
+    Attributes:
+        row: The row as read.
+        layout: How its source is laid out.
+        all_samples: Every sample that it gave, also those that are not kept.
+        reason: Why the row is dropped, or None.
+        detail: More about the reason.
+        tokens_lost: Tokens that truncation cut off.
+        max_seq_len: The longest sample that is kept.
+    """
 
     row: Row
     layout: Layout | None
-    samples: list[Sample]
+    all_samples: list[Sample]
     reason: Reason | None = None
     detail: str = ""
     tokens_lost: int = 0
+    max_seq_len: int = 0
+
+    @property
+    def samples(self) -> list[Sample]:
+        """The samples that are kept."""
+        if self.reason:
+            return []
+        return [part for part in self.all_samples if part.num_trained and len(part.ids) <= self.max_seq_len]
+
+    def reason_of(self, part: Sample | None) -> str | None:
+        """Why a sample of this row is dropped, or None."""
+        if self.reason:
+            return f"{self.reason}: {self.detail}" if self.detail else self.reason
+        if part is None or (part.num_trained and len(part.ids) <= self.max_seq_len):
+            return None
+        return "too long" if len(part.ids) > self.max_seq_len else "no trained token"
+
+
+def _batches(rows: Iterator[Row]) -> Iterator[list[Row]]:
+    """Small batches first, while the encoder learns a template's habits from rows that it takes slowly."""
+    for size in chain((16, 16, 32, 64, 128, 256), repeat(BATCH)):
+        batch = list(islice(rows, size))
+        if not batch:
+            return
+        yield batch
 
 
 class RowReader:
@@ -59,17 +95,43 @@ class RowReader:
         self.layout: Layout | None = None
 
     def outcomes(self, rows: Iterator[Row]) -> Iterator[Outcome]:
-        """Encode rows batch by batch.
+        """Encode rows batch by batch, several at a time; outcomes come in the order of the rows.
+
+        Threads, not processes: the tokenizer works outside the interpreter's lock, and nothing has to be copied.
 
         Raises:
             DataError: The layout of the first row is not recognised.
         """
-        while batch := list(islice(rows, BATCH)):
-            examples = [self._example(row) for row in batch]
-            good = [example for example in examples if not isinstance(example, Refused)]
-            encoded = iter(self.encoder.encode(good))
-            for row, example in zip(batch, examples, strict=True):
-                yield self._outcome(row, example if isinstance(example, Refused) else next(encoded))
+        pending: deque[tuple[list[Row], list[Example | Refused], Future[list[list[Sample] | Refused]]]] = deque()
+        with ThreadPoolExecutor(self.settings.num_proc) as pool:
+            for batch in _batches(rows):
+                examples = [self._example(row) for row in batch]
+                good = [example for example in examples if not isinstance(example, Refused)]
+                pending.append((batch, examples, pool.submit(self.encoder.encode, good)))
+                if len(pending) > self.settings.num_proc:
+                    yield from self._finish(*pending.popleft())
+            while pending:
+                yield from self._finish(*pending.popleft())
+
+    def _finish(
+        self, batch: list[Row], examples: list[Example | Refused], encoding: Future[list[list[Sample] | Refused]]
+    ) -> Iterator[Outcome]:
+        encoded = iter(encoding.result())
+        for row, example in zip(batch, examples, strict=True):
+            yield self._outcome(row, example if isinstance(example, Refused) else next(encoded))
+
+    def begin(self, rows: Iterator[Row]) -> Iterator[Row]:
+        """Recognise the layout by the first row; the rows come back whole."""
+        first = next(rows, None)
+        if first is None:
+            return iter(())
+        self._example(first)
+        return chain([first], rows)
+
+    @property
+    def one_sample_per_row(self) -> bool:
+        """Whether counting rows is counting samples."""
+        return self.layout not in (None, "document") and not self.settings.expand_turns
 
     def _example(self, row: Row) -> Example | Refused:
         if row.problem:
@@ -87,21 +149,20 @@ class RowReader:
     def _outcome(self, row: Row, encoded: list[Sample] | Refused) -> Outcome:
         if isinstance(encoded, Refused):
             return Outcome(row, self.layout, [], "unreadable" if row.problem else "refused", encoded.why)
+        maximum = self.settings.max_seq_len
         longest = max(len(sample.ids) for sample in encoded)
         lost = 0
-        if longest > self.settings.max_seq_len:
+        if longest > maximum:
             if self.settings.on_long == "truncate":
                 lost = sum(self._cut(sample) for sample in encoded)
-            else:
-                encoded = [sample for sample in encoded if len(sample.ids) <= self.settings.max_seq_len]
-            if not encoded or self.settings.on_long == "error":
-                detail = f"{longest} tokens, the maximum is {self.settings.max_seq_len}"
-                return Outcome(row, self.layout, [], "too long", detail)
-        trained = [sample for sample in encoded if sample.num_trained]
-        if not trained:
-            detail = "every trained token was cut off" if lost else ""
-            return Outcome(row, self.layout, [], "no trained token", detail, lost)
-        return Outcome(row, self.layout, trained, tokens_lost=lost)
+            elif self.settings.on_long == "error" or all(len(sample.ids) > maximum for sample in encoded):
+                detail = f"{longest} tokens, the maximum is {maximum}"
+                return Outcome(row, self.layout, encoded, "too long", detail)
+        outcome = Outcome(row, self.layout, encoded, tokens_lost=lost, max_seq_len=maximum)
+        if outcome.samples:
+            return outcome
+        detail = "every trained token was cut off" if lost else ""
+        return replace(outcome, reason="no trained token", detail=detail)
 
     def _cut(self, sample: Sample) -> int:
         """Cut a sample to the maximum; return how many tokens went."""
@@ -176,8 +237,11 @@ class Intake:
             self._refuse_if_strict(outcome.reason)
             return
         self.report.rows_kept += 1
-        for sample in outcome.samples:
+        kept = outcome.samples
+        for sample in kept:
             self._store(sample)
+        if len(kept) < len(outcome.all_samples):
+            self.report.notes["samples dropped from rows that were kept"] += len(outcome.all_samples) - len(kept)
         self._places.append(outcome.row.where)
         self._sources.append(self._inputs)
 
@@ -194,13 +258,14 @@ class Intake:
         raise DataError(f"{how_many} that cannot be used ({reason}):{listed}\n", remedy=_REMEDIES[reason])
 
     def _store(self, sample: Sample) -> None:
-        sample.ids.tofile(self._ids)
-        sample.labels.tofile(self._labels)
+        self._ids.write(sample.ids.data)
+        self._labels.write(sample.labels.data)
         self._lengths.append(len(sample.ids))
         self._trained.append(sample.num_trained)
         self._roles.append(sample.by_role)
         self._row_of_sample.append(len(self._places))
-        self.report.notes.update(sample.notes)
+        if sample.notes:
+            self.report.notes.update(sample.notes)
 
     def finish(self) -> None:
         """Close the intake and judge it as a whole.

@@ -153,8 +153,7 @@ class Marker:
         return {**tool, "function": {**function, key: self._wrap(str(function.get(key, "")), "tool definition")}}
 
     def _wrap(self, text: str, kind: Kind) -> str:
-        core = text.strip()
-        if self.alphabet is None or not core:
+        if self.alphabet is None or not (core := text.strip()):
             return text
         opening = self.alphabet.first + 2 * len(self.segments)
         if opening + 1 > self.alphabet.last:

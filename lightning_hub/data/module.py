@@ -151,6 +151,10 @@ class ChatData(LightningDataModule):
         if stage != "predict":
             self.open(module.pretrained)
 
+    def facts(self) -> dict[str, str]:
+        """Return what decides the order and content of the steps: a resumed run must have the same."""
+        return {"data": self.prepared.train.fingerprint, "batching": str(self.batching)}
+
     def packing_report(self) -> dict[str, float]:
         """Return how full the rows are and how many steps make an epoch, for the data report."""
         return {"fill": self.plan.fill(), "steps_per_epoch": len(self.plan), "max_tokens": self.batching.max_tokens}

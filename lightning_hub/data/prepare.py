@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,10 +90,25 @@ def prepare(
         }
     )
     cache = Cache(cache_dir or default_cache_dir(), notify)
-    (train, val, reports), cached = cache.get_or_make(key, lambda folder: job.make(folder, key), _load)
+    with _own_threads():
+        (train, val, reports), cached = cache.get_or_make(key, lambda folder: job.make(folder, key), _load)
     report = DataReport.from_dict(reports["train"])
     val_report = DataReport.from_dict(reports["val"]) if val is not None else None
     return Prepared(train, val, report, val_report, cached, template or None)
+
+
+@contextmanager
+def _own_threads() -> Iterator[None]:
+    """Keep the tokenizer from starting threads of its own: ``num_proc`` says how many there are."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
 def _load(folder: Path) -> tuple[Samples, Samples | None, dict[str, dict[str, object]]]:

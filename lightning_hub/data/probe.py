@@ -129,16 +129,16 @@ def probe(render: Renderer, backend: Backend, stop_ids: Iterable[int] = ()) -> P
     eos = render.tokenizer.eos_token_id
     known = frozenset(stop_ids) | (frozenset() if eos is None else {int(eos)})
     specials = special_ids(render.tokenizer)
-    middle, header = _middle(traced, backend)
+    prompt, cuts, question_end = _generation_prompt(render, shape, backend)
+    gap = _middle(traced, question_end, backend)
     last = backend.encode(traced.tail(), add_special_tokens=False).ids
-    stops = known | _template_end(middle[: len(middle) - len(header.ids)], last, known, specials)
-    end = next((token for token in middle if token in stops), eos if eos is not None else min(known, default=None))
-    prompt, cuts = _generation_prompt(render, shape, backend)
+    stops = known | _template_end(gap.end_ids, last, known, specials)
+    end = next((token for token in gap.ids if token in stops), eos if eos is not None else min(known, default=None))
     return Profile(
         shape=Shape(shape.parts, _arguments_as_text(render, shape)),
         prompt=prompt,
         prompt_cuts=cuts,
-        user_header=header.text,
+        user_header=gap.header,
         stops=stops,
         end=end,
         appends=not any(token in stops for token in last),
@@ -146,10 +146,13 @@ def probe(render: Renderer, backend: Backend, stop_ids: Iterable[int] = ()) -> P
     )
 
 
-def traced_rendering(render: Renderer, conversation: Conversation, shape: Shape) -> Traced:
+def traced_rendering(
+    render: Renderer, conversation: Conversation, shape: Shape, *, add_generation_prompt: bool = False
+) -> Traced:
     """Render a small known conversation with marks, unchecked."""
     marker = Marker(shape, alphabet := choose_alphabet(""))
-    return trace(render(*marker.conversation(conversation)), marker.segments, alphabet)
+    turns, tools = marker.conversation(conversation)
+    return trace(render(turns, tools, add_generation_prompt=add_generation_prompt), marker.segments, alphabet)
 
 
 def _plain_shape(render: Renderer) -> tuple[Shape, Traced]:
@@ -171,23 +174,34 @@ def _plain_shape(render: Renderer) -> tuple[Shape, Traced]:
 
 
 @dataclass(frozen=True)
-class _Header:
-    text: str
+class _Gap:
+    """What stands between an answer and the next question: the end of the answer's turn, the header of the question."""
+
     ids: list[int]
+    end_ids: list[int]
+    header: str
 
 
-def _middle(traced: Traced, backend: Backend) -> tuple[list[int], _Header]:
-    """The tokens between an answer and the next question, and those of them that open the question."""
+def _middle(traced: Traced, question_end: str, backend: Backend) -> _Gap:
+    """Take the gap apart: the end is what also closes a question, else what is not the opening of the first turn."""
     if len(traced.places) < 4:
-        return [], _Header("", [])
+        return _Gap([], [], "")
     first, answer, second, _ = traced.places
-    opening = backend.encode(traced.text[: first.start], add_special_tokens=False)
-    between = backend.encode(traced.text[answer.end : second.start], add_special_tokens=False)
-    common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(opening.ids[::-1], between.ids[::-1])))
-    if not common:
-        return between.ids, _Header("", [])
-    start = answer.end + between.offsets[-common][0]
-    return between.ids, _Header(traced.text[start : second.start], between.ids[-common:])
+    text = traced.text[answer.end : second.start]
+    gap = backend.encode(text, add_special_tokens=False)
+    if question_end and text.startswith(question_end):
+        border = len(question_end)
+    else:
+        opening = backend.encode(traced.text[: first.start], add_special_tokens=False).ids
+        common = _shared(opening[::-1], gap.ids[::-1])
+        border = gap.offsets[-common][0] if common else len(text)
+    end_ids = [token for token, (start, _) in zip(gap.ids, gap.offsets, strict=True) if start < border]
+    return _Gap(gap.ids, end_ids, text[border:])
+
+
+def _shared(first: list[int], second: list[int]) -> int:
+    """How many tokens two lists begin with alike."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 def _template_end(middle: list[int], last: list[int], known: frozenset[int], specials: frozenset[int]) -> set[int]:
@@ -201,20 +215,25 @@ def _template_end(middle: list[int], last: list[int], known: frozenset[int], spe
     return set()
 
 
-def _generation_prompt(render: Renderer, shape: Shape, backend: Backend) -> tuple[str, tuple[int, ...]]:
-    """The generation prompt and the ends of its tokens: what is added after the tokens that both renderings share."""
-    turns, _ = Marker(shape).conversation(Conversation(_TURNS[:1]))
+def _generation_prompt(render: Renderer, shape: Shape, backend: Backend) -> tuple[str, tuple[int, ...], str]:
+    """The generation prompt, the ends of its tokens, and what closes the question before it.
+
+    The prompt is what follows the tokens that the renderings with and without it share.
+    """
+    question = Conversation(_TURNS[:1])
     try:
-        without, text = render(turns), render(turns, add_generation_prompt=True)
+        without = render(*Marker(shape).conversation(question))
+        traced = traced_rendering(render, question, shape, add_generation_prompt=True)
     except TemplateRefusal:
-        return "", ()
-    full = backend.encode(text, add_special_tokens=False)
-    pairs = zip(full.ids, backend.encode(without, add_special_tokens=False).ids, strict=False)
-    common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        return "", (), ""
+    full = backend.encode(traced.text, add_special_tokens=False)
+    common = _shared(full.ids, backend.encode(without, add_special_tokens=False).ids)
+    tail = traced.tail()
     if common == len(full.ids):
-        return "", ()
+        return "", (), tail
     start = full.offsets[common][0]
-    return text[start:], tuple(end - start for _, end in full.offsets[common:])
+    prompt = traced.text[start:]
+    return prompt, tuple(end - start for _, end in full.offsets[common:]), tail.removesuffix(prompt)
 
 
 def _arguments_as_text(render: Renderer, shape: Shape) -> bool:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,7 @@ IGNORED = -100
 Ids = npt.NDArray[np.int32]
 Indices = npt.NDArray[np.int64]
 
-_FILES = {"ids": np.int32, "labels": np.int32, "offsets": np.int64, "num_trained": np.int32}
+_Number = TypeVar("_Number", np.int32, np.int64)
 _CHUNK = 16_384  # samples copied at a time, so that writing needs little memory
 
 
@@ -112,10 +113,14 @@ class Samples:
             ValueError: The files do not fit together.
         """
         about = json.loads((folder / "samples.json").read_text(encoding="utf-8"))
-        sizes = {"ids": about["tokens"], "labels": about["tokens"]}
-        sizes |= {"offsets": about["samples"] + 1, "num_trained": about["samples"]}
-        arrays = {name: _map(folder / name, np.dtype(kind), sizes[name]) for name, kind in _FILES.items()}
-        return cls(**arrays, fingerprint=about["fingerprint"])
+        samples, tokens = int(about["samples"]), int(about["tokens"])
+        return cls(
+            ids=_map(folder / "ids", np.int32, tokens),
+            labels=_map(folder / "labels", np.int32, tokens),
+            offsets=_map(folder / "offsets", np.int64, samples + 1),
+            num_trained=_map(folder / "num_trained", np.int32, samples),
+            fingerprint=str(about["fingerprint"]),
+        )
 
 
 def _write(path: Path, arrays: Iterable[npt.NDArray[np.generic]]) -> None:
@@ -126,7 +131,7 @@ def _write(path: Path, arrays: Iterable[npt.NDArray[np.generic]]) -> None:
         os.fsync(stream.fileno())
 
 
-def _map(path: Path, kind: np.dtype[np.generic], size: int) -> npt.NDArray[np.generic]:
-    if path.stat().st_size != size * kind.itemsize:
+def _map(path: Path, kind: type[_Number], size: int) -> npt.NDArray[_Number]:
+    if path.stat().st_size != size * np.dtype(kind).itemsize:
         raise ValueError(f"{path} should hold {size} numbers and does not")
     return np.memmap(path, kind, mode="r") if size else np.empty(0, kind)

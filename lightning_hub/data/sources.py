@@ -82,7 +82,8 @@ def open_source(source: Source) -> Input:
     if path.is_dir():
         return _open_folder(path, source)
     if glob.has_magic(source.path):
-        return _files(source.path, [Path(found) for found in glob.glob(str(path), recursive=True)])
+        found = [Path(name) for name in glob.glob(str(path), recursive=True)]  # noqa: PTH207 (absolute patterns too)
+        return _files(source.path, found)
     if _looks_like_hub_id(source.path):
         return _open_hub(source)
     raise ConfigError(f"{source.path!r} does not exist", where="data.train", remedy="check the path")

@@ -5,7 +5,8 @@ Rendering is transformers' own (``apply_chat_template``), which runs templates i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -19,6 +20,8 @@ Turn: TypeAlias = dict[str, object]
 """One message as a template sees it."""
 
 _FOLDER = resources.files("lightning_hub.data") / "templates"
+
+_CONTROL_TOKENS = re.compile(r"<\|\w+\|>|<(?:start|end)_of_turn>|\[/?INST\]")
 
 
 class TemplateRefusal(ValueError):
@@ -46,13 +49,36 @@ def resolve_template(wanted: str | None, tokenizer: PreTrainedTokenizerBase) -> 
             remedy=f"give a template file or one of the built-in ones ({names}; plain adds nothing to the texts), "
             "or use a tokenizer that has one",
         )
-    if Path(wanted).is_file():
-        return Path(wanted).read_text(encoding="utf-8")
     if wanted in built_in_templates():
-        return (_FOLDER / f"{wanted}.jinja").read_text(encoding="utf-8")
+        source = (_FOLDER / f"{wanted}.jinja").read_text(encoding="utf-8")
+        _check_tokens(wanted, source, tokenizer)
+        return source
+    if Path(wanted).is_file():
+        return _read(Path(wanted))
     raise ConfigError(
         f"{wanted!r} is neither a file nor a built-in template", where="data.chat_template", remedy=f"one of {names}"
     )
+
+
+def _check_tokens(name: str, source: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a built-in template whose control tokens would be spelled out letter by letter."""
+    vocabulary = tokenizer.get_vocab()
+    missing = sorted(set(_CONTROL_TOKENS.findall(source)) - vocabulary.keys())
+    if missing:
+        raise ConfigError(
+            f"the tokenizer has no {' '.join(missing)}, which the built-in template {name!r} writes",
+            where="data.chat_template",
+            remedy="use the template that belongs to the model; plain needs no tokens of its own",
+        )
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{path} cannot be read as a template: {error}", where="data.chat_template", remedy="give a UTF-8 text file"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -82,7 +108,7 @@ class Renderer:
         Raises:
             TemplateRefusal: The template raised.
         """
-        return self._render(list(turns), tools, add_generation_prompt)
+        return cast(str, self._render(list(turns), tools, add_generation_prompt))
 
     def many(self, conversations: Sequence[Sequence[Turn]]) -> list[str] | None:
         """Render conversations without tools in one call; None if the template raises on any of them."""
@@ -91,18 +117,16 @@ class Renderer:
         except TemplateRefusal:
             return None
 
-    def _render(self, conversation: object, tools: object, add_generation_prompt: bool) -> str:
+    def _render(self, conversation: object, tools: object, add_generation_prompt: bool) -> object:
+        apply = cast(Callable[..., object], self.tokenizer.apply_chat_template)  # typed for fewer shapes than it takes
         try:
-            return cast(
-                str,
-                self.tokenizer.apply_chat_template(
-                    conversation,  # type: ignore[arg-type]
-                    tools=tools,  # type: ignore[arg-type]
-                    chat_template=self.template,
-                    add_generation_prompt=add_generation_prompt,
-                    tokenize=False,
-                    **self.options,
-                ),
+            return apply(
+                conversation,
+                tools=tools,
+                chat_template=self.template,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+                **self.options,
             )
         except Exception as error:  # a template is a program: it can raise anything, and all of it is its refusal
             raise TemplateRefusal(f"{type(error).__name__}: {error}") from error

@@ -16,7 +16,7 @@ from lightning_hub.data.conversation import BadRowError, Conversation, Role
 from lightning_hub.data.marks import Marker, Place, Segment, Traced, choose_alphabet, trace
 from lightning_hub.data.probe import Backend, Profile
 from lightning_hub.data.settings import TrainOn
-from lightning_hub.data.templates import Renderer, TemplateRefusal, Turn
+from lightning_hub.data.templates import Renderer, TemplateRefusal
 
 Span = tuple[int, int]
 """Tokens from the first up to, not including, the second."""
@@ -174,7 +174,7 @@ class _Search:
 
     def _turn(self, index: int, losses: Counter[str]) -> Span:
         """The trained tokens of one assistant turn."""
-        start, stop = self._token(self._start(index)), self._stop(index)
+        start, stop = self._first_said(self._start(index)), self._stop(index)
         if stop is None:
             losses["turns that the template ends with no stop token"] += 1
             stop = self._open_end(index)
@@ -183,6 +183,13 @@ class _Search:
     def _token(self, character: int) -> int:
         """The first token that begins at this character or later."""
         return bisect_left(self.starts, character)
+
+    def _first_said(self, character: int) -> int:
+        """The first token from here on; one that begins with the prompt's closing blank carries the first word too."""
+        token = self._token(character)
+        blank = self.traced.text[self.starts[token - 1] : character] if token else ""
+        straddles = token == len(self.ids) or self.starts[token] > character
+        return token - 1 if straddles and blank and not blank.strip(" ") else token
 
     def _own(self, index: int) -> list[Place]:
         return [place for place in self.places if place.segment.turn == index]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from lightning_hub.checkpoints.settings import CheckpointSettings
 from lightning_hub.data.module import ChatData
 from lightning_hub.errors import ConfigError
 from lightning_hub.methods.sft import SFT
+from lightning_hub.training.options import add_options
 
 
 class RecipeCLI(LightningCLI):
@@ -23,9 +24,10 @@ class RecipeCLI(LightningCLI):
     Args:
         recipe: A whole recipe as plain data, or command-line arguments (for ``--help`` and ``--print_config``).
         root: Where Lightning's own callbacks and loggers may write: the run folder.
-        callbacks: Ours, beside those of the recipe.
+        callbacks: Makes ours, beside those of the recipe, from the ``checkpoint`` section.
         checkpoint_io: How checkpoints are written and read.
         command: The command as the user typed it, for help texts.
+        show_own_flags: Whether the help also shows the flags that are not part of a recipe.
     """
 
     def __init__(
@@ -33,12 +35,14 @@ class RecipeCLI(LightningCLI):
         recipe: dict[str, Any] | Sequence[str],
         *,
         root: Path | None = None,
-        callbacks: Sequence[Callback] = (),
+        callbacks: Callable[[CheckpointSettings], Sequence[Callback]] = lambda settings: (),
         checkpoint_io: FolderCheckpointIO | None = None,
         command: str = "lightning-hub fit",
+        show_own_flags: bool = False,
     ) -> None:
+        self.show_own_flags = show_own_flags
         self.root = root
-        self.our_callbacks = list(callbacks)
+        self.our_callbacks = callbacks
         self.checkpoint_io = checkpoint_io
         try:
             super().__init__(
@@ -57,15 +61,15 @@ class RecipeCLI(LightningCLI):
         except (ValueError, TypeError) as error:  # what jsonargparse raises for a recipe it does not accept
             raise ConfigError(_last_cause(str(error)), remedy=f"see `{command} --help`") from error
 
-    @property
-    def checkpoint_settings(self) -> CheckpointSettings:
-        """The ``checkpoint`` section."""
-        settings: CheckpointSettings = self.config_init["checkpoint"]
-        return settings
-
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the section that stands beside ``trainer``."""
         parser.add_class_arguments(CheckpointSettings, "checkpoint")
+        if self.show_own_flags:
+            add_options(parser)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse what was given, never ``sys.argv``, which belongs to the command as a whole."""
+        self.config = parser.parse_object(args) if isinstance(args, dict) else parser.parse_args(args)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer with our callbacks and checkpoint format, and a default that ends."""
@@ -80,7 +84,7 @@ class RecipeCLI(LightningCLI):
             enable_progress_bar=bool(bars),
             enable_model_summary=bool(given["enable_model_summary"]),
             num_sanity_val_steps=given["num_sanity_val_steps"] or 0,
-            callbacks=[*(given["callbacks"] or []), *self.our_callbacks],
+            callbacks=[*(given["callbacks"] or []), *self.our_callbacks(self.config_init["checkpoint"])],
             **kwargs,
         )
 
