@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from lightning_hub.errors import ConfigError, HubError
 from lightning_hub.runs.commands import main
 from lightning_hub.runs.files import write_json
 from lightning_hub.runs.folder import RunFolder, create_run
@@ -24,7 +25,10 @@ Hub = Callable[..., tuple[int, str, str]]
 def hub(root: Path, capsys: pytest.CaptureFixture[str]) -> Hub:
     def call(*words: str) -> tuple[int, str, str]:
         capsys.readouterr()  # what fixtures printed
-        code = main([*words, "--runs-root", str(root)])
+        try:
+            code = main([*words, "--runs-root", str(root)])
+        except HubError as error:
+            return error.exit_code, capsys.readouterr().out, f"{error}\n"
         said = capsys.readouterr()
         return code, said.out, said.err
 
@@ -203,7 +207,8 @@ def test_resume_is_handed_over_with_its_arguments(ended: RunFolder, root: Path) 
     words = ["resume", "sft", "--runs-root", str(root), "--trainer.max_epochs", "5", "--detach"]
     assert main(words, resume=resume) == 4
     assert called == [(RunFolder(root / ended.id), ["--trainer.max_epochs", "5", "--detach"])]
-    assert main(["resume", "sft"]) == 2
+    with pytest.raises(ConfigError, match="invalid choice: 'resume'"):
+        main(["resume", "sft"])
 
 
 def test_two_hundred_runs_are_listed_in_a_blink_without_anything_heavy(root: Path, ended: RunFolder) -> None:
