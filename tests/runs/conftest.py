@@ -6,9 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from lightning_hub.runs.folder import RunFolder, create_run
 from lightning_hub.runs.writer import NewRun, RunWriter
+
+settings.register_profile("hub", deadline=None)  # a busy machine is no fault of the code
+settings.load_profile("hub")
 
 Write = Callable[[int, bytes], int]
 

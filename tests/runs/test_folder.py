@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
+import select
 import stat
 import subprocess
 import sys
@@ -173,6 +175,17 @@ def test_of_two_starts_in_one_folder_one_is_refused(folder: RunFolder) -> None:
     assert Identity.from_json(read_json(folder.lock) or {}) == Identity.own()
     unlock_run(folder)
     lock_run(folder)
+
+
+@pytest.mark.fault("F42")
+def test_two_starts_look_at_the_lock_one_after_the_other(folder: RunFolder) -> None:
+    with folder.lock.open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        other = start(folder)
+        assert other.stdout is not None
+        assert select.select([other.stdout], [], [], 0.5)[0] == []
+    assert other.stdout.readline() == "locked\n"
+    other.communicate()
 
 
 @pytest.mark.fault("F45")

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_hub.runs import logfile
+from lightning_hub.runs import logfile, logs
 from lightning_hub.runs.logfile import LogFile, Tee, log_parts
 from lightning_hub.runs.logs import (
     LineIndex,
@@ -70,8 +70,10 @@ def test_tail_last_and_all_lines_agree_with_the_slow_reader(parts: list[list[byt
             expected += whole_lines(path.read_bytes())
         followed += tail.read()
         assert followed == expected
-        end = LogTail.at_end(first)
-        assert last_lines(end, count) == expected[-count:]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(logs, "_CHUNK", 4)
+            end = LogTail.at_end(first)
+            assert last_lines(end, count) == expected[-count:]
         assert list(all_lines(end)) == expected
         assert end.read() == []
 

@@ -19,6 +19,7 @@ from lightning_hub.runs.metrics import (
     last_values,
     metric_names,
     read_metrics,
+    valid_lines,
 )
 from lightning_hub.runs.records import Attempt
 
@@ -56,7 +57,7 @@ def naive(lines: list[Line], started: dict[int, int]) -> list[Line]:
     return [line for place, line in enumerate(lines) if not any(is_void(line, later) for later in lines[place + 1 :])]
 
 
-@given(attempts, st.integers(1, 40))
+@given(attempts, st.integers(7, 90))
 def test_following_by_offset_equals_the_slow_reading_of_the_whole(runs: list[tuple[int, int]], piece: int) -> None:
     """Attempts that resume anywhere, read in pieces of any size, lines torn in the middle included."""
     lines: list[Line] = []
@@ -99,6 +100,11 @@ def test_a_run_that_resumed_reads_as_one_curve(folder: RunFolder) -> None:
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 101), (2, 102), (3, 203), (4, 204), (5, 205)]
     assert metric_names(lines) == ["loss", "val_loss"]
     assert last_values(lines, "loss", "val_loss", "lr") == {"loss": 205, "val_loss": 1, "lr": None}
+
+
+def test_a_process_of_an_older_attempt_that_still_writes_does_not_count() -> None:
+    lines: list[Line] = [{"step": 1, "attempt": 1}, {"step": 2, "attempt": 2}, {"step": 3, "attempt": 1}]
+    assert valid_lines(lines, {2: 1}) == lines[:2]
 
 
 @pytest.mark.parametrize("value", [None, True, "text"])
