@@ -1,4 +1,4 @@
-"""A small catalogue for tests of what changes with the class: three classes that share some options."""
+"""The shipped catalogue with one more model class, for tests of what a change of class does."""
 
 from __future__ import annotations
 
