@@ -34,6 +34,17 @@ _REMEDIES: dict[str, str] = {
 }
 
 
+class RowsError(DataError):
+    """Rows that cannot be used, listed by place."""
+
+    def __init__(self, message: str, places: list[str], remedy: str) -> None:
+        super().__init__(message, where=places[0].split(": ")[0], remedy=remedy)
+        self.places = places
+
+    def __str__(self) -> str:
+        return "\n".join([f"{self.message}; {self.remedy}:", *(f"  {place}" for place in self.places)])
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What one row came to.
@@ -251,11 +262,10 @@ class Intake:
         if bad or long:
             self._wrong[reason] += 1
             if self._wrong[reason] >= SHOWN:
-                self._refuse(reason, f"the first {SHOWN} rows")
+                self._refuse(reason, f"{SHOWN} rows or more")
 
     def _refuse(self, reason: Reason, how_many: str) -> None:
-        listed = "".join(f"\n  {place}" for place in self.report.places[reason])
-        raise DataError(f"{how_many} that cannot be used ({reason}):{listed}\n", remedy=_REMEDIES[reason])
+        raise RowsError(f"{how_many} cannot be used ({reason})", self.report.places[reason], _REMEDIES[reason])
 
     def _store(self, sample: Sample) -> None:
         self._ids.write(sample.ids.data)
