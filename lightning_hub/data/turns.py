@@ -125,7 +125,7 @@ class _Search:
 
     def masked(self) -> Masked:
         losses = _losses(self.conversation, self.traced)
-        texts = [(place, (self._token(place.start), self._token(place.end))) for place in self.places]
+        texts = [(place, (self._first_said(place.start), self._token(place.end))) for place in self.places]
         if any(token in self.profile.specials for _, (start, end) in texts for token in self.ids[start:end]):
             losses["special tokens written out inside texts"] += 1
         appended = self._append_end()
@@ -185,7 +185,7 @@ class _Search:
         return bisect_left(self.starts, character)
 
     def _first_said(self, character: int) -> int:
-        """The first token from here on; one that begins with the prompt's closing blank carries the first word too."""
+        """The first token of a text; one that begins with the blank before the text carries its first word too."""
         token = self._token(character)
         blank = self.traced.text[self.starts[token - 1] : character] if token else ""
         straddles = token == len(self.ids) or self.starts[token] > character
