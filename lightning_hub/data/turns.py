@@ -125,7 +125,11 @@ class _Search:
 
     def masked(self) -> Masked:
         losses = _losses(self.conversation, self.traced)
-        texts = [(place, (self._first_said(place.start), self._token(place.end))) for place in self.places]
+        texts: list[tuple[Place, Span]] = []
+        for place in self.places:
+            start, end = self._text_span(place)
+            before = texts[-1][1][1] if texts else 0
+            texts.append((place, (max(start, before), max(end, before))))
         if any(token in self.profile.specials for _, (start, end) in texts for token in self.ids[start:end]):
             losses["special tokens written out inside texts"] += 1
         appended = self._append_end()
@@ -190,6 +194,20 @@ class _Search:
         blank = self.traced.text[self.starts[token - 1] : character] if token else ""
         straddles = token == len(self.ids) or self.starts[token] > character
         return token - 1 if straddles and blank and not blank.strip(" ") else token
+
+    def _text_span(self, place: Place) -> Span:
+        """The tokens of a text, for counting: blanks beside it count with it, however they were cut into tokens."""
+        start, end = self._first_said(place.start), self._token(place.end)
+        while start and self._is_blank(start - 1):
+            start -= 1
+        while end < len(self.ids) and self._is_blank(end):
+            end += 1
+        return start, end
+
+    def _is_blank(self, token: int) -> bool:
+        next_start = self.starts[token + 1] if token + 1 < len(self.ids) else len(self.traced.text)
+        text = self.traced.text[self.starts[token] : next_start]
+        return bool(text) and not text.strip(" ")
 
     def _own(self, index: int) -> list[Place]:
         return [place for place in self.places if place.segment.turn == index]
