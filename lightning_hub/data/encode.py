@@ -124,6 +124,8 @@ class Encoder:
                     return [self._tokens(example)]
         except BadRowError as error:
             return Refused(str(error))
+        except RecursionError:
+            return Refused("nested too deeply")
 
     def _conversation(self, conversation: Conversation) -> Sample:
         masked = self.finder(conversation)

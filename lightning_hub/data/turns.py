@@ -108,6 +108,8 @@ class _Search:
         self.places = self.traced.places
         encoding = self.backend.encode(text, add_special_tokens=False)
         self.ids = list(encoding.ids)
+        if not self.ids:
+            raise BadRowError("the chat template writes nothing for this conversation")
         self.starts = [start for start, _ in encoding.offsets]
 
     def _trace(self, text: str) -> Traced:
