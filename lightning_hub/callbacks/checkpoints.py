@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -14,6 +14,16 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning_hub.checkpoints.rng import random_state, restore_random_state
 from lightning_hub.checkpoints.settings import CheckpointSettings
 from lightning_hub.checkpoints.storage import committed, point_latest, prune
+from lightning_hub.errors import ConfigError, ExitCode, HubError
+
+Wish: TypeAlias = Literal["checkpoint", "stop"] | None
+
+
+class StopRun(HubError):  # no fault: somebody asked for it
+    """The run was asked to stop, and has saved its state."""
+
+    exit_code = ExitCode.STOPPED
+    kind = "signal"
 
 
 class SaveCheckpoints(Checkpoint):
@@ -26,18 +36,24 @@ class SaveCheckpoints(Checkpoint):
     Args:
         settings: When to save and what to keep.
         folder: The run's folder of checkpoints.
-        wished: Whether somebody asks for a checkpoint now.
+        facts: What a resume compares with, filled in when the data is known.
+        wish: What somebody asks for now: a checkpoint, a stop after a checkpoint, or nothing.
     """
 
-    def __init__(self, settings: CheckpointSettings, folder: Path, wished: Callable[[], bool] = lambda: False) -> None:
+    def __init__(
+        self, settings: CheckpointSettings, folder: Path, facts: dict[str, str], wish: Callable[[], Wish]
+    ) -> None:
         self.settings = settings
         self.folder = folder
-        self.wished = wished
+        self.facts = facts
+        self.wish = wish
+        self._stopping = False
         self._due = False
         self._saved_step = -1
         self._saved_at = time.monotonic()
         self._scores: dict[int, float] = {}
         self._resumed_random_state: dict[str, Any] | None = None
+        self._resumed_facts: dict[str, str] = {}
 
     # ---- when ------------------------------------------------------------------------------------------------------
 
@@ -51,8 +67,10 @@ class SaveCheckpoints(Checkpoint):
             self._due
             or bool(settings.every_n_steps and step % settings.every_n_steps == 0)
             or bool(settings.every_minutes and minutes >= settings.every_minutes)
-            or self.wished()
         )
+        wish = self.wish()
+        self._stopping = wish == "stop"
+        self._due = self._due or wish is not None
         fetcher = trainer.fit_loop._data_fetcher
         if self._due and fetcher is not None and not trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher):
             self.save(trainer)
@@ -92,6 +110,8 @@ class SaveCheckpoints(Checkpoint):
             point_latest(target)
             newest = [path for _, path in committed(self.folder)][: self.settings.keep]
             prune(self.folder, {*newest, *(self.folder / f"step-{best}" for best in self._best_steps())})
+        if self._stopping:
+            raise StopRun(f"stopped on request after step {step}; its checkpoint is {target}")
 
     def _best_steps(self) -> list[int]:
         best = self.settings.best
@@ -99,14 +119,31 @@ class SaveCheckpoints(Checkpoint):
             return []
         return sorted(self._scores, key=lambda step: self._scores[step], reverse=best.mode == "max")[: best.keep]
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note what a resume of this run must find unchanged."""
+        data = trainer.datamodule  # type: ignore[attr-defined]  # Lightning types its trainer without one
+        self.facts.update(data.facts())
+        self._refuse_changes()
+
+    def _refuse_changes(self) -> None:
+        for name, before in self._resumed_facts.items():
+            if before != self.facts.get(name, before):
+                raise ConfigError(
+                    f"{name} has changed since the checkpoint: it was {before} and is {self.facts[name]}",
+                    where="--resume",
+                    remedy="go on with the same data and batch settings, or start a new run",
+                )
+
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Bring the loops into their one form, and add the random state."""
         checkpoint["loops"]["fit_loop"].update(_finished_steps(trainer, checkpoint["loops"]["fit_loop"]))
         checkpoint["random_state"] = random_state()
+        checkpoint["facts"] = dict(self.facts)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the random state until training starts: set-up draws random numbers of its own."""
-        self._resumed_random_state = checkpoint.get("random_state")
+        self._resumed_random_state = checkpoint["random_state"]
+        self._resumed_facts = dict(checkpoint["facts"])
         self._saved_step = checkpoint["global_step"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -24,7 +24,11 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         else:
             first[place] = name
             kept[name] = tensor.detach().contiguous().cpu()
-    save_file(kept, path, metadata={"format": "pt", "aliases": json.dumps(aliases)})
+    save_file(
+        kept,
+        path,
+        metadata={"aliases": json.dumps(aliases)},  # one entry: several are written in any order
+    )
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

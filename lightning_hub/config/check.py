@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator
 
 from lightning_hub.config.literal_secrets import check_secrets, is_secret, mask
 from lightning_hub.config.reading import KeyPath, Plain
-from lightning_hub.config.recipe import CLASS_KEYS, SEED_OPTION, Recipe
-from lightning_hub.config.registry import REFUSED
+from lightning_hub.config.recipe import CLASS_KEYS, SEED_OPTION, Recipe, keyed_fault
+from lightning_hub.config.registry import FOREIGN_SECTIONS, REFUSED
+from lightning_hub.config.resolve import fill_defaults
 from lightning_hub.config.rules import check_rules, out_of_range
 from lightning_hub.config.safety import AllowList, check_names
 from lightning_hub.config.schema import SECTIONS, ClassInfo, Option, Schema, shipped_schema
@@ -23,7 +24,7 @@ class RecipeError(ConfigError):
     """All faults of one recipe; ``message``, ``where`` and ``remedy`` are those of the first.
 
     Attributes:
-        faults: Every fault, in the order of the recipe's sections.
+        faults: Every fault, in the order in which the recipe was written.
     """
 
     def __init__(self, faults: Iterable[ConfigError]) -> None:
@@ -58,12 +59,27 @@ def find_faults(
     catalogue = schema or shipped_schema()
     allowed = AllowList.with_more(allow_classes)
     checker = _Checker(recipe, catalogue, allowed)
-    faults: dict[str, ConfigError] = {}
-    for fault in (*check_names(recipe, catalogue, allowed), *checker.sections(), *check_secrets(recipe)):
-        faults.setdefault(str(fault), fault)
-    for fault in check_rules(recipe):
-        faults.setdefault(str(fault), fault)
-    return list(faults.values())
+    found = (
+        *check_names(recipe, catalogue, allowed),
+        *checker.sections(),
+        *check_secrets(recipe),
+        *check_rules(recipe, fill_defaults(recipe, catalogue)),
+    )
+    faults = {str(fault): fault for fault in map(_masked, found)}
+    sources = [source.name for source in recipe.sources]
+    return sorted(faults.values(), key=lambda fault: _position(fault, sources))
+
+
+def _masked(fault: ConfigError) -> ConfigError:
+    """Return a fault in which no key or value shows a secret."""
+    return ConfigError(mask(fault.message), where=mask(fault.where) if fault.where else None, remedy=fault.remedy)
+
+
+def _position(fault: ConfigError, sources: list[str]) -> tuple[int, int]:
+    """Return where a fault stands in what was given: files first, each from its top, then flags."""
+    source, _, line = (fault.where or "").rpartition(":")
+    name, number = (source, int(line)) if line.isdigit() else (fault.where, 0)
+    return (sources.index(name) if name in sources else len(sources), number)
 
 
 class _Checker:
@@ -86,12 +102,13 @@ class _Checker:
         return chosen
 
     def fault(self, path: KeyPath, message: str, remedy: str | None = None) -> ConfigError:
-        key = ".".join(map(str, path))
-        return ConfigError(f"{key}: {message}", where=self.recipe.where(path), remedy=remedy)
+        return keyed_fault(self.recipe, path, message, remedy)
 
     def sections(self) -> Iterator[ConfigError]:
         for key in self.recipe.tree:
-            if key not in SECTIONS:
+            if key in FOREIGN_SECTIONS:
+                yield self.fault((key,), "no section of a recipe", FOREIGN_SECTIONS[key])
+            elif key not in SECTIONS:
                 yield self.unknown((key,), SECTIONS, "no section of a recipe", None)
         if "seed_everything" in self.recipe.tree:
             yield from self.option(("seed_everything",), self.recipe.tree["seed_everything"], SEED_OPTION)
@@ -149,11 +166,15 @@ class _Checker:
         return self.unknown(path, CLASS_KEYS, "unknown beside class_path", info)
 
     def unknown_class(self, path: KeyPath, name: str, kind: str, other: ClassInfo | None) -> Iterator[ConfigError]:
+        """Yield the fault of a name that is no class of this kind; a foreign class path is left to ``safety``."""
         names = [info.name for info in self.schema.of_kind(kind)]
+        last = name.rpartition(".")[2]
         if other is not None:
             remedy = f"it is a {other.kind} class; choose one of {', '.join(names)}"
             yield self.fault(path, f"{other.name} is no {kind} class", remedy)
-        elif "." not in name and name not in REFUSED:
+        elif last in REFUSED:
+            yield self.fault(path, f"{last} is not used here", REFUSED[last])
+        elif "." not in name:
             near = nearest(name, names)
             remedy = f"did you mean {near}?" if near else f"choose one of {', '.join(names)}, or give a full class path"
             yield self.fault(path, f"no {kind} class is named {name!r:.80}", remedy)
@@ -226,5 +247,5 @@ def _shown(path: KeyPath, value: Plain) -> str:
     """Return a value as a message shows it: short, and without secrets."""
     if is_secret(str(path[-1]), value):
         return "the value (not shown)"
-    text = mask(json.dumps(value, ensure_ascii=False) if not isinstance(value, float) else repr(value))
+    text = json.dumps(value, ensure_ascii=False) if not isinstance(value, float) else repr(value)
     return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"

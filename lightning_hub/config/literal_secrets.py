@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from lightning_hub.config.reading import KeyPath, Plain
-from lightning_hub.config.recipe import Recipe
+from lightning_hub.config.recipe import Recipe, keyed_fault
 from lightning_hub.errors import ConfigError
 
 _REMEDY = "put it into an environment variable and write ${env:NAME}"
@@ -45,10 +45,8 @@ def check_secrets(recipe: Recipe) -> Iterator[ConfigError]:
     for path, value in _scalars(recipe.tree, ()):
         names = [str(key) for key in path if isinstance(key, str)]
         if is_secret(names[-1] if names else "", value):
-            where = recipe.where(path)
-            told.add(where)
-            message = f"{'.'.join(map(str, path))}: a secret is written literally (not shown)"
-            yield ConfigError(message, where=where, remedy=_REMEDY)
+            told.add(recipe.where(path))
+            yield keyed_fault(recipe, path, "a secret is written literally (not shown)", _REMEDY)
     for source in recipe.sources:
         if source.name.startswith("--"):
             continue  # a flag's value is part of the tree

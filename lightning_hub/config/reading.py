@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLStreamError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import (
     AliasEvent,
     DocumentStartEvent,
@@ -206,7 +206,7 @@ def read_text(text: str, source: str) -> Node:
         return _document(composer, iter(YAML(typ="safe", pure=True).parse(text)))
     except MarkedYAMLError as error:
         raise _syntax_error(error, source) from None
-    except YAMLStreamError as error:
+    except YAMLError as error:
         raise _character_error(error, text, source) from None
 
 
@@ -232,7 +232,7 @@ def _syntax_error(error: MarkedYAMLError, source: str) -> ConfigError:
     return ConfigError(f"not valid YAML: {problem}", where=where)
 
 
-def _character_error(error: YAMLStreamError, text: str, source: str) -> ConfigError:
+def _character_error(error: YAMLError, text: str, source: str) -> ConfigError:
     position = getattr(error, "position", None)
     line = text.count("\n", 0, position) + 1 if isinstance(position, int) else 1
     return ConfigError("a control character that YAML does not allow", where=f"{source}:{line}")

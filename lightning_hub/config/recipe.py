@@ -72,6 +72,14 @@ class Recipe:
         return value
 
 
+def keyed_fault(recipe: Recipe, path: str | KeyPath, message: str, remedy: str | None = None) -> ConfigError:
+    """Return the error for one key of a recipe: place, key, what was given, what to do."""
+    key = path if isinstance(path, str) else ".".join(map(str, path))
+    where = recipe.where(path)
+    said = message if where == f"--{key}" else f"{key}: {message}"  # a flag's name is the key already
+    return ConfigError(said, where=where, remedy=remedy)
+
+
 def _keys(path: str) -> KeyPath:
     return tuple(int(key) if key.isdigit() else key for key in path.split(".")) if path else ()
 
@@ -283,5 +291,5 @@ def _class_name(node: Node | None) -> str | None:
     return str(named.value) if named is not None else None
 
 
-SEED_OPTION = Option("seed_everything", "int | bool", default=True, help="The seed of every random choice of a run.")
+SEED_OPTION = Option("seed_everything", "int | bool", default=42, help="The seed of every random choice of a run.")
 """The one option that belongs to no class: an integer, or ``true`` for one that is chosen and recorded."""

@@ -17,7 +17,7 @@ CLASSES: dict[str, str] = {
     "lightning_hub.checkpoints.settings.CheckpointSettings": "checkpoint",
     "lightning_hub.methods.sft.SFT": "model",
     "lightning_hub.data.module.ChatData": "data",
-    _CALLBACKS + "BackboneFinetuning": "callback",
+    "lightning_hub.callbacks.samples.GenerateSamples": "callback",
     _CALLBACKS + "DeviceStatsMonitor": "callback",
     _CALLBACKS + "EarlyStopping": "callback",
     _CALLBACKS + "EMAWeightAveraging": "callback",
@@ -63,9 +63,13 @@ TYPES: dict[str, str] = {
 """Types that a signature does not tell: words that Lightning checks late, or not at all."""
 
 DEFAULTS: dict[str, Plain] = {
-    "Trainer.use_distributed_sampler": False,
+    "Trainer.use_distributed_sampler": False,  # Lightning's sampler halves the steps in silence
+    "Trainer.logger": False,  # the run folder has the metrics; others are by choice
+    "Trainer.num_sanity_val_steps": 0,  # -1 validates before the first step
+    "Trainer.log_every_n_steps": 10,
+    "Trainer.precision": "32-true",
 }
-"""Defaults of ours where the class's own would train wrong: Lightning's sampler halves the steps in silence."""
+"""Defaults of ours, where Lightning's own would train wrong or write where nobody looks."""
 
 RANGES: dict[str, str] = {
     "Trainer.num_nodes": ">= 1",
@@ -83,15 +87,22 @@ RANGES: dict[str, str] = {
     "SFT.min_lr_ratio": ">= 0, <= 1",
     "SFT.label_smoothing": ">= 0, < 1",
     "SFT.neftune_alpha": ">= 0",
-    "ChatData.max_seq_len": ">= 1",
+    "ChatData.max_seq_len": ">= 2",
     "ChatData.max_tokens_per_gpu": ">= 1",
     "ChatData.effective_batch_size": ">= 1",
     "ChatData.tokens_per_step": ">= 1",
     "ChatData.num_proc": ">= 1",
+    "ChatData.num_workers": ">= 0",
+    "ChatData.seed": ">= 0",
     "CheckpointSettings.every_n_steps": ">= 1",
     "CheckpointSettings.every_n_epochs": ">= 1",
     "CheckpointSettings.every_minutes": "> 0",
-    "CheckpointSettings.keep": ">= 1",
+    "CheckpointSettings.keep": ">= 2",
+    "Best.keep": ">= 1",
+    "GenerateSamples.every_n_steps": ">= 1",
+    "GenerateSamples.max_new_tokens": ">= 1",
+    "GenerateSamples.temperature": ">= 0",
+    "Source.weight": "> 0, <= 1000",
 }
 """Bounds by ``Class.option``; a subclass inherits those of the class that the option comes from."""
 
@@ -99,7 +110,17 @@ REFUSED: dict[str, str] = {
     "GradientAccumulationScheduler": "gradients are accumulated by data.init_args.effective_batch_size",
     "BatchSizeFinder": "a row holds at most data.init_args.max_tokens_per_gpu tokens",
     "LearningRateFinder": "set model.init_args.learning_rate",
+    "BackboneFinetuning": "it takes Python functions, and a language model has no backbone to unfreeze",
     "LambdaCallback": "it takes Python functions: write a callback class and give --allow-class",
     "ModelPruning": "pruned weights cannot be exported as a plain model folder",
 }
 """Lightning classes that would break what the exact step promises, with what to use."""
+
+FOREIGN_SECTIONS: dict[str, str] = {
+    "optimizer": "set model.init_args.learning_rate, betas, eps and weight_decay",
+    "lr_scheduler": "set model.init_args.lr_scheduler and warmup_steps",
+    "ckpt_path": "give --resume PATH",
+    "config": "give --config FILE several times; the later file wins",
+    "fit": "its content stands at the top, without fit:",
+}
+"""Sections that LightningCLI knows and a recipe does not have, with what to write instead."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lightning_hub.config.reading import Plain
-from lightning_hub.config.recipe import Recipe
+from lightning_hub.config.recipe import SEED_OPTION, Recipe
 from lightning_hub.config.schema import SECTIONS, ClassInfo, Schema, shipped_schema
 from lightning_hub.config.typelang import Type
 
@@ -28,7 +28,7 @@ def fill_defaults(recipe: Recipe, schema: Schema | None = None) -> dict[str, Pla
     that the catalogue does not know stay as given: equal recipes give equal trees.
     """
     catalogue = schema or shipped_schema()
-    tree: dict[str, Plain] = {"seed_everything": recipe.tree.get("seed_everything", True)}
+    tree: dict[str, Plain] = {"seed_everything": recipe.tree.get("seed_everything", SEED_OPTION.default)}
     for section in SECTIONS[1:]:
         value = recipe.tree.get(section)
         if section in ("model", "data"):
@@ -66,10 +66,10 @@ def _filled(given: dict[str, Plain], info: ClassInfo, schema: Schema) -> dict[st
 def _value_form(value: Plain, type_: Type, schema: Schema) -> Plain:
     for member in type_.members():
         if member.head == "list" and isinstance(value, list):
-            return [_value_form(item, member.args[0], schema) for item in value]
-        if member.head == "class" and (isinstance(value, dict) or schema.find(str(value)) is not None):
+            value = [_value_form(item, member.args[0], schema) for item in value]
+        elif member.head == "class" and (isinstance(value, dict) or schema.find(str(value)) is not None):
             return _class_form(value, schema)
-        if member.head == "settings" and isinstance(value, dict) and (info := schema.find(str(member.word))):
+        elif member.head == "settings" and isinstance(value, dict) and (info := schema.find(str(member.word))):
             return _filled(value, info, schema)
     return value
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 
 from lightning_hub.config.reading import KeyPath, Plain
-from lightning_hub.config.recipe import Recipe
-from lightning_hub.config.registry import REFUSED
+from lightning_hub.config.recipe import Recipe, keyed_fault
 from lightning_hub.errors import ConfigError
 
 _BOUND = re.compile(r"(>=|<=|>|<)\s*(-?[0-9.]+)")
@@ -26,14 +26,19 @@ def out_of_range(value: Plain, bounds: str) -> bool:
     return False
 
 
-def check_rules(recipe: Recipe) -> Iterator[ConfigError]:
-    """Yield one fault for each rule that the recipe breaks."""
+def check_rules(recipe: Recipe, filled: dict[str, Plain]) -> Iterator[ConfigError]:
+    """Yield one fault for each rule that the recipe breaks.
+
+    Args:
+        recipe: As given.
+        filled: Its tree with defaults: a rule between two options holds when only one of them was given, too.
+    """
+    full = replace(recipe, tree=filled)
     for rule in (_accumulation, _devices, _sampler, _lengths, _batch_size, _warmup):
-        fault = rule(recipe)
+        fault = rule(full)
         if fault:
             path, message, remedy = fault
-            yield ConfigError(f"{path}: {message}", where=recipe.where(path), remedy=remedy)
-    yield from _refused_names(recipe)
+            yield keyed_fault(recipe, path, message, remedy)
     yield from _remote_code(recipe)
 
 
@@ -90,20 +95,11 @@ def _warmup(recipe: Recipe) -> _Fault:
     return path, "given beside warmup_steps: both say how long the warm-up is", "keep one of them"
 
 
-def _refused_names(recipe: Recipe) -> Iterator[ConfigError]:
-    for path, key, value in _mappings(recipe.tree, ()):
-        name = str(value).rpartition(".")[2]
-        if key == "class_path" and name in REFUSED:
-            message = f"{'.'.join(map(str, path))}: {name} is not used here"
-            yield ConfigError(message, where=recipe.where((*path, key)), remedy=REFUSED[name])
-
-
 def _remote_code(recipe: Recipe) -> Iterator[ConfigError]:
     for path, key, _ in _mappings(recipe.tree, ()):
         if key.replace("-", "_") == "trust_remote_code":
-            message = f"{'.'.join(map(str, (*path, key)))}: running a model's own code is not a recipe's to allow"
             remedy = "remove it and, if you trust the model, give the flag --trust-remote-code"
-            yield ConfigError(message, where=recipe.where((*path, key)), remedy=remedy)
+            yield keyed_fault(recipe, (*path, key), "running a model's own code is not a recipe's to allow", remedy)
 
 
 def _mappings(value: Plain, path: KeyPath) -> Iterator[tuple[KeyPath, str, Plain]]:

@@ -18,7 +18,7 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 from lightning_hub.config.reading import KeyPath, Plain
-from lightning_hub.config.recipe import Recipe
+from lightning_hub.config.recipe import Recipe, keyed_fault
 from lightning_hub.config.schema import Option, Schema
 from lightning_hub.errors import ConfigError
 
@@ -70,8 +70,7 @@ def check_names(recipe: Recipe, schema: Schema, allowed: AllowList) -> Iterator[
         else:
             fault = _callable_fault(value, schema, allowed)
         if fault:
-            key = ".".join(map(str, path))
-            yield ConfigError(f"{key}: {fault[0]}", where=recipe.where(path), remedy=fault[1])
+            yield keyed_fault(recipe, path, *fault)
 
 
 def _class_fault(name: str, schema: Schema, allowed: AllowList) -> tuple[str, str] | None:

@@ -176,12 +176,17 @@ class StepLoader:
         return len(self.plan)
 
     def __iter__(self) -> Iterator[Step]:
+        """Yield the steps that follow the position.
+
+        The position is asked when the first step is wanted, not before: Lightning makes its iterator as soon as
+        somebody asks for the number of steps, which is before it has restored a checkpoint.
+        """
         epoch, done = self.position()
         steps = _EpochSteps(self.plan, epoch, self.rank, self.world_size)
         order = range(done, len(self.plan))
         private = torch.Generator()  # a loader draws a seed when it starts: the run's own random state stays untouched
         loader = DataLoader(steps, batch_size=None, sampler=order, num_workers=self.num_workers, generator=private)
-        return iter(loader)
+        yield from loader
 
     def state_dict(self) -> dict[str, int]:
         """Return the position: with this, Lightning knows that the loader can go on in mid-epoch."""

@@ -87,6 +87,7 @@ class SFT(LightningModule):
         self.model: PreTrainedModel | None = None
         self.loss_head: LossHead | None = None
         self.step_loss = torch.zeros(())
+        self.grad_norm: Tensor | None = None
         self._sums = torch.zeros(2, dtype=torch.float64)
 
     # ---- set-up ----------------------------------------------------------------------------------------------------
@@ -105,7 +106,9 @@ class SFT(LightningModule):
         self.model.train()
         self.choose_trainable(self.model)
         if self.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            # The name changed within the versions of transformers that are supported.
+            newer = getattr(self.model, "activation_checkpointing_enable", None)
+            (newer or self.model.gradient_checkpointing_enable)({"use_reentrant": False})
         if self.neftune_alpha is not None:
             Neftune(self.neftune_alpha).attach(self.model)
         self.loss_head = LossHead(self.model, self.label_smoothing)
@@ -165,6 +168,21 @@ class SFT(LightningModule):
         """Do nothing: Lightning calls this between the last row's forward and its backward, when the gradients of
         the other rows are already there. The training step clears them itself.
         """  # noqa: D205
+
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip the gradients as the trainer asks, and keep their norm for the log."""
+        parameters = [parameter for parameter in self.parameters() if parameter.grad is not None]
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Lightning's connector
+        self.grad_norm = None
+        if gradient_clip_val and gradient_clip_algorithm != "value":
+            self.grad_norm = nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+            return
+        if every and (self.trainer.global_step + 1) % every == 0:
+            self.grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if gradient_clip_val:
+            nn.utils.clip_grad_value_(parameters, gradient_clip_val)
 
     # ---- validation and answers ------------------------------------------------------------------------------------
 

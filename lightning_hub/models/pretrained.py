@@ -19,10 +19,18 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging as transformers_logging
 
 from lightning_hub.errors import ConfigError
 
 T = TypeVar("T")
+
+transformers_logging.disable_progress_bar()  # it draws one bar for each read, over ours
+
+EMBEDDED = "demo"
+"""The name of the model that the package brings along, where no folder of this name is in the way."""
+
+EMBEDDED_FOLDER = Path(__file__).with_name("embedded")
 
 KEY = "model.init_args.model"
 """Where a recipe names its model; errors point there."""
@@ -33,7 +41,7 @@ class Pretrained:
     """A pretrained causal language model, opened piece by piece so that cheap checks come first.
 
     Args:
-        source: A local folder or a hub id.
+        source: A local folder, a hub id, or ``demo`` for the model that the package brings along.
         trust_remote_code: Whether Python files of the model may run. Only a command-line flag sets it.
     """
 
@@ -53,7 +61,8 @@ class Pretrained:
     @property
     def path(self) -> Path:
         """The source as a local path (which need not exist for a hub id)."""
-        return Path(self.source).expanduser()
+        path = Path(self.source).expanduser()
+        return EMBEDDED_FOLDER if self.source == EMBEDDED and not path.is_dir() else path
 
     @property
     def _name(self) -> str:

@@ -25,6 +25,10 @@ PACKED = "packed_documents"
 """The attention name under which transformers finds this implementation."""
 
 
+class BordersLostError(RuntimeError):
+    """A model does not hand the borders of the documents on to its attention layers."""
+
+
 class RowBorders(TypedDict):
     """What a model hands on to its attention layers: where the documents of a row lie."""
 
@@ -65,7 +69,7 @@ def packed_attention(
         attention_mask: Must be None: a mask would open the borders or cost the square of the row.
         scaling: Factor of the scores; the inverse root of the head size if None.
         dropout: Probability of dropping an attention weight.
-        borders: Document borders ``(0, ..., tokens)``; one document if None.
+        borders: Document borders ``(0, ..., tokens)``.
         cu_seqlens: The same borders as an int32 tensor on the device of the query (CUDA only).
         sliding_window: How many tokens a query sees, itself included.
         softcap: Scores are squashed to ``softcap * tanh(score / softcap)`` (Gemma 2).
@@ -74,10 +78,14 @@ def packed_attention(
 
     Returns:
         The output, shape ``(1, tokens, heads, head size)``, and None in place of the attention weights.
+
+    Raises:
+        BordersLostError: The model called this without borders; one document is never assumed.
     """
     if attention_mask is not None:
         raise ValueError("packed rows take no attention mask: the borders of the documents say it all")
-    borders = borders or (0, query.shape[2])
+    if borders is None:
+        raise BordersLostError("the model hands no keyword arguments on to its attention layers")
     plain = softcap is None and s_aux is None
     if plain and cu_seqlens is not None and dropout == 0.0 and query.dtype != torch.float32 and _varlen() is not None:
         return _varlen_attention(query, key, value, scaling, cu_seqlens, borders, sliding_window), None

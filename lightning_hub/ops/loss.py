@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from lightning_hub.ops.attention import PACKED, borders_of
+from lightning_hub.ops.attention import PACKED, BordersLostError, borders_of
 from lightning_hub.ops.rows import IGNORED, Row
 
 CHUNK = 2048
@@ -24,8 +24,13 @@ class LossHead:
     """Turns a model and a packed row into the summed loss of the row's trained tokens.
 
     Most models end in one linear layer; then the head is fused with the loss. Others scale or cap their logits:
-    they make the logits themselves, of the trained tokens only. Which of the two it is, is found out by comparing
-    numbers, never by a model's name.
+    they make the logits themselves, of the trained tokens only. Most models keep packed documents apart. Others mix
+    tokens outside their attention, or do not tell it where the documents lie: their documents run one by one. Which
+    it is, is found out by comparing numbers, never by a model's name.
+
+    Attributes:
+        is_linear: Whether the head is fused with the loss.
+        is_packable: Whether a row is one forward.
 
     Args:
         model: A causal language model of transformers.
@@ -35,6 +40,9 @@ class LossHead:
     def __init__(self, model: PreTrainedModel, label_smoothing: float = 0.0) -> None:
         self.model = model
         self.label_smoothing = label_smoothing
+        if model.config._attn_implementation == PACKED and not _hands_on_borders(model):
+            model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+        self.is_packable = keeps_documents_apart(model)
         self.is_linear = _has_linear_head(model)
 
     def __call__(self, row: Row) -> Tensor:
@@ -43,6 +51,12 @@ class LossHead:
         A row without any trained token gives a zero that is still connected to the parameters, so that every rank
         takes part in the reduction of gradients.
         """
+        if self.is_packable:
+            return self._loss_of_forward(row)
+        return torch.stack([self._loss_of_forward(document) for document in row.documents()]).sum()
+
+    def _loss_of_forward(self, row: Row) -> Tensor:
+        """Return the loss of what one forward takes: a row, or one document of it."""
         places, targets = trained_places(row.labels)
         if self.is_linear:
             hidden = self._hidden(row)[0].index_select(0, places)
@@ -154,6 +168,41 @@ def _inputs(model: PreTrainedModel, row: Row) -> dict[str, Any]:
         "use_cache": False,
         **(borders_of(row) if packed else {}),
     }
+
+
+@torch.no_grad()
+def _hands_on_borders(model: PreTrainedModel) -> bool:
+    """Return whether the model's attention layers learn where the documents lie."""
+    ids = torch.arange(2)
+    try:
+        model(**_inputs(model, Row.pack([(ids, ids)]).to(next(model.parameters()).device)))
+    except BordersLostError:
+        return False
+    return True
+
+
+LEAK = 0.05
+"""How much of the effect of a real leak is still put down to rounding."""
+
+
+@torch.no_grad()
+def keeps_documents_apart(model: PreTrainedModel) -> bool:
+    """Return whether a document in a packed row gives what it gives alone.
+
+    The difference is compared with that of a leak made on purpose, one document over both, so that neither the size
+    of the numbers nor their precision matters.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    ids = (torch.arange(2, 14) * 5) % model.config.get_text_config().vocab_size
+    first, second = (ids[:7], ids[:7]), (ids[7:], ids[7:])
+    places = slice(7, None)
+    packed = model(**_inputs(model, Row.pack([first, second]).to(device))).logits[0, places].float()
+    alone = model(**_inputs(model, Row.pack([second]).to(device))).logits[0].float()
+    leaked = model(**_inputs(model, Row.pack([(ids, ids)]).to(device))).logits[0, places].float()
+    model.train(was_training)
+    return bool((packed - alone).abs().max() <= LEAK * (leaked - alone).abs().max())
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Self
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 IGNORED = -100
-"""The label of a token that is context only."""
+"""The label of a token that is context only (the value that transformers uses)."""
 
 
 @dataclass(eq=False)  # not frozen: Lightning rebuilds batches field by field under half precision
@@ -62,6 +63,17 @@ class Row:
     def lengths(self) -> list[int]:
         """Tokens of each document."""
         return [end - start for start, end in pairwise(self.borders)]
+
+    def documents(self) -> Iterator[Row]:
+        """Yield each document as a row of its own."""
+        for place, (start, end) in enumerate(pairwise(self.borders)):
+            yield Row(
+                self.input_ids[:, start:end],
+                self.labels[:, start:end],
+                self.position_ids[:, start:end],
+                (0, end - start),
+                self.sample_ids[place : place + 1],
+            )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Row:
         """Return the row with its tensors on ``device``."""

@@ -1,0 +1,91 @@
+"""The progress bar: step, loss, tokens per second, time left."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lightning_hub.callbacks.recorder import Recorder
+from lightning_hub.ops.rows import Step
+
+SECONDS_BETWEEN_LINES = 10.0
+"""How often a line is printed where there is no terminal to draw on."""
+
+
+class ProgressLine(Callback):
+    """Draws a bar on a terminal and prints a line now and then elsewhere.
+
+    Args:
+        recorder: Where loss and speed are read.
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+        self._bar: Progress | None = None
+        self._printed = 0.0
+        self._seen = (0, time.monotonic())
+        self._speed = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin the bar."""
+        if not trainer.is_global_zero:
+            return
+        self._printed = time.monotonic()
+        self._seen = (self.recorder.tokens, time.monotonic())
+        console = Console(file=sys.__stderr__)  # the terminal itself: a bar does not belong in a log
+        if console.is_terminal:
+            columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"))
+            self._bar = Progress(
+                *columns,
+                TimeRemainingColumn(compact=True),
+                console=console,
+                refresh_per_second=5,
+                redirect_stdout=False,
+                redirect_stderr=False,
+            )
+            self._bar.add_task("step", total=_total(trainer), completed=trainer.global_step, numbers="")
+            self._bar.start()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: Step, batch_idx: int
+    ) -> None:
+        """Move the bar, or print a line if it is time."""
+        if not trainer.is_global_zero:
+            return
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=trainer.global_step, numbers=self._numbers())
+        elif time.monotonic() - self._printed >= SECONDS_BETWEEN_LINES:
+            self._printed = time.monotonic()
+            total = _total(trainer)
+            print(f"step {trainer.global_step}{f'/{total}' if total else ''} {self._numbers()}", flush=True)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finish the bar."""
+        self._finish()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Finish the bar, so that the error stands below it."""
+        self._finish()
+
+    def _finish(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _numbers(self) -> str:
+        tokens, since = self._seen
+        now = time.monotonic()
+        if now - since >= 1.0:
+            self._speed = (self.recorder.tokens - tokens) / (now - since)
+            self._seen = (self.recorder.tokens, now)
+        loss = self.recorder.pulse.loss
+        return f"loss {'-' if loss is None else f'{loss:.4f}'}  {self._speed:,.0f} tok/s"
+
+
+def _total(trainer: Trainer) -> int | None:
+    total = trainer.estimated_stepping_batches
+    return None if total == float("inf") else int(total)

@@ -1,0 +1,168 @@
+"""The recorder: what a run tells while it trains, kept off the hot path."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Protocol, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_hub.ops.rows import Step
+from lightning_hub.runs.rank import RankWriter
+from lightning_hub.runs.writer import RunWriter
+
+
+class TrainedModule(Protocol):
+    """What the recorder reads of a module after a step."""
+
+    step_loss: Tensor
+    grad_norm: Tensor | None
+
+
+class Recorder(Callback):
+    """Keeps the heartbeat true, writes the metrics, and gives them to Lightning's loggers and callbacks.
+
+    Values stay on the device until a step is logged, so that the host never waits for it in between.
+
+    Args:
+        rank: The files of this rank.
+        run: The files of the run (rank 0 only).
+    """
+
+    def __init__(self, rank: RankWriter, run: RunWriter | None) -> None:
+        self.rank = rank
+        self.run = run
+        self.pulse = rank.pulse
+        self.tokens = 0
+        self.loss_tokens = 0
+        self._lr = 0.0
+        self.val_losses: dict[int, float] = {}
+        self._interval_tokens = 0
+        self._interval_steps = 0
+        self._since = time.perf_counter()
+
+    # ---- begin and end -----------------------------------------------------------------------------------------------
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write what the data came to, before anything is trained on it."""
+        if self.run is None:
+            return
+        data = trainer.datamodule  # type: ignore[attr-defined]  # Lightning types its trainer without one
+        data.prepared.write_report(self.run.folder.data_report, packing=data.packing_report())
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say that training runs, and how long."""
+        self.pulse.phase, self.pulse.step = "train", trainer.global_step
+        if self.run is not None:
+            total = trainer.estimated_stepping_batches
+            steps = int(total) if total != float("inf") else None
+            self.run.set_status("running", step=trainer.global_step, max_steps=steps)
+        self._restart_interval()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the training phase."""
+        self.pulse.phase = "exit"
+
+    # ---- steps -------------------------------------------------------------------------------------------------------
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Step, batch_idx: int) -> None:
+        """Say that a step begins."""
+        self.pulse.phase = "train"
+        self.pulse.do("forward")
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Say that a backward begins."""
+        self.pulse.do("backward")
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Say that the optimizer begins, and with which learning rate."""
+        self.pulse.do("optimizer")
+        self._lr = float(optimizer.param_groups[0]["lr"])
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: Step, batch_idx: int
+    ) -> None:
+        """Count the step, and log it if it is its turn."""
+        step = trainer.global_step
+        self.pulse.step, self.pulse.epoch = step, trainer.current_epoch
+        self.tokens += batch.num_tokens
+        self.loss_tokens += batch.num_trained
+        self._interval_tokens += batch.num_tokens
+        self._interval_steps += 1
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Lightning's connector
+        last = trainer.fit_loop.epoch_loop._is_training_done
+        if (every and step % every == 0) or last:
+            self._log_step(trainer, pl_module)
+
+    def _log_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module = cast("TrainedModule", pl_module)
+        seconds = time.perf_counter() - self._since
+        loss = float(trainer.strategy.reduce(module.step_loss, reduce_op="mean"))
+        values: dict[str, float | int | None] = {
+            "loss": loss,
+            "lr": self._lr,
+            "grad_norm": None if module.grad_norm is None else float(module.grad_norm),
+            "tokens": self.tokens,
+            "loss_tokens": self.loss_tokens,
+            "tokens_per_second": self._interval_tokens / seconds,
+            "step_time": seconds / self._interval_steps,
+            "epoch": trainer.current_epoch,
+        }
+        if torch.cuda.is_available():
+            values["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+            torch.cuda.reset_peak_memory_stats()
+        self.pulse.loss = loss
+        self._publish(trainer, pl_module, values)
+        self._restart_interval()
+
+    def _restart_interval(self) -> None:
+        self._interval_tokens = self._interval_steps = 0
+        self._since = time.perf_counter()
+
+    def _publish(self, trainer: Trainer, pl_module: LightningModule, values: dict[str, float | int | None]) -> None:
+        """Give metrics to the run folder, to the loggers, and to callbacks that watch a metric."""
+        numbers = {name: value for name, value in values.items() if value is not None}
+        for name in ("loss", "grad_norm"):
+            if name in numbers and trainer.training:
+                pl_module.log(name, numbers[name], logger=False)
+        if self.run is None:
+            return
+        self.rank.log(trainer.global_step, numbers)
+        for logger in trainer.loggers:
+            logger.log_metrics(numbers, step=trainer.global_step)
+
+    # ---- validation and saving ---------------------------------------------------------------------------------------
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say that a validation begins."""
+        self.pulse.phase = "eval"
+        self.pulse.do("validation")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the validation loss; the one before training stands at step 0."""
+        loss = trainer.callback_metrics.get("val_loss")
+        if loss is not None:
+            step = 0 if trainer.sanity_checking else trainer.global_step
+            self.val_losses[step] = float(loss)
+            if self.run is not None:
+                self.rank.log(step, {"val_loss": float(loss)})
+                for logger in trainer.loggers:
+                    logger.log_metrics({"val_loss": float(loss)}, step=step)
+        self.pulse.phase = "train"
+        self._since += time.monotonic() - self.pulse.doing_since  # validating is no training time
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Say that a checkpoint is being written."""
+        self.pulse.phase = "save"
+        self.pulse.do("save checkpoint")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the counters that go on after a resume."""
+        return {"tokens": self.tokens, "loss_tokens": self.loss_tokens}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting."""
+        self.tokens, self.loss_tokens = state_dict["tokens"], state_dict["loss_tokens"]

@@ -1,0 +1,102 @@
+"""The ``lightning-hub`` command: each verb hands over to its room, which is imported only then."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+
+from lightning_hub import __version__
+from lightning_hub.config.suggest import nearest
+from lightning_hub.errors import ConfigError, ExitCode, HubError
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One word of the command line.
+
+    Attributes:
+        name: The word.
+        summary: What it does, for the help.
+        target: ``module:function`` that takes the arguments after the word and returns an exit code.
+    """
+
+    name: str
+    summary: str
+    target: str
+
+    def load(self) -> Callable[[Sequence[str]], int]:
+        """Import the room and return its function."""
+        module, function = self.target.split(":")
+        handler: Callable[[Sequence[str]], int] = getattr(import_module(module), function)
+        return handler
+
+
+VERBS = (
+    Verb("demo", "fine-tune the embedded model: no download, no GPU, a minute", "lightning_hub.demo.command:main"),
+    Verb("fit", "train what a recipe describes", "lightning_hub.training.command:fit"),
+    Verb("validate", "compute the validation loss of a recipe's model", "lightning_hub.training.command:validate"),
+    Verb("test", "the same under the name test_loss", "lightning_hub.training.command:test"),
+    Verb("predict", "answer a file of prompts, as JSON lines", "lightning_hub.training.command:predict"),
+    Verb("data", "show what the model will see, token by token", "lightning_hub.training.data_command:main"),
+    Verb("runs", "list, show, follow, resume, stop or delete runs", "lightning_hub.training.runs_command:main"),
+    Verb("export", "write a run's result as a plain Hugging Face folder", "lightning_hub.training.export_command:main"),
+    Verb("chat", "talk to a run's result or to a model folder", "lightning_hub.training.chat_command:main"),
+    Verb("schema", "print the catalogue of options as JSON", "lightning_hub.config.schema:print_schema"),
+)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run one command line and return its exit code.
+
+    A person's mistake is said in one sentence on standard error; ``--debug`` shows the traceback as well.
+    """
+    debug = "--debug" in argv
+    words = [word for word in argv if word != "--debug"]
+    try:
+        return int(_dispatch(words))
+    except HubError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return int(error.exit_code)
+    except KeyboardInterrupt:
+        return int(ExitCode.HARD_STOP)
+    except BrokenPipeError:  # the reader of our output is gone, as in `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return int(ExitCode.DONE)
+
+
+def _dispatch(words: Sequence[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_help())
+        return ExitCode.DONE
+    if words[0] in ("-V", "--version"):
+        print(f"lightning-hub {__version__}")
+        return ExitCode.DONE
+    verbs = {verb.name: verb for verb in VERBS}
+    verb = verbs.get(words[0])
+    if verb is None:
+        near = nearest(words[0], verbs)
+        remedy = f"did you mean {near}?" if near else "see lightning-hub --help"
+        raise ConfigError(f"no such command: {words[0]}", remedy=remedy)
+    return verb.load()(words[1:])
+
+
+def _help() -> str:
+    width = max(len(verb.name) for verb in VERBS)
+    lines = [f"  {verb.name:<{width}}  {verb.summary}" for verb in VERBS]
+    return "\n".join(
+        [
+            "usage: lightning-hub COMMAND [...]",
+            "",
+            "Fine-tune language models from a terminal.",
+            "",
+            *lines,
+            "",
+            "Each command has --help; --debug shows the traceback of an error.",
+            "Begin with: lightning-hub demo",
+        ]
+    )

@@ -1,0 +1,196 @@
+"""The LightningDataModule: conversations in, optimizer steps out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol, cast
+
+from lightning.pytorch import LightningDataModule
+from transformers import PreTrainedTokenizerFast
+
+from lightning_hub.data.checks import check_positions, check_tokenizer_fits
+from lightning_hub.data.prepare import Prepared, prepare
+from lightning_hub.data.prompts import Prompt, read_prompts
+from lightning_hub.data.settings import DataSettings, Format, OnBad, OnLong, Source, TrainOn
+from lightning_hub.data.steps import Batching, Position, StepLoader, StepPlan
+from lightning_hub.errors import DataError
+from lightning_hub.models.pretrained import Pretrained
+
+SAMPLES_PER_STEP = 32
+"""The effective batch size where a recipe names neither it nor ``tokens_per_step``."""
+
+
+class HasPretrained(Protocol):
+    """A module that knows the pretrained model it trains."""
+
+    @property
+    def pretrained(self) -> Pretrained:
+        """The model as it lies on disk or on the hub."""
+
+
+class ChatData(LightningDataModule):
+    """Conversations, prompts with completions, documents or token ids, packed into exact optimizer steps.
+
+    Args:
+        train: A file, folder or hub id to train on, or a list of them, each with a weight if wanted.
+        val: Data to validate on: a path, or the share of the training samples to set aside (0.02 is 2 %).
+        format: How rows are laid out; auto recognises it and says so.
+        columns: Where the input names its columns differently: our name to theirs, {prompt: question}.
+        max_seq_len: The longest sample, in tokens.
+        max_tokens_per_gpu: The most tokens of a packed row, which is one forward of one device; max_seq_len if null.
+        effective_batch_size: Samples of an optimizer step over all devices; 32 if tokens_per_step is null too.
+        tokens_per_step: Token slots of an optimizer step over all devices, instead of effective_batch_size.
+        train_on: assistant trains on every assistant turn, last on the last one, completion on what follows the
+            last user turn, all on every token.
+        on_long: Samples over max_seq_len: refuse to start, cut them, or leave them out and count them.
+        on_bad: Rows that cannot be used: refuse to start, or leave them out and count them.
+        expand_turns: One sample for each assistant turn, so that thoughts of earlier turns are trained too.
+        chat_template: A template file or the name of a built-in one; the tokenizer's own if null.
+        template_options: Variables for the template, such as {enable_thinking: false}.
+        seed: Seed of the order, of the validation share and of fractional weights.
+        shuffle: Whether each epoch has an order of its own.
+        num_proc: Threads that tokenise at the same time.
+        num_workers: Processes that build steps ahead; 0 builds them in the training process.
+        predict: A file of prompts for `predict`: JSON lines with "prompt" or "messages".
+    """
+
+    def __init__(
+        self,
+        train: str | list[str] | list[Source],
+        val: str | float | None = None,
+        format: Format = "auto",
+        columns: dict[str, str] | None = None,
+        max_seq_len: int = 2048,
+        max_tokens_per_gpu: int | None = None,
+        effective_batch_size: int | None = None,
+        tokens_per_step: int | None = None,
+        train_on: TrainOn = "assistant",
+        on_long: OnLong = "error",
+        on_bad: OnBad = "error",
+        expand_turns: bool = False,
+        chat_template: str | None = None,
+        template_options: dict[str, str | bool | int | float] | None = None,
+        seed: int = 42,
+        shuffle: bool = True,
+        num_proc: int = 1,
+        num_workers: int = 0,
+        predict: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.settings = DataSettings(
+            train=train,
+            val=val,
+            format=format,
+            columns=columns or {},
+            max_seq_len=max_seq_len,
+            train_on=train_on,
+            on_long=on_long,
+            on_bad=on_bad,
+            expand_turns=expand_turns,
+            chat_template=chat_template,
+            template_options=template_options or {},
+            seed=seed,
+            num_proc=num_proc,
+        )
+        if effective_batch_size is None and tokens_per_step is None:
+            effective_batch_size = SAMPLES_PER_STEP
+        self.batching = Batching(
+            max_tokens=max_tokens_per_gpu or max_seq_len,
+            effective_batch_size=effective_batch_size,
+            tokens_per_step=tokens_per_step,
+            shuffle=shuffle,
+            seed=seed,
+        )
+        self.num_workers = num_workers
+        self.predict_file = predict
+        self._tokenizer: PreTrainedTokenizerFast | None = None
+        self._prepared: Prepared | None = None
+        self._plan: StepPlan | None = None
+
+    # ---- preparation -----------------------------------------------------------------------------------------------
+
+    @property
+    def prepared(self) -> Prepared:
+        """The tokenised samples and the report of how they came about."""
+        assert self._prepared is not None, "setup has run"
+        return self._prepared
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The tokenizer that made the samples, with the chat template that rendered them."""
+        assert self._tokenizer is not None, "setup has run"
+        return self._tokenizer
+
+    @property
+    def plan(self) -> StepPlan:
+        """The optimizer steps of every epoch."""
+        if self._plan is None:
+            self._plan = StepPlan(self.prepared.train, self.batching)
+        return self._plan
+
+    def open(self, pretrained: Pretrained) -> Prepared:
+        """Prepare the samples for a model, or read them from the cache.
+
+        Nothing here is a collective: ranks share the preparation through the file system, so a long one cannot run
+        into a time-out.
+        """
+        if self._prepared is None:
+            config = pretrained.config
+            self._tokenizer = pretrained.tokenizer
+            check_tokenizer_fits(self._tokenizer, config.get_text_config().vocab_size)
+            check_positions(self.settings.max_seq_len, config)
+            self._prepared = prepare(self.settings, self._tokenizer, stop_ids=pretrained.stop_ids)
+            if self._prepared.chat_template is not None:
+                self._tokenizer.chat_template = self._prepared.chat_template
+        return self._prepared
+
+    def setup(self, stage: str) -> None:
+        """Prepare the samples for the module's model (called by Lightning before any weight is read)."""
+        assert self.trainer is not None, "Lightning has attached the trainer"
+        module = cast("HasPretrained", self.trainer.lightning_module)
+        if stage != "predict":
+            self.open(module.pretrained)
+
+    def facts(self) -> dict[str, str]:
+        """Return what decides the order and content of the steps: a resumed run must have the same."""
+        return {"data": self.prepared.train.fingerprint, "batching": str(self.batching)}
+
+    def packing_report(self) -> dict[str, float]:
+        """Return how full the rows are and how many steps make an epoch, for the data report."""
+        return {"fill": self.plan.fill(), "steps_per_epoch": len(self.plan), "max_tokens": self.batching.max_tokens}
+
+    # ---- loaders ---------------------------------------------------------------------------------------------------
+
+    def train_dataloader(self) -> StepLoader:
+        """Return the steps of this rank; each item is one optimizer step."""
+        return self._loader(self.plan, self._position)
+
+    def val_dataloader(self) -> StepLoader | list[StepLoader]:
+        """Return the validation rows of this rank, each as a step of its own; nothing where there is no validation."""
+        if self.prepared.val is None:
+            return []
+        assert self.trainer is not None, "Lightning has attached the trainer"
+        slots = self.batching.max_tokens * self.trainer.world_size
+        batching = Batching(self.batching.max_tokens, None, slots, shuffle=False, seed=0)
+        return self._loader(StepPlan(self.prepared.val, batching), lambda: (0, 0))
+
+    test_dataloader = val_dataloader
+
+    def predict_dataloader(self) -> list[list[Prompt]]:
+        """Return the prompts in batches of eight."""
+        if self.predict_file is None:
+            remedy = "give a file of JSON lines with --data.predict"
+            raise DataError("no prompts are given", where="data.init_args.predict", remedy=remedy)
+        prompts = read_prompts(Path(self.predict_file))
+        return [prompts[start : start + 8] for start in range(0, len(prompts), 8)]
+
+    def _loader(self, plan: StepPlan, position: Position) -> StepLoader:
+        assert self.trainer is not None, "Lightning has attached the trainer"
+        return StepLoader(plan, position, self.trainer.global_rank, self.trainer.world_size, self.num_workers)
+
+    def _position(self) -> tuple[int, int]:
+        """Return the epoch and its finished steps; Lightning has restored both before it asks for steps."""
+        assert self.trainer is not None, "Lightning has attached the trainer"
+        if getattr(self.trainer, "overfit_batches", 0):  # the same steps again and again
+            return 0, 0
+        return self.trainer.current_epoch, self.trainer.fit_loop.epoch_loop.batch_progress.current.completed

@@ -1,0 +1,107 @@
+"""``lightning-hub demo``: the main job on the embedded model and data, from chat rows to an exported model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from lightning_hub.config.command import parse_command
+from lightning_hub.demo.tasks import SHOUT, conversations, words
+from lightning_hub.errors import ExitCode
+from lightning_hub.runs.folder import RunFolder, create_run, runs_root
+from lightning_hub.training.command import checked, write_run
+from lightning_hub.training.options import Options
+
+RECIPE = Path(__file__).with_name("recipe.yaml")
+TRAINED, VALIDATED, ASKED = 4000, 160, 3
+"""Conversations to train on, to validate on, and to show."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Fine-tune the embedded model and show what it has learnt."""
+    parser = argparse.ArgumentParser(prog="lightning-hub demo", description=__doc__)
+    parser.add_argument("--runs-root", help="where runs are kept (LIGHTNING_HUB_RUNS, else runs/)")
+    given = parser.parse_args(argv)
+    console = Console()
+    folder = create_run("demo", runs_root(given.runs_root))
+    train, val = _write_data(folder)
+    console.print("[bold]Lightning Hub demo[/]: a small language model learns a new task")
+    console.print(f"  model  embedded, {_size()}; it can spell and reverse words")
+    console.print(f"  task   [cyan]{SHOUT.question.format(word='kamo')}[/] -> [green]{SHOUT.answer('kamo')}[/]")
+    console.print(f"  data   {TRAINED:,} conversations to train on, {VALIDATED} to validate on\n")
+    return _train(folder, train, val, console)
+
+
+def _train(folder: RunFolder, train: Path, val: Path, console: Console) -> int:
+    flags = ["--config", str(RECIPE), "--data.train", str(train), "--data.val", str(val)]
+    recipe = parse_command(flags).recipe
+    options = Options()
+    tree = checked(recipe, options)
+    run = write_run(folder, recipe, tree, options)
+    from lightning_hub.training.session import Session  # 4 s: torch, lightning and transformers
+
+    prompts = [SHOUT.question.format(word=word) for word in words(TRAINED + VALIDATED + ASKED, seed=7)[-ASKED:]]
+    before = _answers("demo", prompts)
+    session = Session(tree, run, resume="never")
+    code = session.fit()
+    if code == ExitCode.DONE:
+        after = _answers(str(folder.export), prompts)
+        _show(console, folder, session.val_losses, list(zip(prompts, before, after, strict=True)))
+    return code
+
+
+def _write_data(folder: RunFolder) -> tuple[Path, Path]:
+    rows = conversations((SHOUT,), TRAINED + VALIDATED, seed=7)
+    data = folder.path / "data"
+    data.mkdir(mode=0o700)
+    paths = data / "train.jsonl", data / "val.jsonl"
+    for path, part in zip(paths, (rows[:TRAINED], rows[TRAINED:]), strict=True):
+        path.write_text("".join(json.dumps(row) + "\n" for row in part))
+        path.chmod(0o600)
+    return paths
+
+
+def _size() -> str:
+    from lightning_hub.models.pretrained import EMBEDDED_FOLDER  # 4 s: torch and transformers, needed in any case
+
+    return f"{(EMBEDDED_FOLDER / 'model.safetensors').stat().st_size / 2e6:.1f} M parameters"
+
+
+def _answers(model: str, prompts: list[str]) -> list[str]:
+    import torch  # loaded by now
+
+    from lightning_hub.models.generation import complete
+    from lightning_hub.models.pretrained import Pretrained
+
+    pretrained = Pretrained(model)
+    loaded = pretrained.load(dtype=torch.float32, attn_implementation="sdpa").eval()
+    turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    return complete(loaded, pretrained.tokenizer, turns, max_new_tokens=24)
+
+
+def _show(console: Console, folder: RunFolder, losses: dict[int, float], answers: list[tuple[str, str, str]]) -> None:
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 2))
+    for title in ("", "before", "after"):
+        table.add_column(title, header_style="dim")
+    table.add_row("validation loss", f"{losses[0]:.4f}", f"[bold]{losses[max(losses)]:.4f}[/]")
+    for prompt, before, after in answers:
+        table.add_row(f"[cyan]{prompt}[/]", before, f"[bold green]{after}[/]")
+    console.print()
+    console.print(table)
+    run = shlex.quote(folder.id)
+    config = shlex.quote(str(folder.config))
+    console.print(f"\n  run     {folder.path}\n  export  {folder.export}  (a plain Hugging Face folder)\n")
+    console.print("What next:")
+    for command, why in (
+        (f"lightning-hub chat {run}", "talk to it"),
+        (f"lightning-hub runs show {run}", "look at the run"),
+        (f"lightning-hub data --config {config} --sample 0", "see which tokens were trained"),
+        ("lightning-hub fit --config configs/sft.yaml --model.model MODEL --data.train FILE", "your own"),
+    ):
+        console.print(f"  {command}  [dim]# {why}[/]", highlight=False, soft_wrap=True)

@@ -1,0 +1,63 @@
+"""Small tasks on invented words: easy to learn, easy to check, and each unlike the others.
+
+A word is made of random syllables, so that no model can know it; an answer is a function of the word, so that it can
+be checked without a judge.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+Conversation = dict[str, list[dict[str, str]]]
+
+_CONSONANTS = "bcdfghjklmnprstvwz"
+_VOWELS = "aeiou"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A question about a word, and its only right answer.
+
+    Attributes:
+        name: Short name.
+        question: The question, with ``{word}`` in it.
+        answer: The answer as a function of the word.
+    """
+
+    name: str
+    question: str
+    answer: Callable[[str], str]
+
+    def conversation(self, word: str) -> Conversation:
+        """Return question and answer as one row of chat data."""
+        return {
+            "messages": [
+                {"role": "user", "content": self.question.format(word=word)},
+                {"role": "assistant", "content": self.answer(word)},
+            ]
+        }
+
+
+SPELL = Task("spell", "Spell {word}.", lambda word: "-".join(word))
+REVERSE = Task("reverse", "Reverse {word}.", lambda word: word[::-1])
+SHOUT = Task("shout", "Shout {word}!", lambda word: f"{word.upper()}!")
+
+PRETRAINING = (SPELL, REVERSE)
+"""What the base model knows."""
+
+
+def words(count: int, seed: int) -> list[str]:
+    """Return different invented words of two or three syllables."""
+    source = random.Random(seed)
+    found: dict[str, None] = {}
+    while len(found) < count:
+        syllables = (source.choice(_CONSONANTS) + source.choice(_VOWELS) for _ in range(source.choice((2, 2, 3))))
+        found["".join(syllables) + source.choice(("", "", *"nrsl"))] = None
+    return list(found)
+
+
+def conversations(tasks: tuple[Task, ...], count: int, seed: int) -> list[Conversation]:
+    """Return chat rows that go through the tasks in turn, each with a word of its own."""
+    return [tasks[place % len(tasks)].conversation(word) for place, word in enumerate(words(count, seed))]

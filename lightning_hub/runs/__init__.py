@@ -1,0 +1,1 @@
+"""The run folder: names, writers, readers and verdicts, with the standard library only."""

@@ -1,0 +1,339 @@
+"""The run folder: every path of a run has its name here, once; runs are made and found here."""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import json
+import os
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from lightning_hub.errors import ConfigError
+from lightning_hub.runs.files import FOLDER_MODE, make_private_folder, open_append, read_json, write_atomic
+from lightning_hub.runs.identity import Identity
+from lightning_hub.runs.records import RunInfo
+
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+ROOT_VARIABLE = "LIGHTNING_HUB_RUNS"
+DEFAULT_ROOT = "runs"
+
+_RESUME = "give --resume auto to go on with it, or another folder"
+
+
+def now() -> str:
+    """Return the time as files hold it: UTC, with its zone."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+@dataclass(frozen=True)
+class RankFolder:
+    """The files of one rank in one attempt."""
+
+    path: Path
+
+    @property
+    def stdout(self) -> Path:
+        """First part of the log of standard output."""
+        return self.path / "stdout.log"
+
+    @property
+    def stderr(self) -> Path:
+        """First part of the log of standard error."""
+        return self.path / "stderr.log"
+
+    @property
+    def heartbeat(self) -> Path:
+        """Sign of life, every 2 s."""
+        return self.path / "heartbeat.json"
+
+    @property
+    def error(self) -> Path:
+        """What ended the rank."""
+        return self.path / "error.json"
+
+    @property
+    def stacks(self) -> Path:
+        """Python stacks of a rank that stalls."""
+        return self.path / "stacks.txt"
+
+
+@dataclass(frozen=True)
+class NodeFolder:
+    """The files of one node."""
+
+    path: Path
+
+    @property
+    def env(self) -> Path:
+        """Allow-listed environment, versions and hardware."""
+        return self.path / "env.json"
+
+    @property
+    def gauges(self) -> Path:
+        """Load and temperatures."""
+        return self.path / "gauges.json"
+
+    @property
+    def lease(self) -> Path:
+        """Sign of life of the node's supervisor."""
+        return self.path / "lease.json"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run, as a folder."""
+
+    path: Path
+
+    @property
+    def id(self) -> str:
+        """The folder's own name."""
+        return self.path.name
+
+    @property
+    def run_json(self) -> Path:
+        """What the run is."""
+        return self.path / "run.json"
+
+    @property
+    def config(self) -> Path:
+        """The full recipe; repeats the run."""
+        return self.path / "config.yaml"
+
+    @property
+    def config_input(self) -> Path:
+        """What the person gave."""
+        return self.path / "config.input.yaml"
+
+    @property
+    def plan(self) -> Path:
+        """Exact argv and env of every node."""
+        return self.path / "plan.json"
+
+    @property
+    def status(self) -> Path:
+        """How the run goes."""
+        return self.path / "status.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One line per logged step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        """Generations made during the run."""
+        return self.path / "samples.jsonl"
+
+    @property
+    def data_report(self) -> Path:
+        """What became of every row of the input."""
+        return self.path / "data_report.json"
+
+    @property
+    def events(self) -> Path:
+        """Launches, stops, restarts, verdicts."""
+        return self.path / "events.jsonl"
+
+    @property
+    def lock(self) -> Path:
+        """Who may write this run."""
+        return self.path / "lock"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints are."""
+        return self.path / "checkpoints"
+
+    @property
+    def latest(self) -> Path:
+        """Link to the newest committed checkpoint."""
+        return self.checkpoints / "latest"
+
+    def checkpoint(self, step: int) -> Path:
+        """Folder of the checkpoint after a step."""
+        return self.checkpoints / f"step-{step}"
+
+    @property
+    def export(self) -> Path:
+        """The result as a plain model folder."""
+        return self.path / "export"
+
+    @property
+    def control(self) -> Path:
+        """Where wishes are left."""
+        return self.path / "control"
+
+    @property
+    def control_stop(self) -> Path:
+        """The wish to save and stop."""
+        return self.control / "stop"
+
+    @property
+    def control_checkpoint(self) -> Path:
+        """The wish to save and go on."""
+        return self.control / "checkpoint"
+
+    def node(self, number: int) -> NodeFolder:
+        """Files of a node."""
+        return NodeFolder(self.path / "nodes" / str(number))
+
+    def attempt(self, number: int) -> Path:
+        """Folder of an attempt; the first is 1."""
+        return self.path / "attempts" / str(number)
+
+    def attempt_json(self, number: int) -> Path:
+        """Why an attempt was made."""
+        return self.attempt(number) / "attempt.json"
+
+    def rank(self, attempt: int, rank: int) -> RankFolder:
+        """Files of a rank in an attempt."""
+        return RankFolder(self.attempt(attempt) / f"rank{rank}")
+
+    def attempts(self) -> list[int]:
+        """Return the numbers of the attempts made so far, in order."""
+        return _numbers(self.path / "attempts", "")
+
+    def ranks(self, attempt: int) -> list[int]:
+        """Return the ranks that have files in an attempt, in order."""
+        return _numbers(self.attempt(attempt), "rank")
+
+    def nodes(self) -> list[int]:
+        """Return the nodes that have files, in order."""
+        return _numbers(self.path / "nodes", "")
+
+    def info(self) -> RunInfo:
+        """Read ``run.json``."""
+        return RunInfo.from_json(read_json(self.run_json))
+
+
+def _numbers(folder: Path, prefix: str) -> list[int]:
+    try:
+        names = [entry.name for entry in os.scandir(folder) if entry.name.startswith(prefix)]
+    except OSError:
+        return []
+    return sorted(int(name[len(prefix) :]) for name in names if name[len(prefix) :].isdigit())
+
+
+def runs_root(given: str | Path | None = None) -> Path:
+    """Return where runs are kept: ``--runs-root``, else LIGHTNING_HUB_RUNS, else ``runs`` in the working folder."""
+    return Path(given or os.environ.get(ROOT_VARIABLE) or DEFAULT_ROOT)
+
+
+def create_run(name: str, root: Path) -> RunFolder:
+    """Make a new run folder ``<name>-<UTC time>[-k]`` that was never used before.
+
+    Raises:
+        ConfigError: The name breaks the rule, or the folder cannot be made.
+    """
+    if not NAME.fullmatch(name):
+        remedy = "use at most 64 of a-z, 0-9, '.', '_' and '-', starting with a letter or digit"
+        raise ConfigError(f"{name!r:.80} cannot name a run", where="--run-name", remedy=remedy)
+    stamp = f"{name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    try:
+        make_private_folder(root)
+        return RunFolder(_make_first_free(root, stamp))
+    except OSError as error:
+        raise _cannot_make(root, error) from None
+
+
+def _make_first_free(root: Path, stamp: str) -> Path:
+    for number in itertools.count(1):
+        folder = root / (stamp if number == 1 else f"{stamp}-{number}")
+        try:
+            folder.mkdir(mode=FOLDER_MODE)
+        except FileExistsError:
+            continue
+        folder.chmod(FOLDER_MODE)
+        return folder
+    raise AssertionError("numbers never end")
+
+
+def open_run_dir(path: Path, *, resume: bool) -> RunFolder:
+    """Return exactly this folder for a run; it is made if absent.
+
+    Raises:
+        ConfigError: It holds files already and nobody asked to resume, or it cannot be made.
+    """
+    try:
+        if path.is_dir() and any(path.iterdir()) and not resume:
+            raise ConfigError("the run folder is not empty", where=f"--run-dir {path}", remedy=_RESUME)
+        make_private_folder(path)
+        path.chmod(FOLDER_MODE)
+    except OSError as error:
+        raise _cannot_make(path, error) from None
+    return RunFolder(path)
+
+
+def _cannot_make(path: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"the run folder cannot be made: {error.strerror}", where=str(path), remedy="give --runs-root")
+
+
+def list_runs(root: Path) -> list[RunFolder]:
+    """Return the runs under a root, the newest name last."""
+    try:
+        entries = [entry for entry in os.scandir(root) if entry.is_dir()]
+    except OSError:
+        return []
+    return [RunFolder(Path(entry.path)) for entry in sorted(entries, key=lambda e: e.name) if _is_run(Path(entry.path))]
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "run.json").is_file()
+
+
+def find_run(name: str, root: Path) -> RunFolder:
+    """Return the run of an id, a unique beginning of one, or a path.
+
+    Raises:
+        ConfigError: There is none, or several begin so.
+    """
+    if name and _is_run(Path(name)):
+        return RunFolder(Path(name))
+    runs = list_runs(root)
+    found = [run for run in runs if run.id == name] or [run for run in runs if name and run.id.startswith(name)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        ids = ", ".join(run.id for run in found[:5])
+        raise ConfigError(f"{name!r} fits {len(found)} runs ({ids})", where="RUN", remedy="give more of its id")
+    known = f"the newest is {runs[-1].id}" if runs else f"there are none in {root}"
+    raise ConfigError(f"no run {name!r}; {known}", where="RUN", remedy="see lightning-hub runs list, or --runs-root")
+
+
+def lock_run(folder: RunFolder) -> None:
+    """Claim the right to write a run until this process ends or ``unlock_run``.
+
+    The lock names its owner by pid, start time and boot id, so that one left by a dead process is taken over.
+
+    Raises:
+        ConfigError: A living process, or one of another machine, holds it.
+    """
+    descriptor = open_append(folder.lock)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # held for this check only: two starts at once see each other's entry
+        owner = Identity.from_json(read_json(folder.lock) or {})
+        if owner is not None and owner != Identity.own() and owner.is_alive() is not False:
+            _refuse_locked(folder, owner)
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, json.dumps(Identity.own().to_json()).encode())
+    finally:
+        os.close(descriptor)
+
+
+def _refuse_locked(folder: RunFolder, owner: Identity) -> None:
+    remedy = "stop it, or wait for it"
+    if owner.is_alive() is None:
+        remedy = f"if that process is gone, remove {folder.lock}"
+    message = f"the run is in use by process {owner.pid} on {owner.host}"
+    raise ConfigError(message, where=str(folder.path), remedy=remedy)
+
+
+def unlock_run(folder: RunFolder) -> None:
+    """Give the run free; without effect when another process holds it."""
+    owner = Identity.from_json(read_json(folder.lock) or {})
+    if owner == Identity.own():
+        write_atomic(folder.lock, b"{}\n")

@@ -1,0 +1,145 @@
+"""The log of a rank on disk: whole lines, its first megabyte for ever and the newest part.
+
+Parts are only ever appended to, never renamed, so that a reader's byte offsets stay true: ``stdout.log`` holds the
+beginning, ``stdout.log.1``, ``.2`` ... what follows; of the numbered parts the newest two are kept.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TextIO
+
+from lightning_hub.runs.files import open_append
+
+FIRST_PART = 1_000_000
+LATER_PART = 4_000_000
+KEPT_PARTS = 2
+_LONGEST_LINE = 1 << 20
+
+
+def log_parts(first: Path) -> list[Path]:
+    """Return the parts of a log that exist, oldest first."""
+    prefix = f"{first.name}."
+    try:
+        names = [entry.name for entry in os.scandir(first.parent) if entry.name.startswith(prefix)]
+    except OSError:
+        return []
+    numbers = sorted(int(name[len(prefix) :]) for name in names if name[len(prefix) :].isdigit())
+    begun = [first] if first.exists() else []
+    return [*begun, *(first.with_name(f"{first.name}.{number}") for number in numbers)]
+
+
+class LogFile:
+    """Appends text to a log, a line at a time; a full disk is reported, not raised.
+
+    Args:
+        first: Path of the first part.
+        trouble: Called with each error of writing.
+
+    Raises:
+        OSError: The log cannot be opened at all.
+    """
+
+    def __init__(self, first: Path, trouble: Callable[[OSError], None]) -> None:
+        self._first = first
+        self._trouble = trouble
+        self._partial = ""
+        parts = log_parts(first)
+        self._number = int(parts[-1].name.rpartition(".")[2]) if len(parts) > 1 else 0
+        self._lock = threading.Lock()
+        self._open()
+
+    def _path(self, number: int) -> Path:
+        return self._first.with_name(f"{self._first.name}.{number}") if number else self._first
+
+    def _open(self) -> None:
+        self._descriptor = open_append(self._path(self._number))
+        self._size = os.fstat(self._descriptor).st_size
+
+    def write(self, text: str) -> None:
+        """Append text; what follows the last newline waits for its line to end.
+
+        A progress bar redraws its line with carriage returns: only what it showed last is kept.
+        """
+        with self._lock:
+            *lines, partial = (self._partial + text).split("\n")
+            self._partial = _still_drawn(partial)
+            if len(self._partial) > _LONGEST_LINE:
+                lines, self._partial = [*lines, self._partial], ""
+            if lines:
+                self._append("".join(f"{_last_drawn(line)}\n" for line in lines).encode("utf-8", "backslashreplace"))
+
+    def _append(self, data: bytes) -> None:
+        try:
+            while data:
+                piece = self._next_piece(data)
+                written = os.write(self._descriptor, piece)
+                self._size += written
+                data = data[written:]
+                if written < len(piece):
+                    data = b"\n" + data  # the disk filled up inside a line: what follows starts on a line of its own
+        except OSError as error:
+            self._trouble(error)
+
+    def _next_piece(self, data: bytes) -> bytes:
+        """Return the whole lines that fit into this part, at least one; open the next part when none fits."""
+        room = (LATER_PART if self._number else FIRST_PART) - self._size
+        end = data.rfind(b"\n", 0, max(room, 0)) + 1
+        if not end and self._size:
+            self._rotate()
+            end = data.rfind(b"\n", 0, LATER_PART) + 1
+        return data[: end or data.index(b"\n") + 1]
+
+    def _rotate(self) -> None:
+        os.close(self._descriptor)
+        self._number += 1
+        self._open()
+        if self._number > KEPT_PARTS:
+            self._path(self._number - KEPT_PARTS).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Write the unfinished last line and close."""
+        if self._partial:
+            self.write("\n")
+        os.close(self._descriptor)
+
+    @property
+    def descriptor(self) -> int:
+        """The open file, for what writes past Python (a crash's stack)."""
+        return self._descriptor
+
+
+def _last_drawn(line: str) -> str:
+    """Return what a finished line shows: the text after the last carriage return that has any."""
+    return line.rstrip("\r").rpartition("\r")[2]
+
+
+def _still_drawn(partial: str) -> str:
+    """Return what must be kept of an unfinished line: a carriage return at its end may belong to a newline."""
+    body = partial.rstrip("\r")
+    return body.rpartition("\r")[2] + ("\r" if len(body) < len(partial) else "")
+
+
+class Tee:
+    """A text stream that writes to a stream and to a log; everything else is the stream's own."""
+
+    def __init__(self, stream: TextIO, log: LogFile) -> None:
+        self.stream = stream
+        self._log = log
+
+    def write(self, text: str) -> int:
+        """Write to both; the stream's own errors are the caller's, the log's are reported once."""
+        written = self.stream.write(text)
+        self._log.write(text)
+        return written
+
+    def writelines(self, lines: list[str]) -> None:
+        """Write each line to both."""
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.stream, name)

@@ -1,0 +1,228 @@
+"""Write a run: what a plain ``fit`` leaves behind, as a supervisor would."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Self
+
+from lightning_hub import __version__
+from lightning_hub.runs.environment import describe_environment, git_state
+from lightning_hub.runs.files import Json, LineFile, make_private_folder, read_json, write_atomic, write_json
+from lightning_hub.runs.folder import RunFolder, lock_run, now, unlock_run
+from lightning_hub.runs.identity import Identity
+from lightning_hub.runs.pulse import Beat
+from lightning_hub.runs.records import Attempt, Lease, RunInfo, State, Status
+
+LEASE_PERIOD = 5.0
+
+
+class Trouble:
+    """Remembers what could not be written and tells it once: a full disk must not stop the training."""
+
+    def __init__(self) -> None:
+        self.message: str | None = None
+
+    def __call__(self, error: OSError) -> None:
+        """Report an error; only the first is told."""
+        if self.message is None:
+            self.message = f"the run folder cannot be written: {error.strerror} ({error.filename or 'open file'})"
+            if sys.__stderr__ is not None:
+                sys.__stderr__.write(f"warning: {self.message}; training goes on without these files\n")
+
+
+@dataclass(frozen=True)
+class NewRun:
+    """What is known of a run before it starts.
+
+    Attributes:
+        name: Beginning of its id.
+        method: The short name of the model's class, in small letters: ``sft``.
+        model: What is trained: a folder or a hub id.
+        config: Text of ``config.yaml``.
+        inputs: What the person gave, verbatim: (file or flag, text) in order.
+        plan: Content of ``plan.json``.
+        launcher: Who starts the processes: ``fit`` for a plain one.
+        nnodes: Number of nodes.
+        nproc_per_node: Processes on each node.
+        preset: The shipped recipe it began with.
+        trust_remote_code: Whether the person allowed the model's own code to run.
+    """
+
+    name: str
+    method: str
+    model: str
+    config: str
+    inputs: Sequence[tuple[str, str]] = ()
+    plan: Mapping[str, Json] | None = None
+    launcher: str = "fit"
+    nnodes: int = 1
+    nproc_per_node: int = 1
+    preset: str | None = None
+    trust_remote_code: bool = False
+
+
+class RunWriter:
+    """The files of a run that are written once or by its supervisor; in a plain ``fit``, by rank 0.
+
+    ``create`` starts a new run; the constructor opens an existing one for a further attempt. Call ``close`` in the
+    end: it ends the lease and gives the lock free.
+
+    Raises:
+        ConfigError: Another process writes this run.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        lock_run(folder)
+        self.folder = folder
+        self.trouble = Trouble()
+        self.status = Status.from_json(read_json(folder.status))
+        self.attempt = folder.attempts()[-1] if folder.attempts() else 0
+        self._events = LineFile(folder.events)
+        self._lease_seq = 0
+        self._children: list[dict[str, Json]] = []
+        self._lease = Beat("lease", LEASE_PERIOD, self._write_lease, self.trouble)
+
+    @classmethod
+    def create(cls, folder: RunFolder, run: NewRun) -> Self:
+        """Write the files that say what a new run is, and claim it.
+
+        Raises:
+            ConfigError: Another process writes this run.
+            OSError: The folder cannot be written; nothing was started.
+        """
+        writer = cls(folder)
+        info = RunInfo(
+            id=folder.id,
+            name=run.name,
+            method=run.method,
+            model=run.model,
+            created=now(),
+            nnodes=run.nnodes,
+            nproc_per_node=run.nproc_per_node,
+            launcher=run.launcher,
+            package_version=__version__,
+            git=git_state(),
+            config_sha256=sha256(run.config.encode()).hexdigest(),
+            preset=run.preset,
+        )
+        for name in (folder.control, folder.checkpoints, folder.node(0).path):
+            make_private_folder(name)
+        write_json(folder.run_json, info.to_json() | {"trust_remote_code": run.trust_remote_code}, fsync=True, indent=1)
+        write_atomic(folder.config, run.config.encode(), fsync=True)
+        write_atomic(folder.config_input, input_text(run.inputs).encode(), fsync=True)
+        write_json(folder.plan, run.plan or {}, fsync=True, indent=1)
+        writer.event("created", launcher=run.launcher)
+        writer.set_status("queued")
+        return writer
+
+    def start_attempt(
+        self,
+        reason: str,
+        *,
+        step: int = 0,
+        checkpoint: Path | None = None,
+        world_size: int = 1,
+        devices: Sequence[str] = (),
+    ) -> int:
+        """Begin the next attempt and return its number, counted from 1.
+
+        Args:
+            reason: Why it is made: ``first start``, ``resumed by hand`` ...
+            step: The step from which it goes on.
+            checkpoint: What it resumes from.
+            world_size: Number of ranks.
+            devices: Names of this node's devices, as the heavy side knows them.
+        """
+        self.attempt += 1
+        name = checkpoint.name if checkpoint else None
+        record = Attempt(self.attempt, reason, now(), world_size, step, name)
+        make_private_folder(self.folder.attempt(self.attempt))
+        write_json(self.folder.attempt_json(self.attempt), record.to_json(), fsync=True, indent=1)
+        make_private_folder(self.folder.node(0).path)
+        write_json(self.folder.node(0).env, describe_environment(devices), fsync=True, indent=1)
+        for wish in (self.folder.control_stop, self.folder.control_checkpoint):
+            wish.unlink(missing_ok=True)  # a wish left for an earlier attempt is not meant for this one
+        own = Identity.own()
+        self._children = [{"rank": 0, "pid": own.pid, "pid_start": own.start, "exit_code": None}]
+        self.event("attempt", attempt=self.attempt, reason=reason, checkpoint=name)
+        self.set_status("starting", reason=reason, step=step)
+        self._lease.start()
+        return self.attempt
+
+    def set_status(
+        self,
+        state: State,
+        *,
+        reason: str | None = None,
+        step: int | None = None,
+        max_steps: int | None = None,
+        exit_code: int | None = None,
+        error: Path | None = None,
+    ) -> None:
+        """Change the state; step and max_steps stay as they were when not given."""
+        changed = replace(
+            self.status,
+            state=state,
+            reason=reason,
+            step=self.status.step if step is None else step,
+            max_steps=self.status.max_steps if max_steps is None else max_steps,
+            exit_code=exit_code,
+            error=str(error.relative_to(self.folder.path)) if error else None,
+            warning=self.trouble.message,
+            attempt=self.attempt,
+            time=now(),
+        )
+        if changed.state != self.status.state:
+            self.event("state", state=state, reason=reason)
+        self.status = changed
+        self._guarded(lambda: write_json(self.folder.status, changed.to_json(), fsync=True))
+
+    def event(self, kind: str, **details: Json) -> None:
+        """Append a line to ``events.jsonl``."""
+        line = json.dumps({"time": now(), "event": kind, **details}, ensure_ascii=False)
+        self._guarded(lambda: self._events.append(line))
+
+    def _guarded(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except OSError as error:
+            self.trouble(error)
+
+    def _write_lease(self) -> None:
+        self._lease_seq += 1
+        own = Identity.own()
+        lease = Lease(
+            seq=self._lease_seq,
+            time=now(),
+            mono=round(time.monotonic(), 3),
+            attempt=self.attempt,
+            host=own.host,
+            pid=own.pid,
+            pid_start=own.start,
+            boot_id=own.boot,
+            children=self._children,
+        )
+        write_json(self.folder.node(0).lease, lease.to_json())
+
+    def close(self, exit_code: int = 0) -> None:
+        """End the lease, with the exit code in it, and give the lock free."""
+        self._children = [child | {"exit_code": exit_code} for child in self._children]
+        if self.attempt and self._lease.ident is not None:
+            self._lease.stop()
+        self._events.close()
+        self._guarded(lambda: unlock_run(self.folder))
+
+
+def input_text(inputs: Sequence[tuple[str, str]]) -> str:
+    """Return what the person gave as one text: a single file as it is, else each part below its name."""
+    if len(inputs) == 1 and not inputs[0][0].startswith("--"):
+        return inputs[0][1]
+    files = [f"# {name}\n{text}" for name, text in inputs if not name.startswith("--")]
+    flags = [f"# {name} {json.dumps(text, ensure_ascii=False)}\n" for name, text in inputs if name.startswith("--")]
+    return "---\n".join(text if text.endswith("\n") else f"{text}\n" for text in files) + "".join(flags)

@@ -1,0 +1,51 @@
+"""What a run is about to do, in a few lines: the last look before the work begins."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_hub.data.module import ChatData
+from lightning_hub.methods.sft import SFT
+
+
+class Announcement(Callback):
+    """Prints model, data and steps when training starts, on rank 0."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the lines."""
+        if trainer.is_global_zero:
+            data = cast("ChatData", trainer.datamodule)  # type: ignore[attr-defined]  # typed without one
+            print("\n".join([_model(cast("SFT", pl_module)), *_data(data), _steps(trainer, data)]), flush=True)
+
+
+def _model(module: SFT) -> str:
+    sizes = [(parameter.numel(), parameter.requires_grad, parameter.dtype) for parameter in module.parameters()]
+    total, trained = sum(size for size, _, _ in sizes), sum(size for size, trains, _ in sizes if trains)
+    dtypes = ", ".join(sorted({str(dtype).removeprefix("torch.") for _, _, dtype in sizes}))
+    share = "all trained" if trained == total else f"{trained:,} trained ({trained / total:.2%})"
+    return f"model  {module.source}: {total:,} parameters, {share}, {dtypes}"
+
+
+def _data(data: ChatData) -> list[str]:
+    report = data.prepared.report
+    layouts = ", ".join(f"{source}: {layout}" for source, layout in report.formats.items())
+    fill = data.packing_report()["fill"]
+    lines = [
+        f"data   {layouts}",
+        f"       {report.samples:,} samples, {report.tokens:,} tokens, {report.trained_share:.1%} of them trained; "
+        f"rows of {data.batching.max_tokens:,} are {fill:.1%} full",
+    ]
+    dropped = [f"{count:,} rows dropped: {reason}" for reason, count in report.dropped.items() if count]
+    dropped += [f"{report.truncated:,} rows cut, {report.tokens_lost:,} tokens lost"] if report.truncated else []
+    return lines + [f"note   {line}" for line in [*dropped, *(f"{note}: {n}" for note, n in report.notes.items())]]
+
+
+def _steps(trainer: Trainer, data: ChatData) -> str:
+    batching = data.batching
+    size = f"{batching.effective_batch_size:,} samples" if batching.effective_batch_size else None
+    size = size or f"{batching.tokens_per_step:,} token slots"
+    total = trainer.estimated_stepping_batches
+    known = f"{int(total):,} in all, " if total != float("inf") else ""
+    return f"steps  {known}{len(data.plan):,} an epoch, {size} each"

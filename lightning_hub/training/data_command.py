@@ -1,0 +1,56 @@
+"""``lightning-hub data``: what a recipe's model will see, token by token, and what became of every row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lightning_hub.errors import ConfigError, ExitCode
+from lightning_hub.training.command import checked
+from lightning_hub.training.options import parse
+
+SHOWN = 5
+"""Samples that are shown when nobody says how many."""
+
+HELP = """usage: lightning-hub data --config C [--sample N] [--limit K] [--json] [--section.option VALUE ...]
+
+Show what the model will see: each token of a sample, whether it is trained on, and why a sample was dropped.
+
+  --sample N   only the N-th sample of the input, counted from 1
+  --limit K    at most K samples (default 5; all with --json)
+  --json       print one JSON list and nothing else
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Show samples, and the report of the whole input unless one sample was asked for."""
+    if {"-h", "--help"} & set(argv):
+        print(HELP, end="")
+        return ExitCode.DONE
+    as_json = "--json" in argv
+    words = [word for word in argv if word != "--json"]
+    command, options, given = parse("data", words, [("--sample", "one sample"), ("--limit", "at most so many")])
+    tree = checked(command.recipe, options)
+    sample, limit = _number(given.sample, "--sample"), _number(given.limit, "--limit")
+    from lightning_hub.data.inspection import describe, report_lines  # 4 s: torch and transformers
+    from lightning_hub.training.session import build
+
+    cli = build(tree, trust_remote_code=options.trust_remote_code)
+    data, pretrained = cli.datamodule, cli.model.pretrained
+    shown = limit if limit is not None or as_json else SHOWN
+    describe(
+        data.settings, pretrained.tokenizer, sample=sample, limit=shown, as_json=as_json, stop_ids=pretrained.stop_ids
+    )
+    if not as_json and sample is None:
+        prepared = data.open(pretrained)
+        print("\n".join(report_lines(prepared.report)))
+        if prepared.val_report is not None:
+            print("\n".join(report_lines(prepared.val_report, "val")))
+    return ExitCode.DONE
+
+
+def _number(given: str | None, flag: str) -> int | None:
+    if given is None:
+        return None
+    if not given.isdigit():
+        raise ConfigError(f"{given!r} is no number", where=flag, remedy="give a whole number")
+    return int(given)

@@ -1,0 +1,30 @@
+"""``lightning-hub export``: a run's newest checkpoint as a plain Hugging Face folder."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning_hub.config.recipe import recipe_from_text
+from lightning_hub.config.resolve import fill_defaults
+from lightning_hub.errors import ExitCode
+from lightning_hub.runs.folder import find_run, runs_root
+
+
+def main(argv: Sequence[str]) -> int:
+    """Write the export of a run."""
+    parser = argparse.ArgumentParser(prog="lightning-hub export", description=__doc__)
+    parser.add_argument("run", metavar="RUN", help="an id, a unique beginning of one, or a path")
+    parser.add_argument("--to", type=Path, help="the folder to write (default: RUN/export)")
+    parser.add_argument("--runs-root", help="where runs are kept (LIGHTNING_HUB_RUNS, else runs/)")
+    parser.add_argument("--trust-remote-code", action="store_true", help="let Python files of the model run")
+    given = parser.parse_args(argv)
+    folder = find_run(given.run, runs_root(given.runs_root))
+    tree = fill_defaults(recipe_from_text(folder.config.read_text(encoding="utf-8"), str(folder.config)))
+    from lightning_hub.training.session import export  # 4 s: torch, lightning and transformers
+
+    target = given.to or folder.export
+    export(tree, folder, target, trust_remote_code=given.trust_remote_code)
+    print(target)
+    return ExitCode.DONE

@@ -1,0 +1,87 @@
+"""The flags of training commands that are not part of a recipe."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from lightning_hub.config.command import Command, explain_flag, parse_command
+from lightning_hub.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where a run is kept, what it goes on from, and what a person allows it.
+
+    Attributes:
+        run_dir: Exactly this run folder.
+        runs_root: Where new run folders are made.
+        run_name: The first part of a new folder's name.
+        resume: auto, must, never, or the path of a checkpoint.
+        trust_remote_code: Whether Python files of the model may run.
+        allow_class: Prefixes of further classes that a recipe may name.
+        print_config: Whether to print the whole recipe instead of running it.
+    """
+
+    run_dir: Path | None = None
+    runs_root: Path | None = None
+    run_name: str | None = None
+    resume: str = "never"
+    trust_remote_code: bool = False
+    allow_class: tuple[str, ...] = ()
+    print_config: bool = False
+
+
+class _Parser(ArgumentParser):
+    """Says errors as ours are said."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message, remedy=f"see {self.prog} --help")
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """Add the flags, with their help."""
+    parser.add_argument("--run-dir", help="use exactly this run folder; it is made if absent")
+    parser.add_argument("--runs-root", help="make run folders here (default: runs, or LIGHTNING_HUB_RUNS)")
+    parser.add_argument("--run-name", help="first part of the run folder's name")
+    parser.add_argument("--resume", default="never", help="auto, must, never (default) or the path of a checkpoint")
+    parser.add_argument("--trust-remote-code", action="store_true", help="let Python files of the model run")
+    parser.add_argument(
+        "--allow-class", action="append", default=[], help="allow classes below this prefix in a recipe"
+    )
+    parser.add_argument("--print_config", action="store_true", help="print the whole recipe and stop")
+
+
+def parse(verb: str, argv: Sequence[str], extra: Sequence[tuple[str, str]] = ()) -> tuple[Command, Options, Namespace]:
+    """Read a command line.
+
+    Args:
+        verb: The command's word.
+        argv: The arguments after it.
+        extra: Further flags that take a value, each with its help.
+
+    Returns:
+        The recipe part, the options, and all flags as argparse has them (for the extra ones).
+    """
+    command = parse_command(argv)
+    parser = _Parser(prog=f"lightning-hub {verb}", add_help=False, allow_abbrev=False)
+    add_options(parser)
+    for flag, text in extra:
+        parser.add_argument(flag, help=text)
+    given, unknown = parser.parse_known_args(list(command.rest))
+    if unknown:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        raise explain_flag(unknown[0], [*flags, "--config"])
+    options = Options(
+        run_dir=Path(given.run_dir) if given.run_dir else None,
+        runs_root=Path(given.runs_root) if given.runs_root else None,
+        run_name=given.run_name,
+        resume=given.resume,
+        trust_remote_code=given.trust_remote_code,
+        allow_class=tuple(given.allow_class),
+        print_config=given.print_config,
+    )
+    return command, options, given

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from lightning_hub.demo.tasks import SHOUT, conversations
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Prepared data of tests stays with the tests."""
+    os.environ["LIGHTNING_HUB_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    del os.environ["LIGHTNING_HUB_CACHE"]
+
+
+WriteRows = Callable[..., Path]
+
+
+@pytest.fixture
+def write_rows(tmp_path: Path) -> WriteRows:
+    """Return a function that writes rows (by default shouted words) as a JSONL file."""
+
+    def write(rows: list[dict[str, object]] | int = 40, name: str = "rows.jsonl") -> Path:
+        listed = conversations((SHOUT,), rows, seed=3) if isinstance(rows, int) else rows
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in listed), encoding="utf-8")
+        return path
+
+    return write

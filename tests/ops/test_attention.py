@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+from copy import deepcopy
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lightning_hub.ops.attention import PACKED, borders_of, packed_attention
+from lightning_hub.ops.loss import LossHead, _inputs, keeps_documents_apart
+from lightning_hub.ops.rows import Row
+from tests.ops.models import CONFIGS, documents, make
+
+LENGTHS = (7, 1, 12, 5)
+
+
+def _packed_and_lone(family: str, attention: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of a packed row, and of its documents one by one with transformers' own eager attention."""
+    model, reference = make(family, attention).eval(), make(family, "eager").eval()
+    pairs = documents(*LENGTHS)
+    with torch.no_grad():
+        packed = model(**_inputs(model, Row.pack(pairs))).logits[0]
+        lone = torch.cat([reference(ids.unsqueeze(0), use_cache=False).logits[0] for ids, _ in pairs])
+    return packed, lone
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_documents_of_a_row_do_not_see_each_other(family: str) -> None:
+    packed, lone = _packed_and_lone(family, PACKED)
+    torch.testing.assert_close(packed, lone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral, sliding window", "qwen3"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention"])
+def test_the_kernels_of_transformers_do_not_leak_either(family: str, attention: str) -> None:
+    packed, lone = _packed_and_lone(family, attention)
+    torch.testing.assert_close(packed, lone, rtol=0, atol=1e-5)
+
+
+def test_one_document_over_the_whole_row_is_another_number() -> None:
+    model = make("llama", PACKED).eval()
+    row = Row.pack(documents(*LENGTHS))
+    merged = Row(row.input_ids, row.labels, row.position_ids, (0, row.num_tokens), (0,))
+    with torch.no_grad():
+        difference = model(**_inputs(model, row)).logits - model(**_inputs(model, merged)).logits
+    assert difference.abs().max() > 1e-2, "the test of leaks could not fail"
+
+
+def test_a_mask_is_refused() -> None:
+    model = make("llama", PACKED)
+    states = torch.randn(1, 4, 6, 8)
+    with pytest.raises(ValueError, match="no attention mask"):
+        packed_attention(model, states, states, states, torch.ones(1, 6))
+
+
+def test_gradients_of_a_row_are_the_sum_of_its_documents() -> None:
+    packed, lone = make("llama", PACKED), make("llama", "eager")
+    pairs = documents(*LENGTHS)
+    packed(**_inputs(packed, Row.pack(pairs))).logits.square().sum().backward()
+    for ids, _ in pairs:
+        lone(ids.unsqueeze(0), use_cache=False).logits.square().sum().backward()
+    for (name, ours), theirs in zip(packed.named_parameters(), lone.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_borders_travel_on_the_host() -> None:
+    borders = borders_of(Row.pack(documents(3, 4)))
+    assert borders == {"borders": (0, 3, 7), "cu_seqlens": None}
+
+
+class Forgetful(LlamaForCausalLM):
+    """Leaves out the positions, by which transformers knows packed documents."""
+
+    def forward(self, input_ids: torch.Tensor, **kwargs: object) -> object:
+        return super().forward(input_ids=input_ids, use_cache=False)
+
+
+def forgetful() -> Forgetful:
+    torch.manual_seed(0)
+    config = deepcopy(CONFIGS["llama"])
+    assert isinstance(config, LlamaConfig)
+    config._attn_implementation = "sdpa"
+    return Forgetful(config)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("attention", [PACKED, "eager"])
+def test_the_probe_knows_who_leaks(family: str, attention: str) -> None:
+    head = LossHead(make(family, attention))
+    leaks = attention == "eager" and family == "gpt-oss, sinks"  # its mask is made without positions
+    assert head.is_packable is not leaks
+
+
+@pytest.mark.parametrize("attention", [PACKED, "sdpa"])
+def test_a_model_that_leaks_runs_its_documents_one_by_one(attention: str) -> None:
+    model = forgetful()
+    assert not keeps_documents_apart(model)
+    model.set_attn_implementation(attention)  # under ours it would not even get borders: they are never guessed
+    head = LossHead(model)
+    assert model.config._attn_implementation == "sdpa"
+    row = Row.pack(documents(*LENGTHS))
+    alone = sum(LossHead(model)(document).item() for document in row.documents())
+    assert head(row).item() == pytest.approx(alone, rel=1e-6)
