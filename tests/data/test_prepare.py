@@ -343,3 +343,15 @@ def test_the_report_file(run: Prepare, tmp_path: Path) -> None:
     assert report["inputs"] == {str(path): hashlib.sha256(path.read_bytes()).hexdigest()}
     assert report["packing"] == {"fill": 1.0}
     assert (report["rows_read"], report["val"]["rows_read"]) == (10, 2)
+
+
+def test_what_a_template_drops_is_named_with_its_rows(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(
+        (TEMPLATES / "llama3.jinja").read_text(encoding="utf-8"), "<|begin_of_text|>", "<|eot_id|>"
+    )
+    thinking = chat(1)
+    thinking["messages"][1]["reasoning_content"] = "hm"  # type: ignore[index]
+    path = write(tmp_path / "a.jsonl", [chat(0), thinking])
+    report = prepare(DataSettings(str(path)), tokenizer, cache_dir=tmp_path / "cache").report
+    assert report.notes == {"thoughts dropped": 1, "thoughts dropped, characters": 2}
+    assert report.places == {"thoughts dropped": [f"{path}:2"]}
