@@ -17,7 +17,7 @@ from lightning_hub.errors import ConfigError
 
 _T = TypeVar("_T")
 
-_NOT_PREPARATION = {"packing.py", "steps.py", "module.py", "inspection.py", "cache.py", "checks.py"}
+_NOT_PREPARATION = {"packing.py", "steps.py", "module.py", "inspection.py", "cache.py", "checks.py", "prompts.py"}
 
 
 def default_cache_dir() -> Path:

@@ -15,9 +15,10 @@ from lightning_hub.data.conversation import BadRowError, Conversation, Document,
 from lightning_hub.data.fast import FastMasked, FastMasker
 from lightning_hub.data.probe import Backend, backend_of, probe
 from lightning_hub.data.samples import IGNORED, Ids
+from lightning_hub.data.selection import expand
 from lightning_hub.data.settings import DataSettings
 from lightning_hub.data.templates import Renderer, resolve_template
-from lightning_hub.data.turns import Masked, TurnFinder, expand
+from lightning_hub.data.turns import Masked, TurnFinder
 from lightning_hub.errors import ConfigError
 
 ROLES: tuple[str, ...] = (*get_args(Role), "template", "document", "tokens")
@@ -124,6 +125,8 @@ class Encoder:
                     return [self._tokens(example)]
         except BadRowError as error:
             return Refused(str(error))
+        except RecursionError:
+            return Refused("nested too deeply")
 
     def _conversation(self, conversation: Conversation) -> Sample:
         masked = self.finder(conversation)

@@ -22,7 +22,10 @@ from lightning_hub.data.samples import IGNORED, Ids, Indices
 from lightning_hub.data.turns import Masked, Span, TurnFinder
 
 AGREEING_ROWS = 4
-"""Rows of a shape that the reference way masks, all with the same skeleton, before the skeleton is used."""
+"""Rows of a shape that the reference way masks with the same skeleton before the skeleton is used."""
+
+_CANDIDATES = 64
+"""Skeletons of a shape that are kept in mind; texts that grow together with their surroundings make odd ones."""
 
 Shape: TypeAlias = tuple[int | None, tuple[str, ...]]
 """Where the completion begins, and the roles."""
@@ -39,6 +42,26 @@ class Skeleton:
 
     gaps: tuple[tuple[int, ...], ...]
     trained: tuple[tuple[Span, Span], ...]
+
+
+class _Habits:
+    """What has been seen of one shape."""
+
+    def __init__(self) -> None:
+        self.ready: Skeleton | None = None
+        self._seen: dict[tuple[tuple[int, ...], ...], tuple[Skeleton, int]] = {}
+        self._ambiguous = False
+
+    def note(self, skeleton: Skeleton) -> None:
+        """Count a skeleton; the same surroundings with another mask end the fast way for this shape."""
+        known, times = self._seen.get(skeleton.gaps, (skeleton, 0))
+        self._ambiguous |= known != skeleton
+        if times or len(self._seen) < _CANDIDATES:
+            self._seen[skeleton.gaps] = known, times + 1
+        if self._ambiguous:
+            self.ready = None
+        elif self.ready is None and times + 1 >= AGREEING_ROWS:
+            self.ready = skeleton
 
 
 @dataclass(slots=True)
@@ -61,7 +84,7 @@ class FastMasker:
 
     def __init__(self, finder: TurnFinder) -> None:
         self.finder = finder
-        self._learned: dict[Shape, tuple[Skeleton | None, int]] = {}
+        self._learned: dict[Shape, _Habits] = {}
         added = list(finder.render.tokenizer.added_tokens_decoder)
         self._is_control = np.zeros(max([len(finder.render.tokenizer), *(index + 1 for index in added)]), dtype=bool)
         self._is_control[[*added, *finder.profile.specials]] = True
@@ -80,12 +103,8 @@ class FastMasker:
 
     def learn(self, shape: Shape, masked: Masked) -> None:
         """Take note of what the reference found in one row of a shape."""
-        if masked.losses or masked.appended:
-            return
-        skeleton, agreed = self._learned.get(shape, (None, 0))
-        found = self._skeleton(masked)
-        same = found is not None and (agreed == 0 or found == skeleton)
-        self._learned[shape] = (found, agreed + 1) if same else (None, AGREEING_ROWS)
+        if not masked.losses and not masked.appended and (skeleton := self._skeleton(masked)):
+            self._learned.setdefault(shape, _Habits()).note(skeleton)
 
     def _skeleton(self, masked: Masked) -> Skeleton | None:
         spans = [span for _, span in masked.texts]
@@ -103,7 +122,7 @@ class FastMasker:
     def __call__(self, conversations: Sequence[Conversation], shapes: Sequence[Shape]) -> list[FastMasked | None]:
         """Mask a batch; None for each row that must take the reference way."""
         results: list[FastMasked | None] = [None] * len(conversations)
-        known = [number for number, shape in enumerate(shapes) if self._ready(shape)]
+        known = [number for number, shape in enumerate(shapes) if shape in self._learned and self._learned[shape].ready]
         texts = self._render([conversations[number] for number in known])
         kept = [
             (number, text) for number, text in zip(known, texts, strict=True) if _all_in(conversations[number], text)
@@ -116,17 +135,12 @@ class FastMasker:
         for place, (number, _) in enumerate(kept):
             by_shape.setdefault(shapes[number], []).append(place)
         for shape, places in by_shape.items():
-            skeleton, _ = self._learned[shape]
-            assert skeleton, "only ready shapes are kept"
-            batch.mask(np.array(places), skeleton)
+            if skeleton := self._learned[shape].ready:
+                batch.mask(np.array(places), skeleton)
         for (number, text), row in zip(kept, batch.rows(), strict=True):
             if row is not None:
                 results[number] = FastMasked(*row[:2], text, row[2])
         return results
-
-    def _ready(self, shape: Shape) -> bool:
-        skeleton, agreed = self._learned.get(shape, (None, 0))
-        return skeleton is not None and agreed >= AGREEING_ROWS
 
     def _render(self, conversations: Sequence[Conversation]) -> list[str]:
         """Render all; "" for all where the template raises on one, so that the reference finds out which."""

@@ -6,22 +6,16 @@ A reader never raises for what is inside a file: what cannot be read becomes a r
 from __future__ import annotations
 
 import csv
-import gzip
 import io
 import json
 import sys
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
 
-import zstandard
-
+from lightning_hub.data.streams import BROKEN_STREAM, COMPRESSED, numbered_lines, open_stream
 from lightning_hub.errors import ConfigError
 
-COMPRESSED = (".gz", ".zst")
-_BROKEN_STREAM = (EOFError, OSError, zlib.error, zstandard.ZstdError)
 _BOM = "\ufeff"
 
 
@@ -67,66 +61,12 @@ def is_data_file(path: Path) -> bool:
     return bool(suffixes) and suffixes[-1] in _READERS and not path.name.startswith(".")
 
 
-def _open(path: Path) -> BinaryIO:
-    match path.suffix.lower():
-        case ".gz":
-            return cast(BinaryIO, gzip.open(path, "rb"))
-        case ".zst":
-            return cast(BinaryIO, io.BufferedReader(_ZstdFrames(path), buffer_size=1 << 20))
-        case _:
-            return path.open("rb", buffering=1 << 20)
-
-
-class _ZstdFrames(io.RawIOBase):
-    """The frames of a file, one after the other; the library's own reader takes a cut file for a whole one."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("rb")
-        self._frame = zstandard.ZstdDecompressor().decompressobj()
-        self._inside = False
-        self._ready = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        while not self._ready:
-            chunk = self._frame.unused_data or self._file.read(1 << 17)
-            if not chunk:
-                if self._inside:
-                    raise EOFError("the compressed stream ends in a frame")
-                return 0
-            if self._frame.eof:
-                self._frame = zstandard.ZstdDecompressor().decompressobj()
-            self._ready = self._frame.decompress(chunk)
-            self._inside = not self._frame.eof
-        taken, self._ready = self._ready[: len(buffer)], self._ready[len(buffer) :]
-        buffer[: len(taken)] = taken
-        return len(taken)
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes | str]]:
-    """Numbered lines as bytes; a damaged stream ends in one numbered text that says what happened."""
-    number = 0
-    try:
-        with _open(path) as stream:
-            for line in stream:
-                number += 1
-                yield number, line
-    except _BROKEN_STREAM as error:
-        yield number + 1, f"the file is damaged or cut off ({error})"
-
-
 def _whole(path: Path) -> tuple[str, Row | None]:
     """The text of a file, or a row with the problem that kept it from being read."""
     try:
-        with _open(path) as stream:
+        with open_stream(path) as stream:
             raw = stream.read()
-    except _BROKEN_STREAM as error:
+    except BROKEN_STREAM as error:
         return "", Row(f"{path}:1", {}, f"the file is damaged or cut off ({error})")
     try:
         return raw.decode("utf-8").removeprefix(_BOM), None
@@ -143,7 +83,7 @@ def _not_utf8(head: bytes, error: UnicodeDecodeError) -> str:
 
 def read_jsonl(path: Path) -> Iterator[Row]:
     """One object per line; blank lines are no rows; a byte order mark at the start is skipped."""
-    for number, line in _lines(path):
+    for number, line in numbered_lines(path):
         where = f"{path}:{number}"
         if isinstance(line, str):
             yield Row(where, {}, line)
@@ -262,7 +202,7 @@ def read_csv(path: Path) -> Iterator[Row]:
     delimiter = "\t" if kind_of(path) == ".tsv" else ","
     number = 0
     try:
-        with io.TextIOWrapper(_open(path), "utf-8-sig", errors="surrogateescape", newline="") as stream:
+        with io.TextIOWrapper(open_stream(path), "utf-8-sig", errors="surrogateescape", newline="") as stream:
             reader = csv.reader(stream, delimiter=delimiter, strict=True)
             header = next(reader, [])
             number = reader.line_num
@@ -272,7 +212,7 @@ def read_csv(path: Path) -> Iterator[Row]:
                     yield _csv_row(f"{path}:{number}", header, cells)
     except csv.Error as error:
         yield Row(f"{path}:{number + 1}", {}, f"not CSV: {error}")
-    except _BROKEN_STREAM as error:
+    except BROKEN_STREAM as error:
         yield Row(f"{path}:{number + 1}", {}, f"the file is damaged or cut off ({error})")
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lightning_hub.data.encode import Encoder, Sample
-from lightning_hub.data.intake import Outcome, RowReader
+from lightning_hub.data.outcomes import Outcome, RowReader
 from lightning_hub.data.report import DataReport
 from lightning_hub.data.samples import IGNORED, Ids
 from lightning_hub.data.settings import DataSettings

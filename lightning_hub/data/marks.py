@@ -38,11 +38,13 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A marked text: ``turn`` is -1 for tool definitions."""
+    """A marked text, and the white space that was left outside its marks; ``turn`` is -1 for tool definitions."""
 
     turn: int
     kind: Kind
     text: str
+    before: str = ""
+    after: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,9 +160,9 @@ class Marker:
         opening = self.alphabet.first + 2 * len(self.segments)
         if opening + 1 > self.alphabet.last:
             raise BadRowError("the conversation has too many texts to find them all")
-        self.segments.append(Segment(self._turn, kind, core))
         start = text.index(core)
         end = start + len(core)
+        self.segments.append(Segment(self._turn, kind, core, text[:start], text[end:]))
         return text[:start] + ("" if self.only_ends else chr(opening)) + core + chr(opening + 1) + text[end:]
 
 
@@ -193,7 +195,7 @@ class Traced:
 
 
 def _same(place: Place, text: str) -> bool:
-    came_out, went_in = text[place.start : place.end], place.segment.text
+    came_out, went_in = text[place.start : place.end].strip(), place.segment.text
     return came_out in (went_in, json.dumps(went_in, ensure_ascii=False)[1:-1])
 
 
@@ -215,4 +217,8 @@ def _place(segment: Segment, positions: list[int], text: str) -> Place:
     start, end = positions[0], positions[-1]
     if start == end and text.endswith(segment.text, 0, end):
         start = end - len(segment.text)
+    if text.endswith(segment.before, 0, start):
+        start -= len(segment.before)
+    if text.startswith(segment.after, end):
+        end += len(segment.after)
     return Place(segment, start, end, times=(len(positions) + 1) // 2)

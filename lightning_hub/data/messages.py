@@ -48,7 +48,7 @@ def parse_message(turn: object, place: str) -> Message:
     if spoken == "function_call":
         return Message(role, "", tool_calls=_calls(value, place), train=_train_flag(turn, place))
     content, thoughts = (value, "") if isinstance(value, str) else _parts(value, place)
-    if len(turn) == 2:
+    if len(turn) == 2 and value is not None:
         return Message(role, content, thoughts)
     return _full_message(turn, role, content, thoughts, place)
 

@@ -76,6 +76,7 @@ def prepare(
         ConfigError: A setting, a path, the template or the tokenizer cannot be used.
         DataError: The data cannot be trained on as asked; lists the first 20 rows with file:line.
     """
+    stop_ids = tuple(stop_ids)
     template = settings.chat_template and resolve_template(settings.chat_template, tokenizer)
     job = _Job(settings, Encoder(settings, tokenizer, stop_ids))
     key = key_of(

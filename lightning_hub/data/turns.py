@@ -10,11 +10,14 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
+from lightning_hub.data.alignment import align
 from lightning_hub.data.conversation import BadRowError, Conversation, Role
+from lightning_hub.data.losses import count_losses
 from lightning_hub.data.marks import Marker, Place, Segment, Traced, choose_alphabet, trace
 from lightning_hub.data.probe import Backend, Profile
+from lightning_hub.data.selection import wanted_turns
 from lightning_hub.data.settings import TrainOn
 from lightning_hub.data.templates import Renderer, TemplateRefusal
 
@@ -41,29 +44,6 @@ class Masked:
     texts: list[tuple[Role, Span]]
     losses: Counter[str] = field(default_factory=Counter)
     appended: bool = False
-
-
-def wanted_turns(conversation: Conversation, train_on: TrainOn) -> list[int]:
-    """The assistant turns to train on, by index."""
-    messages = conversation.messages
-    speaking = [index for index, message in enumerate(messages) if message.role == "assistant"]
-    first = 0
-    if train_on == "last" and speaking:
-        first = speaking[-1]
-    elif train_on == "completion" or (train_on == "assistant" and conversation.completion_from is not None):
-        first = conversation.completion_from or 0
-        if conversation.completion_from is None:
-            first = max((index for index, message in enumerate(messages) if message.role == "user"), default=-1) + 1
-    return [index for index in speaking if (index >= first if messages[index].train is None else messages[index].train)]
-
-
-def expand(conversation: Conversation) -> list[Conversation]:
-    """One conversation per assistant turn that may be trained, each ending with it and training it alone."""
-    kept = []
-    for index in wanted_turns(conversation, "assistant"):
-        context = tuple(replace(message, train=False) for message in conversation.messages[:index])
-        kept.append(replace(conversation, messages=(*context, conversation.messages[index])))
-    return kept or [conversation]
 
 
 class TurnFinder:
@@ -108,6 +88,8 @@ class _Search:
         self.places = self.traced.places
         encoding = self.backend.encode(text, add_special_tokens=False)
         self.ids = list(encoding.ids)
+        if not self.ids:
+            raise BadRowError("the chat template writes nothing for this conversation")
         self.starts = [start for start, _ in encoding.offsets]
 
     def _trace(self, text: str) -> Traced:
@@ -124,8 +106,12 @@ class _Search:
         raise BadRowError("the chat template changes the texts of this conversation, so that its turns cannot be found")
 
     def masked(self) -> Masked:
-        losses = _losses(self.conversation, self.traced)
-        texts = [(place, (self._token(place.start), self._token(place.end))) for place in self.places]
+        losses = count_losses(self.conversation, self.traced)
+        texts: list[tuple[Place, Span]] = []
+        for place in self.places:
+            start, end = self._text_span(place)
+            before = texts[-1][1][1] if texts else 0
+            texts.append((place, (max(start, before), max(end, before))))
         if any(token in self.profile.specials for _, (start, end) in texts for token in self.ids[start:end]):
             losses["special tokens written out inside texts"] += 1
         appended = self._append_end()
@@ -185,11 +171,25 @@ class _Search:
         return bisect_left(self.starts, character)
 
     def _first_said(self, character: int) -> int:
-        """The first token from here on; one that begins with the prompt's closing blank carries the first word too."""
+        """The first token of a text; one that begins with the blank before the text carries its first word too."""
         token = self._token(character)
         blank = self.traced.text[self.starts[token - 1] : character] if token else ""
         straddles = token == len(self.ids) or self.starts[token] > character
         return token - 1 if straddles and blank and not blank.strip(" ") else token
+
+    def _text_span(self, place: Place) -> Span:
+        """The tokens of a text, for counting: blanks beside it count with it, however they were cut into tokens."""
+        start, end = self._first_said(place.start), self._token(place.end)
+        while start and self._is_blank(start - 1):
+            start -= 1
+        while end < len(self.ids) and self._is_blank(end):
+            end += 1
+        return start, end
+
+    def _is_blank(self, token: int) -> bool:
+        next_start = self.starts[token + 1] if token + 1 < len(self.ids) else len(self.traced.text)
+        text = self.traced.text[self.starts[token] : next_start]
+        return bool(text) and not text.strip(" ")
 
     def _own(self, index: int) -> list[Place]:
         return [place for place in self.places if place.segment.turn == index]
@@ -267,64 +267,6 @@ class _Search:
             return None
         cuts = [begin + cut for cut in self.profile.prompt_cuts if begin + cut <= reached]
         return matched[cuts[-1]] if cuts else None
-
-
-def align(tail: str, gap: str) -> tuple[int, list[int]]:
-    """Walk two texts side by side as long as they agree but for the amount of white space.
-
-    Returns:
-        How far ``tail`` was followed, and for each of its characters (and its end) the position in ``gap``.
-    """
-    matched = [0]
-    i = j = 0
-    while i < len(tail):
-        if j < len(gap) and tail[i] == gap[j]:
-            i, j = i + 1, j + 1
-        else:
-            next_i, next_j = _skip_space(tail, i), _skip_space(gap, j)
-            if next_i < len(tail) and (next_j >= len(gap) or tail[next_i] != gap[next_j] or (next_i, next_j) == (i, j)):
-                break
-            if next_i == len(tail):
-                next_j = j
-            i, j = next_i, next_j
-        matched.extend([j] * (i + 1 - len(matched)))
-    return i, matched
-
-
-def _skip_space(text: str, position: int) -> int:
-    while position < len(text) and text[position].isspace():
-        position += 1
-    return position
-
-
-def _losses(conversation: Conversation, traced: Traced) -> Counter[str]:
-    """Count what the template lost by name; refuse the row where a turn or a call is gone.
-
-    Raises:
-        BadRowError: What is missing is part of what the model must see or say.
-    """
-    losses: Counter[str] = Counter()
-    present = {place.segment.turn for place in traced.places}
-    for segment in traced.lost():
-        role = conversation.messages[segment.turn].role if segment.turn >= 0 else "tool"
-        vital = segment.kind == "tool call" or (segment.kind == "text" and role not in ("system", "developer"))
-        if vital and not (segment.kind == "text" and role == "assistant" and segment.turn in present):
-            raise BadRowError(f"the chat template leaves out the {segment.kind} of turn {segment.turn + 1} ({role})")
-        losses[_loss_name(segment, role)] += 1
-        losses[_loss_name(segment, role) + ", characters"] += len(segment.text)
-    for place in traced.places:
-        if place.times > 1 and place.segment.kind == "tool call":
-            raise BadRowError(f"the chat template repeats the tool call of turn {place.segment.turn + 1}")
-    rewritten = traced.rewritten()
-    if rewritten:
-        losses["texts rewritten"] += len(rewritten)
-    return losses
-
-
-def _loss_name(segment: Segment, role: str) -> str:
-    if segment.kind == "text":
-        return "system texts dropped" if role != "assistant" else "texts beside tool calls dropped"
-    return f"{segment.kind if segment.kind == 'thoughts' else segment.kind + 's'} dropped"
 
 
 def _merged(spans: Sequence[Span]) -> list[Span]:
