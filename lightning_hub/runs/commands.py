@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import sys
 import time
@@ -13,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from lightning_hub.errors import ConfigError, ExitCode, HubError
+from lightning_hub.errors import ConfigError, ExitCode
 from lightning_hub.runs import show
 from lightning_hub.runs.files import Json, make_private_folder, read_json, touch
 from lightning_hub.runs.folder import RunFolder, find_run, list_runs, runs_root
@@ -43,21 +42,15 @@ def main(argv: Sequence[str] | None = None, *, resume: Resume | None = None) -> 
     Args:
         argv: Arguments after ``runs``.
         resume: What ``resume`` hands over to; without it the verb does not exist.
+
+    Raises:
+        HubError: Wrong words, an unknown run, or a run that this cannot be done to.
     """
-    try:
-        arguments, extra = _parse(argv, resume)
-        verb: Callable[[argparse.Namespace], int] = arguments.verb
-        if arguments.name == "resume" and resume is not None:
-            return resume(_found(arguments), extra)
-        return verb(arguments)
-    except HubError as error:
-        sys.stderr.write(f"{error}\n")
-        return error.exit_code
-    except KeyboardInterrupt:
-        return ExitCode.HARD_STOP
-    except BrokenPipeError:  # the reader of our output (head, less) has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return ExitCode.DONE
+    arguments, extra = _parse(argv, resume)
+    if arguments.name == "resume" and resume is not None:
+        return resume(_found(arguments), extra)
+    verb: Callable[[argparse.Namespace], int] = arguments.verb
+    return verb(arguments)
 
 
 def _parse(argv: Sequence[str] | None, resume: Resume | None) -> tuple[argparse.Namespace, list[str]]:

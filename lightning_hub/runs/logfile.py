@@ -50,6 +50,7 @@ class LogFile:
         parts = log_parts(first)
         self._number = int(parts[-1].name.rpartition(".")[2]) if len(parts) > 1 else 0
         self._lock = threading.Lock()
+        self._torn = False
         self._open()
 
     def _path(self, number: int) -> Path:
@@ -73,14 +74,14 @@ class LogFile:
                 self._append("".join(f"{_last_drawn(line)}\n" for line in lines).encode("utf-8", "backslashreplace"))
 
     def _append(self, data: bytes) -> None:
+        if self._torn:  # the disk was full inside a line: what follows starts on a line of its own
+            data = b"\n" + data
         try:
             while data:
-                piece = self._next_piece(data)
-                written = os.write(self._descriptor, piece)
+                written = os.write(self._descriptor, self._next_piece(data))
                 self._size += written
+                self._torn = data[written - 1 : written] != b"\n"
                 data = data[written:]
-                if written < len(piece):
-                    data = b"\n" + data  # the disk filled up inside a line: what follows starts on a line of its own
         except OSError as error:
             self._trouble(error)
 
@@ -88,7 +89,7 @@ class LogFile:
         """Return the whole lines that fit into this part, at least one; open the next part when none fits."""
         room = (LATER_PART if self._number else FIRST_PART) - self._size
         end = data.rfind(b"\n", 0, max(room, 0)) + 1
-        if not end and self._size:
+        if not end and self._size and not self._torn:
             self._rotate()
             end = data.rfind(b"\n", 0, LATER_PART) + 1
         return data[: end or data.index(b"\n") + 1]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 import os
 import re
+import unicodedata
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,11 +21,8 @@ from lightning_hub.runs.logfile import log_parts
 SHOWN_CHARACTERS = 4096
 _CHUNK = 1 << 18
 _MAX_STEP = 8 << 20
-_HIDDEN = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
 _TIME = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:[.,]\d{1,6})?(?:Z|[+-]\d\d:?\d\d)?")
-_ERROR = re.compile(
-    r"^(Traceback \(most recent call last\)|.*\b(Error|Exception|ERROR|FATAL|CRITICAL|Segmentation fault)\b)"
-)
+_ERROR = re.compile(r".*(\b\w*(Error|Exception)\b|\b(ERROR|FATAL|CRITICAL)\b|Segmentation fault)")
 _INDENTED = re.compile(r"^(\s+\S|$)")
 
 
@@ -37,13 +35,19 @@ def printable(line: bytes, limit: int = SHOWN_CHARACTERS) -> str:
     """
     body = line.rstrip(b"\r\n")
     text = body[body.rfind(b"\r") + 1 :].decode("utf-8", "backslashreplace")
-    shown = _HIDDEN.sub(_escaped, text[:limit])
+    shown = text[:limit]
+    if not shown.isprintable():
+        shown = "".join(char if _is_harmless(char) else _escaped(char) for char in shown)
     return shown if len(text) <= limit else f"{shown}… ({len(text) - limit} more characters)"
 
 
-def _escaped(match: re.Match[str]) -> str:
-    code = ord(match.group())
-    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+def _is_harmless(char: str) -> bool:
+    return char.isprintable() or char == "\t" or unicodedata.category(char) == "Zs"
+
+
+def _escaped(char: str) -> str:
+    code = ord(char)
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}"
 
 
 class LineIndex:

@@ -16,7 +16,7 @@ from lightning_hub.runs.metrics import Line, Metric, last_values, parse_line, re
 from lightning_hub.runs.records import ENDED, Attempt, ErrorRecord, Heartbeat, Lease, RunInfo, Status, newer_schema
 from lightning_hub.runs.verdict import LeaseLook, Limits, RankLook, RunLook, Verdict, rank_state, run_verdict
 
-_TAIL = 1 << 16
+_TAIL = 1 << 14
 _STEPS_FOR_MEDIAN = 50
 
 

@@ -1,11 +1,15 @@
-"""A small catalogue for tests of what changes with the class: three classes that share some options."""
+"""The shipped catalogue with one more model class, for tests of what a change of class does."""
 
 from __future__ import annotations
 
 import pytest
+from hypothesis import settings
 
 from lightning_hub.config import Schema, shipped_schema
 from lightning_hub.config.schema import ClassRecord
+
+settings.register_profile("hub", deadline=None)  # a busy machine is no fault of the code
+settings.load_profile("hub")
 
 LORA: ClassRecord = {
     "name": "SampleLoRA",

@@ -120,6 +120,7 @@ def test_a_new_class_keeps_shared_options_and_names_what_it_drops(read: Read, ba
     }
     assert len(recipe.notes) == 1
     assert f"label_smoothing ({base}:10)" in recipe.notes[0]
+    assert "learning_rate" not in recipe.notes[0]
 
 
 def test_a_new_class_in_a_later_file_drops_too(with_lora: Schema, base: Path, tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lightning_hub.config import find_faults, recipe_from_text
-from lightning_hub.config.safety import AllowList
+from lightning_hub.config import find_faults, recipe_from_text, shipped_schema
+from lightning_hub.config.safety import AllowList, check_names
 
 pytestmark = pytest.mark.security("S4")
 
@@ -98,6 +98,13 @@ def test_payloads_are_refused_within_a_second_and_leave_no_trace(tmp_path: Path)
     assert (done.stdout, done.stderr) == ("[]\n", "")
     assert time.monotonic() - began < 1.0 + 0.5  # starting Python included
     assert not (tmp_path / "canary").exists()
+
+
+def test_names_given_as_functions_are_refused_as_names_too() -> None:
+    for payload in (payload for name, payload in PAYLOADS.items() if "function of" in name or "hook of" in name):
+        recipe = recipe_from_text(recipe_text(payload), "r")
+        said = [fault.message for fault in check_names(recipe, shipped_schema(), AllowList())]
+        assert any("would import" in message for message in said), payload
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,9 @@ from hypothesis import strategies as st
 
 from lightning_hub.config import Plain, check, diff, dump, fill_defaults, recipe_from_text, registry, shipped_schema
 from lightning_hub.config.rules import out_of_range
+from lightning_hub.config.schema import print_schema
 from lightning_hub.config.typelang import parse_type
+from lightning_hub.errors import ConfigError
 from tests.config.test_check import GOOD
 
 ROOT = Path(__file__).parents[2]
@@ -39,6 +42,13 @@ def test_every_default_fits_its_own_type_and_range() -> None:
             if option.has_default and not option.required:
                 assert option.default is None or option.type.accepts(option.default), (info.name, option)
                 assert not out_of_range(option.default, option.range), (info.name, option)
+
+
+def test_the_verb_prints_the_catalogue(capsys: pytest.CaptureFixture[str]) -> None:
+    assert print_schema([]) == 0
+    assert {record["name"] for record in json.loads(capsys.readouterr().out)["classes"]} >= {"SFT", "Trainer"}
+    with pytest.raises(ConfigError, match="no arguments are taken"):
+        print_schema(["SFT"])
 
 
 def test_our_options_are_documented() -> None:

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import pytest
+
+from lightning_hub.runs.records import Heartbeat, Phase, Status
+from lightning_hub.runs.verdict import LeaseLook, Limits, RankLook, RunLook, rank_state, run_verdict
+
+RUNNING = Status(state="running")
+
+
+def rank(number: int = 0, *, phase: Phase = "train", step: int = 5, doing: str = "forward", **look: object) -> RankLook:
+    return RankLook(number, heartbeat=Heartbeat(step=step, phase=phase, doing=doing), **look)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("look", "state"),
+    [
+        (rank(still=1, stuck=1, alive=True), "train"),
+        (rank(phase="eval", still=1, stuck=100), "eval"),
+        (rank(phase="save", still=1, stuck=100), "save"),
+        (RankLook(0), "init"),
+        (rank(still=1, stuck=61), "stalled"),
+        (rank(phase="save", still=1, stuck=1801), "stalled"),
+        (rank(still=11, alive=True), "silent"),
+        (rank(still=1000, alive=True), "silent"),
+        (rank(still=21), "lost"),
+        (rank(still=1, alive=False), "lost"),
+        (rank(still=None, alive=None), "train"),
+        (rank(exit_code=0, alive=False), "exited"),
+        (rank(phase="exit", alive=False), "exited"),
+        (rank(exit_code=-9, alive=False), "failed"),
+        (rank(has_error=True, still=1, alive=True), "failed"),
+    ],
+)
+def test_the_state_of_a_rank(look: RankLook, state: str) -> None:
+    assert rank_state(look, Limits()) == state
+
+
+def test_slow_steps_are_no_stall() -> None:
+    assert rank_state(rank(still=1, stuck=200), Limits(), median_step_time=30) == "train"
+    assert rank_state(rank(still=1, stuck=301), Limits(), median_step_time=30) == "stalled"
+
+
+moving = LeaseLook(0, still=1)
+standing = LeaseLook(0, still=21)
+
+
+@pytest.mark.parametrize(
+    ("look", "state", "sure"),
+    [
+        (RunLook(None), "unknown", False),
+        (RunLook(Status(state="finished"), (rank(exit_code=0),)), "finished", True),
+        (RunLook(Status(state="finished"), (rank(exit_code=1),)), "failed", True),
+        (RunLook(Status(state="stopped")), "stopped", True),
+        (RunLook(RUNNING, (rank(still=1), rank(1, has_error=True)), (moving,)), "failed", True),
+        (RunLook(RUNNING, (rank(still=1),), (moving,)), "running", True),
+        (RunLook(RUNNING, (rank(still=11),), (moving,)), "running", True),
+        (RunLook(RUNNING, (rank(still=1, stuck=61),), (moving,)), "stalled", True),
+        (RunLook(RUNNING, (rank(still=61, stuck=61, alive=True),), (LeaseLook(0, 61, alive=True),)), "stalled", True),
+        (RunLook(RUNNING, (rank(phase="save", still=1, stuck=61),), (moving,)), "running", True),
+        (RunLook(RUNNING, (rank(still=21),), (standing,)), "lost", True),
+        (RunLook(RUNNING, (rank(still=1),), (standing,)), "orphan", True),
+        (RunLook(RUNNING, (rank(still=1, alive=False),), (LeaseLook(0, 1, alive=False),)), "lost", True),
+        (RunLook(RUNNING, (rank(),), (LeaseLook(0),)), "running", False),
+        (RunLook(Status(state="starting"), owner_alive=True), "starting", True),
+        (RunLook(Status(state="starting"), owner_alive=False), "lost", True),
+        (RunLook(Status(state="queued")), "queued", False),
+    ],
+)
+def test_the_verdict_on_a_run(look: RunLook, state: str, sure: bool) -> None:
+    verdict = run_verdict(look)
+    assert (verdict.state, verdict.sure) == (state, sure)
+
+
+def test_a_stall_names_the_rank_behind_and_what_it_does() -> None:
+    ranks = (
+        rank(0, step=6, still=1, stuck=70, doing="all_reduce"),
+        rank(1, step=5, still=1, stuck=70, doing="forward 2/4"),
+    )
+    assert run_verdict(RunLook(RUNNING, ranks, (moving,))).reason == (
+        "no step is finished any more; rank 1 stands at 5, in forward 2/4"
+    )
