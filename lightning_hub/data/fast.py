@@ -18,8 +18,9 @@ import numpy.typing as npt
 
 from lightning_hub.data.conversation import Conversation
 from lightning_hub.data.marks import plain_turns
-from lightning_hub.data.samples import IGNORED, Ids, Indices
+from lightning_hub.data.samples import Ids, Indices
 from lightning_hub.data.turns import Masked, Span, TurnFinder
+from lightning_hub.ops.rows import IGNORED
 
 AGREEING_ROWS = 4
 """Rows of a shape that the reference way masks with the same skeleton before the skeleton is used."""

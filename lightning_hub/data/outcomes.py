@@ -13,8 +13,8 @@ from lightning_hub.data.encode import ROLES, Encoder, Refused, Sample
 from lightning_hub.data.files import Row
 from lightning_hub.data.formats import Layout, normalise, recognise, rename
 from lightning_hub.data.report import Reason
-from lightning_hub.data.samples import IGNORED
 from lightning_hub.data.settings import DataSettings
+from lightning_hub.ops.rows import IGNORED
 
 BATCH = 512
 """Rows encoded at a time: enough to spread over threads, little memory."""

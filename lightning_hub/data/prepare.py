@@ -18,12 +18,13 @@ from lightning_hub.data.cache import Cache, code_version, default_cache_dir, key
 from lightning_hub.data.encode import Encoder
 from lightning_hub.data.intake import Intake
 from lightning_hub.data.probe import backend_of
-from lightning_hub.data.report import DataReport, write_json
+from lightning_hub.data.report import DataReport
 from lightning_hub.data.samples import Indices, Samples
 from lightning_hub.data.settings import DataSettings
 from lightning_hub.data.sources import Input, open_source
 from lightning_hub.data.templates import resolve_template
 from lightning_hub.errors import DataError
+from lightning_hub.runs.files import write_json
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Prepared:
     def write_report(self, path: Path, **more: object) -> None:
         """Write ``data_report.json``, with whatever later rooms have to add (packing fill)."""
         val = self.val_report.as_dict() if self.val_report else None
-        write_json(path, {"schema": 1, **self.report.as_dict(), "val": val, **more})
+        write_json(path, {"schema": 1, **self.report.as_dict(), "val": val, **more}, fsync=True, indent=1)
 
 
 def _to_stderr(message: str) -> None:
@@ -149,7 +150,7 @@ class _Job:
         chosen = self._weigh(intake, chosen)
         reports["train"] = intake.store(folder / "train", intake.samples_of(chosen), f"{key}-train", intake.report)
         intake.close()
-        write_json(folder / "reports.json", reports)
+        write_json(folder / "reports.json", reports, fsync=True)
 
     def _take(self, inputs: list[Input], spool: Path) -> Intake:
         intake = Intake(self.settings, self.encoder, spool)

@@ -48,7 +48,7 @@ def test_a_run_leaves_what_the_contract_says(fit: Fit) -> None:
     assert read(folder.rank(1, 0).heartbeat)["phase"] == "exit"
     assert folder.path.stat().st_mode & 0o777 == 0o700
     open_to_others = [path for path in folder.path.rglob("*") if path.lstat().st_mode & 0o077 and not path.is_symlink()]
-    assert open_to_others == [folder.data_report]
+    assert open_to_others == []
 
 
 def test_the_export_answers_as_the_trained_module(fit: Fit) -> None:
