@@ -81,7 +81,8 @@ def main() -> int:
             "fit", "--run-dir", str(made),
             "--trainer.max_steps", str(given.steps), "--trainer.max_epochs=-1", "--trainer.gradient_clip_val", "1.0",
             "--model", "SFT", "--model.model", str(base), "--model.learning_rate", "3e-3",
-            "--model.betas", "[0.9, 0.98]", "--model.label_smoothing", "0.05", "--model.weight_decay", "0.01", "--model.warmup_steps", "50",
+            "--model.betas", "[0.9, 0.98]", "--model.label_smoothing", "0.05",
+            "--model.weight_decay", "0.01", "--model.warmup_steps", "50",
             "--data", "ChatData", "--data.train", str(rows), "--data.max_seq_len", "256",
             "--data.effective_batch_size", "64", "--data.max_tokens_per_gpu", "2048",
         ])

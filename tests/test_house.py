@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import lightning_hub
 from lightning_hub.config.registry import CLASSES
 
 ROOT = Path(__file__).parents[1]
@@ -46,6 +47,13 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     code = f"import sys, lightning_hub; print(sorted({HEAVY} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_public_classes_are_those_of_recipes() -> None:
+    for name in lightning_hub.__all__:
+        if not name.startswith("__"):
+            made = getattr(lightning_hub, name)
+            assert f"{made.__module__}.{made.__name__}" in CLASSES
 
 
 @pytest.mark.security("S4")
