@@ -1,3 +1,32 @@
-"""Lightning Hub: fine-tune language models from a terminal."""
+"""Lightning Hub: fine-tune language models from a terminal.
+
+The classes that a recipe names can be used from Python too; they are imported when first asked for, so that importing
+the package itself loads no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lightning_hub.callbacks.samples import GenerateSamples
+    from lightning_hub.data.module import ChatData
+    from lightning_hub.methods.sft import SFT
 
 __version__ = "0.1.0"
+
+__all__ = ["SFT", "ChatData", "GenerateSamples", "__version__"]
+
+_HOMES = {
+    "SFT": "lightning_hub.methods.sft",
+    "ChatData": "lightning_hub.data.module",
+    "GenerateSamples": "lightning_hub.callbacks.samples",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import a public class when it is asked for (PEP 562)."""
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

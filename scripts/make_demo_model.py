@@ -68,18 +68,21 @@ def main() -> int:
     """Make random weights, train them on the pretraining tasks, and keep the export in bfloat16."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--to", type=Path, default=EMBEDDED_FOLDER)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=2000)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         base, rows, made = Path(scratch, "base"), Path(scratch, "rows.jsonl"), Path(scratch, "run")
         random_model(base)
-        rows.write_text("".join(json.dumps(row) + "\n" for row in conversations(PRETRAINING, 20_000, seed=1)))
+        rows.write_text(
+            "".join(json.dumps(row) + "\n" for row in conversations(PRETRAINING, 24_000, seed=1, capitals=0.3))
+        )
         # fmt: off
         failed = run([
             "fit", "--run-dir", str(made),
             "--trainer.max_steps", str(given.steps), "--trainer.max_epochs=-1", "--trainer.gradient_clip_val", "1.0",
             "--model", "SFT", "--model.model", str(base), "--model.learning_rate", "3e-3",
-            "--model.betas", "[0.9, 0.98]", "--model.weight_decay", "0.01", "--model.warmup_steps", "50",
+            "--model.betas", "[0.9, 0.98]", "--model.label_smoothing", "0.05",
+            "--model.weight_decay", "0.01", "--model.warmup_steps", "50",
             "--data", "ChatData", "--data.train", str(rows), "--data.max_seq_len", "256",
             "--data.effective_batch_size", "64", "--data.max_tokens_per_gpu", "2048",
         ])

@@ -6,10 +6,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from _pytest.terminal import TerminalReporter
+from hypothesis import HealthCheck, settings
 
 from lightning_hub.demo.tasks import SHOUT, conversations
+from tests.cases import count_cases, note_cases
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# A loaded machine is no fault of the code; in CI the same examples are drawn each time.
+settings.register_profile(
+    "house", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize="CI" in os.environ
+)
+settings.load_profile("house")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -34,3 +43,14 @@ def write_rows(tmp_path: Path) -> WriteRows:
         return path
 
     return write
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    note_cases(items)
+
+
+def pytest_terminal_summary(terminalreporter: TerminalReporter) -> None:
+    for line in count_cases(terminalreporter):
+        terminalreporter.write_line(line)
+    skipped = terminalreporter.stats.get("skipped", [])
+    terminalreporter.write_line(f"{len(skipped)} tests skipped" + (", for the reasons above" if skipped else ""))

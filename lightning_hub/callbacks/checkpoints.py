@@ -38,15 +38,22 @@ class SaveCheckpoints(Checkpoint):
         folder: The run's folder of checkpoints.
         facts: What a resume compares with, filled in when the data is known.
         wish: What somebody asks for now: a checkpoint, a stop after a checkpoint, or nothing.
+        saved: Told the step and path of every committed checkpoint.
     """
 
     def __init__(
-        self, settings: CheckpointSettings, folder: Path, facts: dict[str, str], wish: Callable[[], Wish]
+        self,
+        settings: CheckpointSettings,
+        folder: Path,
+        facts: dict[str, str],
+        wish: Callable[[], Wish],
+        saved: Callable[[int, Path], None],
     ) -> None:
         self.settings = settings
         self.folder = folder
         self.facts = facts
         self.wish = wish
+        self.saved = saved
         self._stopping = False
         self._due = False
         self._saved_step = -1
@@ -108,6 +115,7 @@ class SaveCheckpoints(Checkpoint):
         self._saved_step, self._saved_at, self._due = step, time.monotonic(), False
         if trainer.is_global_zero:
             point_latest(target)
+            self.saved(step, target)
             newest = [path for _, path in committed(self.folder)][: self.settings.keep]
             prune(self.folder, {*newest, *(self.folder / f"step-{best}" for best in self._best_steps())})
         if self._stopping:

@@ -35,6 +35,9 @@ def write_export(
     model.save_pretrained(building, state_dict=dict(weights))
     tokenizer.save_pretrained(building)
     _compare(building, model, weights)
+    building.chmod(0o700)
+    for file in building.iterdir():
+        file.chmod(0o600)
     old = target.with_name(target.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():

@@ -14,12 +14,13 @@ from transformers import PreTrainedTokenizerBase
 from lightning_hub.data.conversation import BadRowError, Conversation, Document, Example, Role, Tokens
 from lightning_hub.data.fast import FastMasked, FastMasker
 from lightning_hub.data.probe import Backend, backend_of, probe
-from lightning_hub.data.samples import IGNORED, Ids
+from lightning_hub.data.samples import Ids
 from lightning_hub.data.selection import expand
 from lightning_hub.data.settings import DataSettings
 from lightning_hub.data.templates import Renderer, resolve_template
 from lightning_hub.data.turns import Masked, TurnFinder
 from lightning_hub.errors import ConfigError
+from lightning_hub.ops.rows import IGNORED
 
 ROLES: tuple[str, ...] = (*get_args(Role), "template", "document", "tokens")
 """What tokens are counted by: texts of a role, everything that a template writes between them, rows without roles."""

@@ -17,9 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from lightning_hub.data.conversation import Conversation
-from lightning_hub.data.marks import Marker
-from lightning_hub.data.samples import IGNORED, Ids, Indices
+from lightning_hub.data.marks import plain_turns
+from lightning_hub.data.samples import Ids, Indices
 from lightning_hub.data.turns import Masked, Span, TurnFinder
+from lightning_hub.ops.rows import IGNORED
 
 AGREEING_ROWS = 4
 """Rows of a shape that the reference way masks with the same skeleton before the skeleton is used."""
@@ -146,8 +147,7 @@ class FastMasker:
         """Render all; "" for all where the template raises on one, so that the reference finds out which."""
         if not conversations:
             return []
-        marker = Marker(self.finder.profile.shape)
-        turns = [marker.conversation(conversation)[0] for conversation in conversations]
+        turns = [plain_turns(conversation, self.finder.profile.shape) for conversation in conversations]
         return self.finder.render.many(turns) or [""] * len(turns)
 
 

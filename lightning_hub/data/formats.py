@@ -8,9 +8,9 @@ from typing import Literal, TypeAlias, cast
 
 from lightning_hub.data.conversation import BadRowError, Conversation, Document, Example, Message, Tokens
 from lightning_hub.data.messages import parse_message
-from lightning_hub.data.samples import IGNORED
 from lightning_hub.data.settings import Format
 from lightning_hub.errors import DataError
+from lightning_hub.ops.rows import IGNORED
 
 Fields: TypeAlias = Mapping[str, object]
 Layout: TypeAlias = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "document", "tokens"]

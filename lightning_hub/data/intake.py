@@ -88,14 +88,15 @@ class Intake:
             self._refuse_if_strict(outcome.reason)
             return
         self.report.rows_kept += 1
-        kept = outcome.samples
-        for sample in kept:
+        for sample in outcome.samples:
             self._store(sample)
             for note in sample.notes:
                 if not note.endswith(CHARACTERS):
                     self.report.note_place(note, outcome.row.where)
-        if len(kept) < len(outcome.all_samples):
-            self.report.notes["samples dropped from rows that were kept"] += len(outcome.all_samples) - len(kept)
+        if len(outcome.samples) < len(outcome.all_samples):
+            self.report.notes["samples dropped from rows that were kept"] += len(outcome.all_samples) - len(
+                outcome.samples
+            )
         self._places.append(outcome.row.where)
         self._sources.append(self._inputs)
 

@@ -57,6 +57,13 @@ class Place:
     times: int = 1
 
 
+def plain_turns(conversation: Conversation, shape: Shape) -> list[Turn]:
+    """The turns of a conversation of which every message is a role and a text, unmarked, at little cost."""
+    if shape.parts:
+        return [{"role": m.role, "content": [{"type": "text", "text": m.content}]} for m in conversation.messages]
+    return [{"role": m.role, "content": m.content} for m in conversation.messages]
+
+
 @dataclass(frozen=True)
 class Alphabet:
     """A block of characters to mark with: rare scripts, printable, so that no filter escapes or strips them."""

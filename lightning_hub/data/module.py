@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol, cast
 
 from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerFast
 
 from lightning_hub.data.checks import check_positions, check_tokenizer_fits
@@ -176,13 +177,13 @@ class ChatData(LightningDataModule):
 
     test_dataloader = val_dataloader
 
-    def predict_dataloader(self) -> list[list[Prompt]]:
-        """Return the prompts in batches of eight."""
+    def predict_dataloader(self) -> DataLoader[Prompt]:
+        """Return the prompts in lists of eight."""
         if self.predict_file is None:
             remedy = "give a file of JSON lines with --data.predict"
             raise DataError("no prompts are given", where="data.init_args.predict", remedy=remedy)
-        prompts = read_prompts(Path(self.predict_file))
-        return [prompts[start : start + 8] for start in range(0, len(prompts), 8)]
+        prompts = cast("Dataset[Prompt]", read_prompts(Path(self.predict_file)))
+        return DataLoader(prompts, batch_size=8, collate_fn=list)
 
     def _loader(self, plan: StepPlan, position: Position) -> StepLoader:
         assert self.trainer is not None, "Lightning has attached the trainer"

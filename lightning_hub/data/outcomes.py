@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain, islice, repeat
 
 from lightning_hub.data.conversation import BadRowError, Example
@@ -13,8 +13,8 @@ from lightning_hub.data.encode import ROLES, Encoder, Refused, Sample
 from lightning_hub.data.files import Row
 from lightning_hub.data.formats import Layout, normalise, recognise, rename
 from lightning_hub.data.report import Reason
-from lightning_hub.data.samples import IGNORED
 from lightning_hub.data.settings import DataSettings
+from lightning_hub.ops.rows import IGNORED
 
 BATCH = 512
 """Rows encoded at a time: enough to spread over threads, little memory."""
@@ -28,34 +28,27 @@ class Outcome:
         row: The row as read.
         layout: How its source is laid out.
         all_samples: Every sample that it gave, also those that are not kept.
+        samples: Those that are kept.
         reason: Why the row is dropped, or None.
         detail: More about the reason.
         tokens_lost: Tokens that truncation cut off.
-        max_seq_len: The longest sample that is kept.
     """
 
     row: Row
     layout: Layout | None
-    all_samples: list[Sample]
+    all_samples: Sequence[Sample] = ()
+    samples: Sequence[Sample] = ()
     reason: Reason | None = None
     detail: str = ""
     tokens_lost: int = 0
-    max_seq_len: int = 0
-
-    @property
-    def samples(self) -> list[Sample]:
-        """The samples that are kept."""
-        if self.reason:
-            return []
-        return [part for part in self.all_samples if part.num_trained and len(part.ids) <= self.max_seq_len]
 
     def reason_of(self, part: Sample | None) -> str | None:
         """Why a sample of this row is dropped, or None."""
         if self.reason:
             return f"{self.reason}: {self.detail}" if self.detail else self.reason
-        if part is None or (part.num_trained and len(part.ids) <= self.max_seq_len):
+        if part is None or any(part is kept for kept in self.samples):
             return None
-        return "too long" if len(part.ids) > self.max_seq_len else "no trained token"
+        return "no trained token" if not part.num_trained else "too long"
 
 
 def _batches(rows: Iterator[Row]) -> Iterator[list[Row]]:
@@ -134,21 +127,23 @@ class RowReader:
 
     def _outcome(self, row: Row, encoded: list[Sample] | Refused) -> Outcome:
         if isinstance(encoded, Refused):
-            return Outcome(row, self.layout, [], "unreadable" if row.problem else "refused", encoded.why)
+            reason: Reason = "unreadable" if row.problem else "refused"
+            return Outcome(row, self.layout, reason=reason, detail=encoded.why)
         maximum = self.settings.max_seq_len
-        longest = max(len(sample.ids) for sample in encoded)
+        longest = max([len(sample.ids) for sample in encoded])
         lost = 0
-        if longest > maximum:
-            if self.settings.on_long == "truncate":
-                lost = sum(self._cut(sample) for sample in encoded)
-            elif self.settings.on_long == "error" or all(len(sample.ids) > maximum for sample in encoded):
+        if longest > maximum and self.settings.on_long == "truncate":
+            lost = sum(self._cut(sample) for sample in encoded)
+        elif longest > maximum:
+            fitting = any(len(sample.ids) <= maximum for sample in encoded)
+            if self.settings.on_long == "error" or not fitting:
                 detail = f"{longest} tokens, the maximum is {maximum}"
-                return Outcome(row, self.layout, encoded, "too long", detail)
-        outcome = Outcome(row, self.layout, encoded, tokens_lost=lost, max_seq_len=maximum)
-        if outcome.samples:
-            return outcome
+                return Outcome(row, self.layout, encoded, reason="too long", detail=detail)
+        kept = [sample for sample in encoded if sample.num_trained and len(sample.ids) <= maximum]
+        if kept:
+            return Outcome(row, self.layout, encoded, kept, tokens_lost=lost)
         detail = "every trained token was cut off" if lost else ""
-        return replace(outcome, reason="no trained token", detail=detail)
+        return Outcome(row, self.layout, encoded, reason="no trained token", detail=detail, tokens_lost=lost)
 
     def _cut(self, sample: Sample) -> int:
         """Cut a sample to the maximum; return how many tokens went."""

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections import Counter
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -101,13 +98,3 @@ class DataReport:
         for key in ("dropped", "tokens_by_role", "length_histogram", "notes"):
             setattr(report, key, Counter(getattr(report, key)))
         return report
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write JSON so that the file is either absent or whole: temp file, fsync, rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        json.dump(value, stream, ensure_ascii=False, indent=2)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)

@@ -12,8 +12,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-IGNORED = -100
-"""The label of a token that is context only (the value that transformers uses)."""
+from lightning_hub.ops.rows import IGNORED
 
 Ids = npt.NDArray[np.int32]
 Indices = npt.NDArray[np.int64]

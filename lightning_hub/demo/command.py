@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="lightning-hub demo", description=__doc__)
     parser.add_argument("--runs-root", help="where runs are kept (LIGHTNING_HUB_RUNS, else runs/)")
     given = parser.parse_args(argv)
-    console = Console()
+    console = Console(highlight=False)
     folder = create_run("demo", runs_root(given.runs_root))
     train, val = _write_data(folder)
     console.print("[bold]Lightning Hub demo[/]: a small language model learns a new task")

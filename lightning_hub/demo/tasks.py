@@ -48,16 +48,23 @@ PRETRAINING = (SPELL, REVERSE)
 """What the base model knows."""
 
 
-def words(count: int, seed: int) -> list[str]:
-    """Return different invented words of two or three syllables."""
+def words(count: int, seed: int, capitals: float = 0.0) -> list[str]:
+    """Return different invented words of two or three syllables.
+
+    Args:
+        count: How many.
+        seed: Equal seeds give equal words.
+        capitals: The share of them in capital letters.
+    """
     source = random.Random(seed)
     found: dict[str, None] = {}
     while len(found) < count:
         syllables = (source.choice(_CONSONANTS) + source.choice(_VOWELS) for _ in range(source.choice((2, 2, 3))))
-        found["".join(syllables) + source.choice(("", "", *"nrsl"))] = None
+        word = "".join(syllables) + source.choice(("", "", *"nrsl"))
+        found[word.upper() if capitals and source.random() < capitals else word] = None
     return list(found)
 
 
-def conversations(tasks: tuple[Task, ...], count: int, seed: int) -> list[Conversation]:
-    """Return chat rows that go through the tasks in turn, each with a word of its own."""
-    return [tasks[place % len(tasks)].conversation(word) for place, word in enumerate(words(count, seed))]
+def conversations(tasks: tuple[Task, ...], count: int, seed: int, capitals: float = 0.0) -> list[Conversation]:
+    """Return chat rows that go through the tasks in turn, each with a word of its own; see ``words``."""
+    return [tasks[place % len(tasks)].conversation(word) for place, word in enumerate(words(count, seed, capitals))]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -125,7 +126,7 @@ class Pretrained:
         """Call a reader of transformers and say its failure in one sentence."""
         try:
             return reader(self._name, trust_remote_code=self.trust_remote_code)
-        except (OSError, ValueError, ImportError) as error:
+        except (OSError, ValueError, ImportError, SafetensorError) as error:
             reason = " ".join(str(error).split())
             remedy = "check the folder or hub id, and that this machine can reach the hub"
             if "trust_remote_code" in reason:

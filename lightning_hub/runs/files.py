@@ -61,7 +61,7 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_json(path: Path, value: Mapping[str, Json], *, fsync: bool = False, indent: int | None = None) -> None:
+def write_json(path: Path, value: Mapping[str, object], *, fsync: bool = False, indent: int | None = None) -> None:
     """Write a JSON object atomically; see ``write_atomic``."""
     text = json.dumps(value, ensure_ascii=False, indent=indent, allow_nan=False)
     write_atomic(path, (text + "\n").encode("utf-8", "backslashreplace"), fsync=fsync)

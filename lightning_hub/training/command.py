@@ -43,7 +43,10 @@ def start(recipe: Recipe, tree: dict[str, Any], options: Options) -> int:
     writer = write_run(_folder(tree, options), recipe, tree, options)
     from lightning_hub.training.session import Session  # 4 s: torch, lightning and transformers
 
-    return Session(tree, writer, resume=options.resume, trust_remote_code=options.trust_remote_code).fit()
+    code = Session(tree, writer, resume=options.resume, trust_remote_code=options.trust_remote_code).fit()
+    if code == ExitCode.DONE and writer.folder.export.is_dir():
+        print(f"run    {writer.folder.path}\nexport {writer.folder.export}")
+    return code
 
 
 def write_run(folder: RunFolder, recipe: Recipe, tree: dict[str, Any], options: Options) -> RunWriter:

@@ -33,6 +33,10 @@ from lightning_hub.training.announcement import Announcement
 from lightning_hub.training.parser import RecipeCLI
 
 
+class HardStop(BaseException):
+    """A second interrupt: stop at once. No KeyboardInterrupt, which Lightning turns into an exit code of its own."""
+
+
 class Session:
     """One attempt of a run in this process.
 
@@ -65,12 +69,11 @@ class Session:
             rank.start()
             with self._stop_signals():
                 code = self._train(rank, checkpoint)
-        except (Exception, KeyboardInterrupt, SystemExit) as error:
+        except (Exception, HardStop) as error:
             code = self._failed(error, rank)
-            if not isinstance(error, HubError | KeyboardInterrupt):
+            if not isinstance(error, HubError | HardStop):
                 raise
-            if not isinstance(error, StopRun):
-                print(f"error: {error}" if isinstance(error, HubError) else "interrupted", file=sys.stderr)
+            print(f"error: {error}" if not isinstance(error, StopRun | HardStop) else str(error), file=sys.stderr)
         finally:
             if rank is not None:
                 rank.close()
@@ -100,7 +103,13 @@ class Session:
         trial = bool(self.tree["trainer"].get("fast_dev_run"))
 
         def ours(settings: CheckpointSettings) -> list[Callback]:
-            saver = SaveCheckpoints(settings, self.folder.checkpoints, facts, lambda: self._wish(rank))
+            saver = SaveCheckpoints(
+                settings,
+                self.folder.checkpoints,
+                facts,
+                wish=lambda: self._wish(rank),
+                saved=lambda step, path: self.run.event("checkpoint", step=step, path=path.name),
+            )
             return [recorder, Announcement(), ProgressLine(recorder), *([] if trial else [saver])]
 
         cli = build(self.tree, self.folder.path, ours, FolderCheckpointIO(facts), self.trust_remote_code)
@@ -126,7 +135,7 @@ class Session:
         code: int = ExitCode.FAILED
         if isinstance(error, HubError) and (step == 0 or error.exit_code != ExitCode.WRONG_INPUT):
             code = error.exit_code  # a person's fault after the first step is a failed run
-        if isinstance(error, KeyboardInterrupt):
+        if isinstance(error, HardStop):
             code = ExitCode.HARD_STOP
         record = rank.record_error(error) if rank is not None else None
         reason = str(error) or type(error).__name__
@@ -151,7 +160,7 @@ class Session:
         def count(number: int, frame: FrameType | None) -> None:
             self._signals += 1
             if number == signal.SIGINT and self._signals > 1:
-                raise KeyboardInterrupt
+                raise HardStop("stopped at once; the newest checkpoint is untouched")
 
         before = {number: signal.signal(number, count) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
@@ -200,7 +209,8 @@ def measure(tree: dict[str, Any], verb: str, *, trust_remote_code: bool) -> dict
     """Run Lightning's validation or test loop and return its metrics."""
     cli = build(tree, trust_remote_code=trust_remote_code)
     loop = cli.trainer.validate if verb == "validate" else cli.trainer.test
-    return {name: float(value) for name, value in loop(cli.model, cli.datamodule, verbose=False)[0].items()}
+    loop(cli.model, cli.datamodule, verbose=False)
+    return {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
 
 
 def answer(tree: dict[str, Any], *, trust_remote_code: bool) -> list[dict[str, Any]]:

@@ -19,9 +19,10 @@ from transformers import PreTrainedTokenizerFast
 
 from lightning_hub.data.intake import RowsError
 from lightning_hub.data.prepare import Prepared, prepare
-from lightning_hub.data.samples import IGNORED, Samples
+from lightning_hub.data.samples import Samples
 from lightning_hub.data.settings import DataSettings, OnLong, Source
 from lightning_hub.errors import ConfigError, DataError
+from lightning_hub.ops.rows import IGNORED
 from tests.data.families import TEMPLATES, make_tokenizer
 
 

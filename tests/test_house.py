@@ -1,0 +1,94 @@
+"""What holds for the whole house: light verbs stay light, recipes reach typed parameters only, functions stay short."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import subprocess
+import sys
+import typing
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import lightning_hub
+from lightning_hub.config.registry import CLASSES
+
+ROOT = Path(__file__).parents[1]
+HEAVY = {"torch", "lightning", "transformers", "peft", "numpy", "jsonargparse", "datasets"}
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--help"],
+        ["--version"],
+        ["runs", "list"],
+        ["schema"],
+        ["fit", "--config", "nowhere.yaml"],
+        ["fit", "--model", "SFT", "--model.lerning_rate", "1"],
+        ["fit", "--config", "configs/sft.yaml", "--print_config"],
+        ["data", "--help"],
+    ],
+    ids=" ".join,
+)
+def test_light_commands_load_nothing_heavy(argv: list[str]) -> None:
+    code = (
+        "import sys; from lightning_hub.cli import run; code = run(sys.argv[1:]);"
+        f"print('LOADED', sorted({HEAVY} & set(sys.modules)), code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *argv], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "LOADED []" in done.stdout, done.stdout
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    code = f"import sys, lightning_hub; print(sorted({HEAVY} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_public_classes_are_those_of_recipes() -> None:
+    for name in lightning_hub.__all__:
+        if not name.startswith("__"):
+            made = getattr(lightning_hub, name)
+            assert f"{made.__module__}.{made.__name__}" in CLASSES
+
+
+@pytest.mark.security("S4")
+@pytest.mark.parametrize("name", [name for name in CLASSES if name.startswith("lightning_hub.")])
+def test_no_parameter_that_a_recipe_reaches_is_untyped(name: str) -> None:
+    module, _, cls = name.rpartition(".")
+    made = getattr(import_module(module), cls)
+    hints = typing.get_type_hints(made.__init__)
+    for parameter in inspect.signature(made).parameters:
+        assert not forbidden(hints[parameter]), f"{name}.{parameter}: {hints[parameter]}"
+
+
+def forbidden(hint: object) -> bool:
+    """Whether a hint lets a recipe name any object or callable."""
+    if hint in (typing.Any, object, Callable, type):
+        return True
+    return typing.get_origin(hint) in (Callable, type) or any(forbidden(part) for part in typing.get_args(hint))
+
+
+def functions() -> Iterator[tuple[str, int]]:
+    for folder in ("lightning_hub", "scripts", "benchmarks"):
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.FunctionDef) and node.end_lineno is not None:
+                    yield f"{file.relative_to(ROOT)}:{node.lineno} {node.name}", node.end_lineno - node.lineno + 1
+
+
+def test_no_function_is_over_90_lines() -> None:
+    assert [name for name, length in functions() if length > 90] == []
+
+
+def test_the_malicious_releases_are_excluded() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    assert '"lightning>=2.6.5,!=2.6.2,!=2.6.3' in text
+    pinned = (ROOT / "constraints.txt").read_text()
+    assert "\nlightning==2.6.6 " in pinned
+    assert "nvidia-" not in pinned
+    assert pinned.index("torch==2.13.0\n") < pinned.index("aiohttp==")

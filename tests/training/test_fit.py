@@ -1,0 +1,238 @@
+"""The main job, from the command line to the export."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lightning_hub.checkpoints.plugin import WEIGHTS
+from lightning_hub.checkpoints.tensors import load_tensors
+from lightning_hub.cli import run
+from lightning_hub.models.pretrained import EMBEDDED_FOLDER
+from lightning_hub.runs.folder import RunFolder
+from lightning_hub.runs.metrics import Line, read_metrics
+from tests.conftest import WriteRows
+from tests.training.conftest import Fit
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def series(lines: list[Line], name: str) -> list[tuple[int, float]]:
+    return [(line["step"], line[name]) for line in lines if name in line]  # type: ignore[misc]
+
+
+def test_a_run_leaves_what_the_contract_says(fit: Fit) -> None:
+    code, folder = fit("--trainer.max_epochs", "2", "--trainer.num_sanity_val_steps=-1")
+    assert code == 0
+    status = read(folder.status)
+    assert (status["state"], status["step"], status["max_steps"], status["exit_code"]) == ("finished", 8, 8, 0)
+    assert read(folder.run_json)["method"] == "sft"
+    report = read(folder.data_report)
+    assert report["rows_read"] == report["rows_kept"] + sum(report["dropped"].values()) == 40
+    assert 0 < report["packing"]["fill"] <= 1
+    lines = read_metrics(folder)
+    assert [step for step, _ in series(lines, "loss")] == list(range(1, 9))
+    assert [step for step, _ in series(lines, "val_loss")] == [0, 4, 8]
+    assert series(lines, "val_loss")[-1][1] < series(lines, "val_loss")[0][1]
+    assert {"lr", "grad_norm", "tokens", "loss_tokens", "tokens_per_second", "step_time", "epoch"} <= set(lines[-2])
+    assert read(folder.rank(1, 0).heartbeat)["phase"] == "exit"
+    assert folder.path.stat().st_mode & 0o777 == 0o700
+    open_to_others = [path for path in folder.path.rglob("*") if path.lstat().st_mode & 0o077 and not path.is_symlink()]
+    assert open_to_others == []
+
+
+def test_the_export_answers_as_the_trained_module(fit: Fit) -> None:
+    _, folder = fit("--trainer.max_epochs", "1")
+    model = AutoModelForCausalLM.from_pretrained(folder.export, dtype=torch.float32)
+    trained = AutoModelForCausalLM.from_pretrained(folder.export, dtype=torch.float32)
+    weights = load_tensors(folder.latest / WEIGHTS)
+    trained.load_state_dict({name.removeprefix("model."): tensor for name, tensor in weights.items()})
+    ids = torch.arange(5, 60).unsqueeze(0)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, trained(ids).logits)
+    tokenizer = AutoTokenizer.from_pretrained(folder.export)
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(EMBEDDED_FOLDER).chat_template
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+
+
+def test_the_export_command_writes_the_same(fit: Fit, tmp_path: Path) -> None:
+    _, folder = fit()
+    assert run(["export", str(folder.path), "--to", str(tmp_path / "again")]) == 0
+    first, again = (tmp_path / name / "model.safetensors" for name in ("run/export", "again"))
+    assert load_tensors(first).keys() == load_tensors(again).keys()
+    assert all(torch.equal(load_tensors(first)[name], tensor) for name, tensor in load_tensors(again).items())
+
+
+def test_zero_steps_prepare_check_and_export(fit: Fit) -> None:
+    code, folder = fit("--trainer.max_steps", "0")
+    assert code == 0
+    base = AutoModelForCausalLM.from_pretrained(EMBEDDED_FOLDER, dtype=torch.float32).state_dict()
+    exported = AutoModelForCausalLM.from_pretrained(folder.export, dtype=torch.float32).state_dict()
+    assert all(torch.equal(base[name], tensor) for name, tensor in exported.items())
+
+
+def test_config_yaml_repeats_the_run(fit: Fit, tmp_path: Path) -> None:
+    _, folder = fit("--trainer.max_steps", "3")
+    assert run(["fit", "--config", str(folder.config), "--run-dir", str(tmp_path / "again")]) == 0
+    first, again = (load_tensors(tmp_path / name / "export/model.safetensors") for name in ("run", "again"))
+    assert all(torch.equal(first[name], tensor) for name, tensor in again.items())
+    assert folder.config.read_text() == (tmp_path / "again/config.yaml").read_text()
+
+
+def test_print_config_is_the_config_of_the_run(fit: Fit, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    _, folder = fit("--trainer.max_steps", "0")
+    capsys.readouterr()
+    assert run(["fit", "--config", str(folder.config), "--print_config"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed == yaml.safe_load(folder.config.read_text())
+    assert printed["model"]["init_args"]["betas"] == [0.9, 0.95]
+
+
+@pytest.mark.parametrize("recipe", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_recipe_runs(recipe: Path, tmp_path: Path, write_rows: WriteRows) -> None:
+    # fmt: off
+    assert run([
+        "fit", "--config", str(recipe), "--run-dir", str(tmp_path / "run"), "--data.train", str(write_rows(60)),
+        "--trainer.max_steps", "2",
+    ]) == 0
+    # fmt: on
+
+
+FLAGS: dict[str, tuple[list[str], int]] = {
+    "max_steps": (["--trainer.max_steps", "3"], 3),
+    "max_epochs": (["--trainer.max_epochs", "3"], 12),
+    "limit_train_batches": (["--trainer.limit_train_batches", "2", "--trainer.max_epochs", "2"], 4),
+    "overfit_batches": (["--trainer.overfit_batches", "1", "--trainer.max_epochs", "3"], 3),
+    "tokens_per_step": (["--data.tokens_per_step", "128", "--data.effective_batch_size", "null"], 8),
+    "gradient clipping by value": (
+        ["--trainer.gradient_clip_val", "0.01", "--trainer.gradient_clip_algorithm=value"],
+        4,
+    ),
+    "one bf16 row of bf16 weights": (["--trainer.precision", "bf16-true"], 4),
+    "bf16-mixed with checkpointing": (["--trainer.precision=bf16-mixed", "--model.gradient_checkpointing", "true"], 4),
+    "all of SFT": (
+        [
+            "--model.label_smoothing=0.1",
+            "--model.neftune_alpha=5",
+            "--model.lr_scheduler=wsd",
+            "--model.warmup_ratio=0.1",
+        ],
+        4,
+    ),
+    "attention of transformers": (["--model.attn_implementation", "sdpa"], 4),
+    "workers": (["--data.num_workers", "2"], 4),
+}
+
+
+@pytest.mark.parametrize("case", FLAGS)
+def test_flags_keep_their_meaning(fit: Fit, case: str) -> None:
+    flags, steps = FLAGS[case]
+    code, folder = fit(*flags)
+    assert code == 0
+    assert read(folder.status)["step"] == steps
+
+
+def test_overfitting_sees_the_same_step_again(fit: Fit) -> None:
+    _, folder = fit("--trainer.overfit_batches", "1", "--trainer.max_epochs", "3", "--model.learning_rate", "1e-9")
+    losses = [value for _, value in series(read_metrics(folder), "loss")]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-4)
+
+
+def test_a_trial_leaves_no_result(fit: Fit) -> None:
+    code, folder = fit("--trainer.fast_dev_run", "true")
+    assert code == 0
+    assert not folder.export.exists()
+    assert not list(folder.checkpoints.iterdir())
+
+
+def test_validation_in_mid_epoch(fit: Fit) -> None:
+    _, folder = fit("--trainer.val_check_interval", "2")
+    assert [step for step, _ in series(read_metrics(folder), "val_loss")] == [2, 4]
+
+
+def test_early_stopping_and_best_by_lightnings_own_callbacks(fit: Fit) -> None:
+    # fmt: off
+    code, folder = fit(
+        "--trainer.max_epochs", "6", "--model.learning_rate", "1e-12",
+        "--trainer.callbacks+={class_path: EarlyStopping, init_args: {monitor: val_loss, min_delta: 1.0, patience: 2}}",
+        "--trainer.callbacks+={class_path: ModelCheckpoint, init_args: {monitor: val_loss, save_top_k: 1}}",
+    )
+    # fmt: on
+    assert code == 0
+    assert read(folder.status)["step"] == 12
+    assert list(folder.checkpoints.glob("epoch=*"))
+
+
+def test_our_best_is_kept(fit: Fit) -> None:
+    # fmt: off
+    code, folder = fit(
+        "--trainer.max_epochs", "5", "--trainer.val_check_interval", "1.0",
+        "--checkpoint.best", "{metric: val_loss, mode: max, keep: 1}",
+    )
+    # fmt: on
+    assert code == 0
+    kept = sorted(path.name for path in folder.checkpoints.glob("step-*"))
+    assert kept == ["step-16", "step-20", "step-4"], "the two newest, and the worst loss, as was asked"
+
+
+def test_samples_are_written(fit: Fit) -> None:
+    # fmt: off
+    code, folder = fit(
+        "--trainer.max_steps", "3",
+        "--trainer.callbacks+={class_path: GenerateSamples, init_args: {prompts: [Spell kamo.], every_n_steps: 2}}",
+    )
+    # fmt: on
+    assert code == 0
+    written = [json.loads(line) for line in folder.samples.read_text().splitlines()]
+    assert [(line["step"], line["prompt"]) for line in written] == [(2, "Spell kamo."), (3, "Spell kamo.")]
+    assert all(line["completion"] for line in written)
+
+
+def test_looking_at_a_model_does_not_change_its_training(fit: Fit, tmp_path: Path) -> None:
+    sampling = "{class_path: GenerateSamples, init_args: {prompts: [Spell kamo.], every_n_steps: 1, temperature: 1.0}}"
+    fit("--trainer.max_steps", "3", "--model.neftune_alpha", "5")
+    fit("--trainer.max_steps", "3", "--model.neftune_alpha", "5", f"--trainer.callbacks+={sampling}", folder="watched")
+    runs = [RunFolder(tmp_path / name) for name in ("run", "watched")]
+    plain, watched = (load_tensors(folder.export / "model.safetensors") for folder in runs)
+    assert all(torch.equal(plain[name], tensor) for name, tensor in watched.items())
+
+
+def test_a_logger_of_lightning_gets_the_metrics(fit: Fit, tmp_path: Path) -> None:
+    logger = f"{{class_path: CSVLogger, init_args: {{save_dir: {tmp_path / 'logs'}}}}}"
+    code, _ = fit("--trainer.max_steps", "2", f"--trainer.logger={logger}")
+    assert code == 0
+    (table,) = (tmp_path / "logs").rglob("metrics.csv")
+    assert {"loss", "lr", "grad_norm"} <= set(table.read_text().splitlines()[0].split(","))
+
+
+def test_validate_and_test_print_the_loss(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+    _, folder = fit()
+    expected = series(read_metrics(folder), "val_loss")[-1][1]
+    for verb, name in (("validate", "val_loss"), ("test", "test_loss")):
+        capsys.readouterr()
+        assert run([verb, "--config", str(folder.config), "--model.model", str(folder.export)]) == 0
+        assert json.loads(capsys.readouterr().out)[name] == pytest.approx(expected, rel=1e-6)
+
+
+def test_predict_writes_completions(tmp_path: Path, write_rows: WriteRows) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "Spell kamo."}\n{"messages": [{"role": "user", "content": "Reverse tipa."}]}\n')
+    # fmt: off
+    assert run([
+        "predict", "--model", "SFT", "--model.model", "demo", "--data", "ChatData",
+        "--data.train", str(write_rows(2)), "--data.predict", str(prompts), "--to", str(tmp_path / "out.jsonl"),
+    ]) == 0
+    # fmt: on
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [line["completion"] for line in lines] == ["k-a-m-o", "apit"]
+    assert lines[0]["messages"] == [{"role": "user", "content": "Spell kamo."}]

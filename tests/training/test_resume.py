@@ -1,0 +1,175 @@
+"""A stopped run goes on as if it had never stopped, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_hub.checkpoints.storage import committed
+from lightning_hub.checkpoints.tensors import load_tensors
+from lightning_hub.cli import run
+from lightning_hub.runs.folder import RunFolder
+from lightning_hub.runs.metrics import Line, read_metrics
+from tests.conftest import WriteRows
+from tests.training.conftest import Fit
+
+# Noise on the embeddings and a validation in mid-epoch: random states and every kind of boundary are in it.
+LONG = ("--trainer.max_epochs", "3", "--trainer.val_check_interval", "2", "--model.neftune_alpha", "5")
+EVERY_STEP = ("--checkpoint.every_n_steps", "1", "--checkpoint.keep", "99")
+
+
+def losses(folder: RunFolder) -> list[tuple[object, object, object]]:
+    kept: list[Line] = read_metrics(folder)
+    return [(line["step"], line.get("loss"), line.get("val_loss")) for line in kept]
+
+
+def assert_same_end(straight: RunFolder, resumed: RunFolder) -> None:
+    assert losses(resumed) == losses(straight)
+    ours, theirs = (load_tensors(folder.export / "model.safetensors") for folder in (resumed, straight))
+    assert all(torch.equal(theirs[name], tensor) for name, tensor in ours.items())
+
+
+def cut_after(folder: RunFolder, step: int, to: Path) -> RunFolder:
+    """Copy a run as it was when its checkpoint of ``step`` was the newest."""
+    shutil.copytree(folder.path, to, symlinks=True)
+    cut = RunFolder(to)
+    for later, path in committed(cut.checkpoints):
+        if later > step:
+            shutil.rmtree(path)
+    cut.latest.unlink()
+    shutil.rmtree(cut.export)
+    return cut
+
+
+@pytest.mark.slow
+@pytest.mark.fault("F22")
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_resume_from_every_step_is_exact(fit: Fit, tmp_path: Path, workers: str) -> None:
+    code, straight = fit(*LONG, *EVERY_STEP, "--data.num_workers", workers)
+    assert code == 0
+    steps = [step for step, _ in committed(straight.checkpoints)]
+    assert steps == list(range(12, 0, -1))
+    for step in (1, 2, 3, 4, 6, 8, 11):  # within an epoch, before and after a validation, at the ends of epochs
+        resumed = cut_after(straight, step, tmp_path / f"from-{step}")
+        assert run(["runs", "resume", str(resumed.path)]) == 0
+        assert_same_end(straight, resumed)
+
+
+def test_a_finished_run_is_extended(fit: Fit) -> None:
+    _, folder = fit("--trainer.max_epochs", "1", "--model.lr_scheduler", "constant")
+    _, longer = fit("--trainer.max_epochs", "2", "--model.lr_scheduler", "constant", folder="longer")
+    assert run(["runs", "resume", str(folder.path), "--trainer.max_epochs", "2"]) == 0
+    assert_same_end(longer, folder)
+
+
+@pytest.mark.fault("F21")
+def test_must_never_begins_again(fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, folder = fit("--resume", "must")
+    assert code == 4
+    assert "no checkpoint" in capsys.readouterr().err
+    assert not folder.metrics.exists() or not read_metrics(folder)
+    code, folder = fit("--resume", "auto", "--trainer.max_steps", "1", folder="fresh")
+    assert code == 0
+    assert json.loads(folder.attempt_json(1).read_text())["reason"] == "first start"
+
+
+def test_damaged_checkpoints_are_passed_over(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+    _, folder = fit(*EVERY_STEP, "--trainer.max_steps", "3")
+    (folder.checkpoint(3) / "state.pt").write_bytes(b"")
+    shutil.rmtree(folder.export)
+    assert run(["runs", "resume", str(folder.path)]) == 0
+    assert "state.pt has 0 bytes" in capsys.readouterr().err
+    assert json.loads(folder.attempt_json(2).read_text())["checkpoint"] == "step-2"
+    for _, path in committed(folder.checkpoints):
+        (path / "weights.safetensors").unlink()
+    assert run(["runs", "resume", str(folder.path)]) == 4
+
+
+@pytest.mark.fault("F24")
+def test_changed_data_is_refused(fit: Fit, write_rows: WriteRows, capsys: pytest.CaptureFixture[str]) -> None:
+    _, folder = fit(*EVERY_STEP, "--trainer.max_steps", "2")
+    write_rows(41)
+    assert run(["runs", "resume", str(folder.path), "--trainer.max_steps", "4"]) == 2
+    assert "data has changed since the checkpoint" in capsys.readouterr().err
+    assert json.loads(folder.status.read_text())["state"] == "failed"
+
+
+MEANWHILE = """
+import os, signal, sys
+from pathlib import Path
+from lightning_hub.callbacks.recorder import Recorder
+from lightning_hub.cli import run
+plain = Recorder.on_train_batch_end
+def then(self, trainer, module, outputs, batch, index):
+    plain(self, trainer, module, outputs, batch, index)
+    if trainer.global_step == 3:
+        exec(sys.argv[1])
+Recorder.on_train_batch_end = then
+sys.exit(run(sys.argv[2:]))
+"""
+"""A process in which something happens right after the third step."""
+
+
+def fit_until(event: str, straight: RunFolder, to: Path) -> tuple[int, RunFolder, str]:
+    """Repeat a run in a process of its own in which ``event`` happens after step 3."""
+    command = [sys.executable, "-c", MEANWHILE, event, "fit", "--config", str(straight.config), "--run-dir", str(to)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return done.returncode, RunFolder(to), done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.fault("F25")
+@pytest.mark.parametrize(
+    "event",
+    [
+        "os.kill(os.getpid(), signal.SIGTERM)",
+        "os.kill(os.getpid(), signal.SIGINT)",
+        "self.run.folder.control_stop.touch()",
+    ],
+)
+def test_a_stop_saves_and_the_run_goes_on(fit: Fit, tmp_path: Path, event: str) -> None:
+    _, straight = fit(*LONG)
+    code, folder, error = fit_until(event, straight, tmp_path / "stopped")
+    assert code == 75, error
+    status = json.loads(folder.status.read_text())
+    assert (status["state"], status["step"], status["exit_code"]) == ("stopped", 3, 75)
+    assert "Traceback" not in error
+    assert run(["runs", "resume", str(folder.path)]) == 0
+    assert_same_end(straight, folder)
+
+
+@pytest.mark.slow
+@pytest.mark.fault("F27")
+def test_a_second_interrupt_stops_at_once(fit: Fit, tmp_path: Path) -> None:
+    _, straight = fit(*LONG)
+    event = "[os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]"
+    code, folder, error = fit_until(event, straight, tmp_path / "stopped")
+    assert code == 130, error
+    assert json.loads(folder.status.read_text())["state"] == "failed"
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_at_once(fit: Fit, tmp_path: Path) -> None:
+    _, straight = fit(*LONG, *EVERY_STEP)
+    code, folder, _ = fit_until("os.kill(os.getpid(), signal.SIGKILL)", straight, tmp_path / "killed")
+    assert code == -signal.SIGKILL
+    assert json.loads(folder.status.read_text())["state"] == "running"
+    assert run(["runs", "resume", str(folder.path)]) == 0
+    assert_same_end(straight, folder)
+
+
+@pytest.mark.slow
+def test_a_wish_for_a_checkpoint(fit: Fit, tmp_path: Path) -> None:
+    _, straight = fit(*LONG)
+    code, folder, error = fit_until("self.run.folder.control_checkpoint.touch()", straight, tmp_path / "saved")
+    assert code == 0, error
+    events = [json.loads(line) for line in folder.events.read_text().splitlines()]
+    assert not folder.control_checkpoint.exists()
+    assert any(event["event"] == "checkpoint" and event["step"] == 3 for event in events)
