@@ -101,7 +101,7 @@ def _show(console: Console, folder: RunFolder, losses: dict[int, float], answers
     for command, why in (
         (f"lightning-hub chat {run}", "talk to it"),
         (f"lightning-hub runs show {run}", "look at the run"),
-        (f"lightning-hub data --config {config} --sample 0", "see which tokens were trained"),
+        (f"lightning-hub data --config {config} --sample 1", "what was trained"),
         ("lightning-hub fit --config configs/sft.yaml --model.model MODEL --data.train FILE", "your own"),
     ):
         console.print(f"  {command}  [dim]# {why}[/]", highlight=False, soft_wrap=True)
