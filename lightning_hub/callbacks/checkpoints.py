@@ -24,6 +24,7 @@ class StopRun(HubError):  # no fault: somebody asked for it
 
     exit_code = ExitCode.STOPPED
     kind = "signal"
+    label = "stopped"
 
 
 class SaveCheckpoints(Checkpoint):
@@ -119,7 +120,7 @@ class SaveCheckpoints(Checkpoint):
             newest = [path for _, path in committed(self.folder)][: self.settings.keep]
             prune(self.folder, {*newest, *(self.folder / f"step-{best}" for best in self._best_steps())})
         if self._stopping:
-            raise StopRun(f"stopped on request after step {step}; its checkpoint is {target}")
+            raise StopRun(f"on request, after step {step}; its checkpoint is {target}")
 
     def _best_steps(self) -> list[int]:
         best = self.settings.best

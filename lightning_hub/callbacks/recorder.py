@@ -125,8 +125,8 @@ class Recorder(Callback):
     def _publish(self, trainer: Trainer, values: dict[str, float | int | None]) -> None:
         """Give metrics to the run folder, to the loggers, and to callbacks that watch a metric."""
         numbers = {name: value for name, value in values.items() if value is not None}
-        watched = {name: torch.tensor(float(numbers[name])) for name in ("loss", "grad_norm") if name in numbers}
-        trainer.callback_metrics.update(watched)  # not by `log`: its bookkeeping costs ten times as much
+        for name in {"loss", "grad_norm"} & numbers.keys():  # not by `log`: its bookkeeping costs ten times as much
+            trainer.callback_metrics[name] = torch.tensor(float(numbers[name]))
         if self.run is None:
             return
         self.rank.log(trainer.global_step, numbers)
