@@ -121,7 +121,8 @@ class SaveCheckpoints(Checkpoint):
             newest = [path for _, path in committed(self.folder)][: self.settings.keep]
             prune(self.folder, {*newest, *(self.folder / f"step-{best}" for best in self._best_steps())})
         if self._stopping:
-            raise StopRun(f"on request, after step {step}; its checkpoint is {target}")
+            remedy = f"go on with: lightning-hub runs resume {self.folder.parent}"
+            raise StopRun(f"on request, after step {step}; its checkpoint is {target}", remedy=remedy)
 
     def _best_steps(self) -> list[int]:
         best = self.settings.best
