@@ -1,0 +1,190 @@
+"""Starts a topology once, trains every case in it, and brings back what each rank has seen."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import Strategy
+from torch import Tensor
+
+from lightning_hub.data.samples import Samples
+from lightning_hub.data.steps import Batching, StepLoader, StepPlan
+from lightning_hub.demo.tasks import SHOUT, conversations
+from lightning_hub.methods.sft import SFT
+from lightning_hub.models.pretrained import Pretrained
+from lightning_hub.ops.rows import Step
+from lightning_hub.parallel.data_parallel import data_parallel
+from lightning_hub.parallel.parts import own_part
+
+TIME_LIMIT = 150.0
+"""Seconds after which a topology's processes are ended."""
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Processes and how they work together."""
+
+    name: str
+    world_size: int
+    strategy: Callable[[], Strategy | str]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training: a method with its options, a model, and what the trainer is told."""
+
+    name: str
+    method: type[SFT] = SFT
+    model: str = "demo"
+    options: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    tolerance: float = 1e-5
+
+
+@dataclass
+class Seen:
+    """What one rank has seen of one training."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+    empty: list[bool] = field(default_factory=list)
+    val_loss: float = 0.0
+    start: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    parts: int = 0
+
+
+@cache
+def plan() -> StepPlan:
+    """Ten steps of eight uneven samples in rows of 96 tokens: the fourth step is one row, the last one is partial."""
+    tokenizer = Pretrained("demo").tokenizer
+    source = np.random.default_rng(7)
+    talks = conversations((SHOUT,), 400, seed=3)
+    text = [token for talk in talks for token in tokenizer.apply_chat_template(talk["messages"], return_dict=False)]
+    pairs = []
+    for place in range(78):
+        length = 8 if 24 <= place < 32 else int(source.integers(8, 90))
+        ids, text = text[:length], text[length:]
+        labels = [token if source.random() < 0.5 else -100 for token in ids]
+        pairs.append((ids, [-100, *labels[1:-1], ids[-1]]))
+    return StepPlan(Samples.from_pairs(pairs, "test"), Batching(96, 8, None, shuffle=False, seed=0))
+
+
+def trained(case: Case, topology: Topology) -> Seen:
+    """Train a case in this process, which is one rank of the topology."""
+    seen = Seen()
+
+    class Watched(case.method):  # type: ignore[name-defined, misc]
+        def configure_model(self) -> None:
+            super().configure_model()
+            if not seen.start:
+                model, seen.start = self.export_state()
+                seen.start |= {name: buffer.clone() for name, buffer in model.named_buffers()}
+                seen.start = {name: tensor.clone() for name, tensor in seen.start.items()}
+                seen.parts = sum(own_part(parameter).numel() for parameter in model.parameters())
+
+        def on_train_batch_end(self, outputs: object, batch: Step, batch_idx: int) -> None:
+            seen.losses.append(float(data_parallel(self.trainer.strategy).mean(self.step_loss)))
+            seen.norms.append(float(self.grad_norm))
+            seen.rows.append(len(batch.rows))
+            seen.empty.append(not any((row.labels != -100).any() for row in batch.rows))
+
+        def on_validation_epoch_end(self) -> None:
+            seen.val_loss = self._mean_loss()
+
+    torch.manual_seed(0)
+    module = Watched(case.model, **{"learning_rate": 1e-3, "lr_scheduler": "linear", **case.options})
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=topology.world_size,
+        strategy=topology.strategy(),
+        max_epochs=1,
+        use_distributed_sampler=False,
+        log_every_n_steps=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        **case.trainer,
+    )
+    shares = _Shares(trainer)
+    trainer.fit(module, shares, shares)
+    seen.weights = {name: tensor.clone() for name, tensor in module.export_state()[1].items()}
+    return seen
+
+
+class _Shares:
+    """The steps of this rank, known once the trainer's strategy is."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def __len__(self) -> int:
+        return len(plan())
+
+    def __iter__(self) -> Any:
+        shares = data_parallel(self.trainer.strategy)
+        return iter(StepLoader(plan(), lambda: (0, 0), shares.rank, shares.size))
+
+
+def launch(topology: Topology, cases: list[Case], folder: Path) -> list[dict[str, Seen | str]]:
+    """Return for each rank what it has seen of each case, or a case's traceback."""
+    if topology.world_size == 1:
+        return [{case.name: trained(case, topology) for case in cases}]
+    context = multiprocessing.get_context("forkserver")  # one import of torch for all processes of all topologies
+    context.set_forkserver_preload(["tests.parallel.harness"])
+    port = _free_port()
+    processes = [
+        context.Process(target=_rank, args=(rank, port, topology, cases, folder), daemon=True)
+        for rank in range(topology.world_size)
+    ]
+    for process in processes:
+        process.start()
+    end = time.monotonic() + TIME_LIMIT
+    for process in processes:
+        process.join(max(0.0, end - time.monotonic()))
+    hung = [rank for rank, process in enumerate(processes) if process.is_alive()]
+    for process in processes:
+        process.kill()
+    assert not hung, f"{topology.name}: ranks {hung} did not end within {TIME_LIMIT} s"
+    files = [folder / f"{rank}.pt" for rank in range(topology.world_size)]
+    return [torch.load(file, weights_only=False) for file in files]
+
+
+def _rank(rank: int, port: int, topology: Topology, cases: list[Case], folder: Path) -> None:
+    """Be one rank, as torchrun would have started it."""
+    world = str(topology.world_size)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), GROUP_RANK="0", WORLD_SIZE=world, LOCAL_WORLD_SIZE=world,
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test", OMP_NUM_THREADS="1",
+    )  # fmt: skip
+    torch.set_num_threads(1)
+    found: dict[str, Seen | str] = {}
+    for case in cases:
+        try:
+            found[case.name] = trained(case, topology)
+        except Exception:  # reported by the test of this case
+            found[case.name] = traceback.format_exc()
+            break
+    torch.save(found, folder / f"{rank}.pt")
+    os._exit(0)  # the group's threads may wait for a rank that failed
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
