@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -55,11 +55,12 @@ class Sharding:
                 mp_policy=policy,
                 offload_policy=offload,
             )
-        fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload)
+        rest = replace(policy, param_dtype=None)  # embeddings begin the residual stream, which stays in float32
+        fully_shard(model, mesh=mesh, mp_policy=rest, offload_policy=offload)
         if self.prefetch > 1:  # one block ahead is what FSDP does by itself
             sharded: list[FSDPModule] = [block for block in blocks if isinstance(block, FSDPModule)]
-            for place, block in enumerate(sharded):
-                block.set_modules_to_forward_prefetch(sharded[place + 1 : place + 1 + self.prefetch])
+            for place, current in enumerate(sharded):
+                current.set_modules_to_forward_prefetch(sharded[place + 1 : place + 1 + self.prefetch])
 
     @contextmanager
     def accumulation(self, model: nn.Module) -> Iterator[None]:
@@ -77,10 +78,11 @@ class Sharding:
 def mixed_precision(precision: str) -> MixedPrecisionPolicy:
     """Return what is computed and exchanged in which precision; weights and optimizer stay as they are.
 
-    Mixed precision gathers bfloat16 copies of float32 weights; gradients are summed in float32 in every case.
+    Mixed precision gathers bfloat16 copies of a block's float32 weights; autocast decides what is computed in them,
+    as it does without sharding, so activations are not cast. Gradients are summed in float32 in every case.
     """
     if precision == "bf16-mixed":
-        return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        return MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     return MixedPrecisionPolicy(reduce_dtype=torch.float32 if precision == "bf16-true" else None)
 
 
