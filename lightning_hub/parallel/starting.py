@@ -86,16 +86,20 @@ def _fill(model: PreTrainedModel, source: PreTrainedModel | None, layout: _Layou
     _allocate(model, device)
     given = dict(source.named_parameters()) if source is not None else {}
     for name, target in model.named_parameters():
-        tensor = given.get(name)
-        whole = _send(None if tensor is None else tensor.detach(), target.shape, target.dtype)
-        own_part(target.detach()).copy_(part_of(whole, target))
-        if tensor is not None:
-            tensor.data = tensor.data.new_empty(0)  # sent: rank 0 need not hold it any longer
+        _fill_parameter(target, given.get(name))
     held = dict(source.named_buffers()) if source is not None else {}
     for name, (shape, dtype) in layout.buffers.items():
         _set_buffer(model, name, _send(held.get(name), shape, dtype).to(device))
     left = [name for name, _ in _on_meta(model)]
     assert not left, f"tensors without values: {left}"
+
+
+def _fill_parameter(target: nn.Parameter, source: nn.Parameter | None) -> None:
+    """Send one whole tensor, keep the part of it that is this rank's, and let go of the whole."""
+    whole = _send(None if source is None else source.detach(), target.shape, target.dtype)
+    own_part(target.detach()).copy_(part_of(whole, target))
+    if source is not None:
+        source.data = source.data.new_empty(0)
 
 
 def _allocate(model: nn.Module, device: torch.device) -> None:

@@ -9,9 +9,9 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import Trainer
@@ -27,6 +27,8 @@ from lightning_hub.models.pretrained import Pretrained
 from lightning_hub.ops.rows import Step
 from lightning_hub.parallel.data_parallel import data_parallel
 from lightning_hub.parallel.parts import own_part
+
+T = TypeVar("T")
 
 TIME_LIMIT = 150.0
 """Seconds after which a topology's processes are ended."""
@@ -98,6 +100,24 @@ def _ids(rendered: object) -> list[int]:
     return rendered
 
 
+def make_trainer(topology: Topology, **options: Any) -> Trainer:
+    """Return a quiet trainer for one epoch."""
+    return Trainer(
+        accelerator="cpu",
+        devices=topology.world_size,
+        strategy=topology.strategy(),
+        max_epochs=1,
+        use_distributed_sampler=False,
+        log_every_n_steps=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        **options,
+    )
+
+
 def trained(case: Case, topology: Topology) -> Seen:
     """Train a case in this process, which is one rank of the topology."""
     seen = Seen()
@@ -128,28 +148,15 @@ def trained(case: Case, topology: Topology) -> Seen:
     exchange, fsdp.foreach_reduce = fsdp.foreach_reduce, counted
     torch.manual_seed(0)
     module = Watched(case.model, **{"learning_rate": 3e-4, "lr_scheduler": "linear", **case.options})
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=topology.world_size,
-        strategy=topology.strategy(),
-        max_epochs=1,
-        use_distributed_sampler=False,
-        log_every_n_steps=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        **case.trainer,
-    )
-    shares = _Shares(trainer)
+    trainer = make_trainer(topology, **case.trainer)
+    shares = Shares(trainer)
     trainer.fit(module, shares, shares)
     fsdp.foreach_reduce = exchange
     seen.weights = {name: tensor.clone() for name, tensor in module.export_state()[1].items()}
     return seen
 
 
-class _Shares:
+class Shares:
     """The steps of this rank, known once the trainer's strategy is."""
 
     def __init__(self, trainer: Trainer) -> None:
@@ -166,43 +173,57 @@ class _Shares:
 def launch(topology: Topology, cases: list[Case], folder: Path) -> list[dict[str, Seen | str]]:
     """Return for each rank what it has seen of each case, or a case's traceback."""
     if topology.world_size == 1:
-        return [{case.name: trained(case, topology) for case in cases}]
+        return [_train(topology, cases)]
+    return processes(topology.world_size, partial(_train, topology, cases), folder)
+
+
+def _train(topology: Topology, cases: list[Case]) -> dict[str, Seen | str]:
+    found: dict[str, Seen | str] = {}
+    for case in cases:
+        try:
+            found[case.name] = trained(case, topology)
+        except Exception:  # told by the test of this case; the other ranks may wait for this one, so it is the last
+            found[case.name] = traceback.format_exc()
+            break
+    return found
+
+
+def processes(world_size: int, work: Callable[[], T], folder: Path) -> list[T]:
+    """Run a function as every rank of a world and return what each rank's returned.
+
+    Args:
+        world_size: How many ranks.
+        work: What each does; it must be importable.
+        folder: Where results travel.
+    """
     context = multiprocessing.get_context("forkserver")  # one import of torch for all processes of all topologies
     context.set_forkserver_preload(["tests.parallel.harness"])
     port = _free_port()
-    processes = [
-        context.Process(target=_rank, args=(rank, port, topology, cases, folder), daemon=True)
-        for rank in range(topology.world_size)
+    ranks = [
+        context.Process(target=_rank, args=(rank, world_size, port, work, folder), daemon=True)
+        for rank in range(world_size)
     ]
-    for process in processes:
+    for process in ranks:
         process.start()
     end = time.monotonic() + TIME_LIMIT
-    for process in processes:
+    for process in ranks:
         process.join(max(0.0, end - time.monotonic()))
-    hung = [rank for rank, process in enumerate(processes) if process.is_alive()]
-    for process in processes:
+    hung = [rank for rank, process in enumerate(ranks) if process.is_alive()]
+    for process in ranks:
         process.kill()
-    assert not hung, f"{topology.name}: ranks {hung} did not end within {TIME_LIMIT} s"
-    files = [folder / f"{rank}.pt" for rank in range(topology.world_size)]
-    return [torch.load(file, weights_only=False) for file in files]
+    assert not hung, f"ranks {hung} did not end within {TIME_LIMIT} s"
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 
-def _rank(rank: int, port: int, topology: Topology, cases: list[Case], folder: Path) -> None:
+def _rank(rank: int, world_size: int, port: int, work: Callable[[], object], folder: Path) -> None:
     """Be one rank, as torchrun would have started it."""
-    world = str(topology.world_size)
+    world = str(world_size)
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), GROUP_RANK="0", WORLD_SIZE=world, LOCAL_WORLD_SIZE=world,
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test", OMP_NUM_THREADS="1",
     )  # fmt: skip
     torch.set_num_threads(1)
-    found: dict[str, Seen | str] = {}
-    for case in cases:
-        try:
-            found[case.name] = trained(case, topology)
-        except Exception:  # reported by the test of this case
-            found[case.name] = traceback.format_exc()
-            break
-    torch.save(found, folder / f"{rank}.pt")
+    torch.save(work(), folder / f"{rank}.pt")
     os._exit(0)  # the group's threads may wait for a rank that failed
 
 
