@@ -111,8 +111,10 @@ def heaviest_moment(ranks: list[Samples]) -> int:
 
 @pytest.mark.slow
 def test_a_start_takes_little_more_than_one_model(tmp_path: Path) -> None:
-    wide = {"hidden_size": 1024, "intermediate_size": 8704}  # 36 MB: smaller blocks linger in the heap when freed
-    config = LlamaConfig(vocab_size=264, num_hidden_layers=4, tie_word_embeddings=True, **wide)
+    # Weights of 36 MB as large models have them: freed blocks of a few MB linger in the heap.
+    config = LlamaConfig(
+        vocab_size=264, hidden_size=1024, intermediate_size=8704, num_hidden_layers=4, tie_word_embeddings=True
+    )
     model = LlamaForCausalLM(config)
     size = sum(parameter.nbytes for parameter in model.parameters())
     model.bfloat16().save_pretrained(tmp_path / "model")  # read as float32: a copy of its own in memory
