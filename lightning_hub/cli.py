@@ -60,7 +60,7 @@ def run(argv: Sequence[str]) -> int:
     except HubError as error:
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{error.label}: {error}", file=sys.stderr)
         return int(error.exit_code)
     except KeyboardInterrupt:
         return int(ExitCode.HARD_STOP)

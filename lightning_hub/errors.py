@@ -32,6 +32,8 @@ class HubError(Exception):
     exit_code: ExitCode = ExitCode.FAILED
     kind: str = "internal"
     """The ``class`` of an ``error.json``: config, data, oom, nan, comm, disk, signal or internal."""
+    label: str = "error"
+    """The word before the sentence on standard error."""
 
     def __init__(self, message: str, *, where: str | None = None, remedy: str | None = None) -> None:
         super().__init__(message)

@@ -159,9 +159,14 @@ def choice(value: object) -> str:
 
 
 def union(*lines: str) -> str:
-    """Join types, each once; null stands last."""
+    """Join types, each once; int stands before float, and null last.
+
+    ``typing`` keeps one object for ``int | float`` and ``float | int``, whichever it met first, so the order that a
+    library wrote is not to be had.
+    """
     members = dict.fromkeys(member for line in lines for member in split_union(line))
-    return " | ".join(sorted(members, key=lambda member: member == "null"))
+    floats_last = "int" in members
+    return " | ".join(sorted(members, key=lambda member: (member == "null", floats_last and member == "float")))
 
 
 def split_union(line: str) -> list[str]:

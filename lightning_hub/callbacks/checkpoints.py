@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from lightning_hub.checkpoints.rng import random_state, restore_random_state
 from lightning_hub.checkpoints.settings import CheckpointSettings
-from lightning_hub.checkpoints.storage import committed, point_latest, prune
+from lightning_hub.checkpoints.storage import committed, point_latest, prune, retire
 from lightning_hub.errors import ConfigError, ExitCode, HubError
 
 Wish: TypeAlias = Literal["checkpoint", "stop"] | None
@@ -24,6 +24,7 @@ class StopRun(HubError):  # no fault: somebody asked for it
 
     exit_code = ExitCode.STOPPED
     kind = "signal"
+    label = "stopped"
 
 
 class SaveCheckpoints(Checkpoint):
@@ -110,8 +111,9 @@ class SaveCheckpoints(Checkpoint):
         if step == self._saved_step:
             return
         target = self.folder / f"step-{step}"
-        if not target.exists():
-            trainer.save_checkpoint(target)
+        if trainer.is_global_zero:
+            retire(target)  # an earlier attempt came this far, and this one began before it
+        trainer.save_checkpoint(target)
         self._saved_step, self._saved_at, self._due = step, time.monotonic(), False
         if trainer.is_global_zero:
             point_latest(target)
@@ -119,7 +121,8 @@ class SaveCheckpoints(Checkpoint):
             newest = [path for _, path in committed(self.folder)][: self.settings.keep]
             prune(self.folder, {*newest, *(self.folder / f"step-{best}" for best in self._best_steps())})
         if self._stopping:
-            raise StopRun(f"stopped on request after step {step}; its checkpoint is {target}")
+            remedy = f"go on with: lightning-hub runs resume {self.folder.parent}"
+            raise StopRun(f"on request, after step {step}; its checkpoint is {target}", remedy=remedy)
 
     def _best_steps(self) -> list[int]:
         best = self.settings.best

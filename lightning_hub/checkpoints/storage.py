@@ -153,14 +153,23 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[DamagedError]]:
     return None, damaged
 
 
-def prune(folder: Path, keep: set[Path]) -> None:
-    """Remove committed checkpoints that are not in ``keep``, and half-built ones.
+def retire(target: Path) -> None:
+    """Remove a checkpoint, if it exists.
 
-    A folder loses its name before its files, so that a kill in between leaves no damaged checkpoint behind.
+    It loses its name before its files, so that a kill in between leaves no damaged checkpoint behind.
     """
+    if target.exists():
+        old = target.with_name(target.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def prune(folder: Path, keep: set[Path]) -> None:
+    """Remove committed checkpoints that are not in ``keep``, and half-built ones."""
     for _, path in committed(folder):
         if path not in keep:
-            path.rename(path.with_name(path.name + ".old"))
+            retire(path)
     for leftover in [*folder.glob("step-*.old"), *folder.glob("step-*.tmp")]:
         shutil.rmtree(leftover, ignore_errors=True)
 

@@ -58,6 +58,7 @@ TYPES: dict[str, str] = {
     "Timer.duration": "duration | null",
     "Timer.interval": "'step' | 'epoch'",
     "RichProgressBar.console_kwargs": "null",
+    **{f"{logger}.save_dir": "str | null" for logger in ("CSVLogger", "TensorBoardLogger", "WandbLogger")},
     "MLFlowLogger.tags": "map[str, str] | null",
 }
 """Types that a signature does not tell: words that Lightning checks late, or not at all."""
@@ -68,6 +69,7 @@ DEFAULTS: dict[str, Plain] = {
     "Trainer.num_sanity_val_steps": 0,  # -1 validates before the first step
     "Trainer.log_every_n_steps": 10,
     "Trainer.precision": "32-true",
+    **{f"{logger}.save_dir": None for logger in ("CSVLogger", "MLFlowLogger", "TensorBoardLogger", "WandbLogger")},
 }
 """Defaults of ours, where Lightning's own would train wrong or write where nobody looks."""
 

@@ -44,8 +44,11 @@ def _train(folder: RunFolder, train: Path, val: Path, console: Console) -> int:
     options = Options()
     tree = checked(recipe, options)
     run = write_run(folder, recipe, tree, options)
-    from lightning_hub.training.session import Session  # 4 s: torch, lightning and transformers
+    import torch  # 2 s, and 2 s more for the session
 
+    from lightning_hub.training.session import Session
+
+    torch.set_num_threads(1)  # a model this small gains nothing from more, and loses much on a busy machine
     prompts = [SHOUT.question.format(word=word) for word in words(TRAINED + VALIDATED + ASKED, seed=7)[-ASKED:]]
     before = _answers("demo", prompts)
     session = Session(tree, run, resume="never")
@@ -101,7 +104,7 @@ def _show(console: Console, folder: RunFolder, losses: dict[int, float], answers
     for command, why in (
         (f"lightning-hub chat {run}", "talk to it"),
         (f"lightning-hub runs show {run}", "look at the run"),
-        (f"lightning-hub data --config {config} --sample 0", "see which tokens were trained"),
+        (f"lightning-hub data --config {config} --sample 1", "what it saw"),
         ("lightning-hub fit --config configs/sft.yaml --model.model MODEL --data.train FILE", "your own"),
     ):
         console.print(f"  {command}  [dim]# {why}[/]", highlight=False, soft_wrap=True)

@@ -86,8 +86,9 @@ def packed_attention(
         raise ValueError("packed rows take no attention mask: the borders of the documents say it all")
     if borders is None:
         raise BordersLostError("the model hands no keyword arguments on to its attention layers")
-    plain = softcap is None and s_aux is None
-    if plain and cu_seqlens is not None and dropout == 0.0 and query.dtype != torch.float32 and _varlen() is not None:
+    query, key, value = _in_compute_dtype(query, key, value)
+    plain = softcap is None and s_aux is None and dropout == 0.0
+    if plain and cu_seqlens is not None and _fits_varlen(query, value):
         return _varlen_attention(query, key, value, scaling, cu_seqlens, borders, sliding_window), None
     parts = [
         _document_attention(
@@ -103,6 +104,14 @@ def packed_attention(
         for start, end in pairwise(borders)
     ]
     return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+def _in_compute_dtype(*states: Tensor) -> tuple[Tensor, ...]:
+    """Return states in autocast's dtype: rotary embeddings widen queries and keys to float32, and kernels differ."""
+    device = states[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return states
+    return tuple(state.to(torch.get_autocast_dtype(device)) for state in states)
 
 
 def _document_attention(
@@ -153,6 +162,19 @@ def _varlen() -> Callable[..., Tensor] | None:
     except ImportError:
         return None
     return cast("Callable[..., Tensor]", varlen_attn)
+
+
+def _fits_varlen(query: Tensor, value: Tensor) -> bool:
+    """Return whether FlashAttention takes these states: half precision, heads of one size, Ampere or newer."""
+    size = query.shape[-1]
+    return (
+        _varlen() is not None
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and size == value.shape[-1]
+        and size % 8 == 0
+        and size <= 256
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
 
 
 def _varlen_attention(

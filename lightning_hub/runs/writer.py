@@ -15,6 +15,7 @@ from lightning_hub import __version__
 from lightning_hub.runs.environment import describe_environment, git_state
 from lightning_hub.runs.files import Json, LineFile, make_private_folder, read_json, write_atomic, write_json
 from lightning_hub.runs.folder import RunFolder, lock_run, now, unlock_run
+from lightning_hub.runs.gauges import Gauges
 from lightning_hub.runs.identity import Identity
 from lightning_hub.runs.pulse import Beat
 from lightning_hub.runs.records import Attempt, Lease, RunInfo, State, Status
@@ -86,7 +87,8 @@ class RunWriter:
         self._events = LineFile(folder.events)
         self._lease_seq = 0
         self._children: list[dict[str, Json]] = []
-        self._lease = Beat("lease", LEASE_PERIOD, self._write_lease, self.trouble)
+        self._lease = Beat("lease", LEASE_PERIOD, self._beat, self.trouble)
+        self._gauges: Gauges | None = None
 
     @classmethod
     def create(cls, folder: RunFolder, run: NewRun) -> Self:
@@ -193,6 +195,12 @@ class RunWriter:
             write()
         except OSError as error:
             self.trouble(error)
+
+    def _beat(self) -> None:
+        self._write_lease()
+        if self._gauges is None:
+            self._gauges = Gauges(self.folder.node(0).gauges, self.folder.path)
+        self._gauges.write()
 
     def _write_lease(self) -> None:
         self._lease_seq += 1

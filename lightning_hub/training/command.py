@@ -10,20 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from lightning_hub.config.check import check
+from lightning_hub.config.helptext import class_help, recipe_help
 from lightning_hub.config.recipe import Recipe
 from lightning_hub.config.resolve import fill_defaults
 from lightning_hub.config.writing import dump
 from lightning_hub.errors import ConfigError, ExitCode
 from lightning_hub.runs.folder import RunFolder, create_run, open_run_dir, runs_root
 from lightning_hub.runs.writer import NewRun, RunWriter
-from lightning_hub.training.options import Options, parse
+from lightning_hub.training.options import FLAGS, Options, parse
 from lightning_hub.training.processes import require_one_process
 
 
 def fit(argv: Sequence[str]) -> int:
     """``lightning-hub fit``: train what a recipe describes."""
-    if wants_help(argv):
-        return show_help("fit", argv)
+    if show_help("fit", argv):
+        return ExitCode.DONE
     command, options, _ = parse("fit", argv)
     tree = checked(command.recipe, options)
     if options.print_config:
@@ -43,7 +44,10 @@ def start(recipe: Recipe, tree: dict[str, Any], options: Options) -> int:
     writer = write_run(_folder(tree, options), recipe, tree, options)
     from lightning_hub.training.session import Session  # 4 s: torch, lightning and transformers
 
-    return Session(tree, writer, resume=options.resume, trust_remote_code=options.trust_remote_code).fit()
+    code = Session(tree, writer, resume=options.resume, trust_remote_code=options.trust_remote_code).fit()
+    if code == ExitCode.DONE and writer.folder.export.is_dir():
+        print(f"run    {writer.folder.path}\nexport {writer.folder.export}")
+    return code
 
 
 def write_run(folder: RunFolder, recipe: Recipe, tree: dict[str, Any], options: Options) -> RunWriter:
@@ -110,8 +114,8 @@ def test(argv: Sequence[str]) -> int:
 
 
 def _measure(verb: str, argv: Sequence[str]) -> int:
-    if wants_help(argv):
-        return show_help(verb, argv)
+    if show_help(verb, argv):
+        return ExitCode.DONE
     command, options, _ = parse(verb, argv)
     tree = checked(command.recipe, options)
     from lightning_hub.training.session import measure  # 4 s: torch, lightning and transformers
@@ -122,9 +126,9 @@ def _measure(verb: str, argv: Sequence[str]) -> int:
 
 def predict(argv: Sequence[str]) -> int:
     """``lightning-hub predict``: answer the prompts of ``data.predict`` as JSON lines."""
-    if wants_help(argv):
-        return show_help("predict", argv)
-    command, options, given = parse("predict", argv, [("--to", "write the answers to this file")])
+    if show_help("predict", argv, PREDICT_FLAGS):
+        return ExitCode.DONE
+    command, options, given = parse("predict", argv, ["--to"])
     tree = checked(command.recipe, options)
     from lightning_hub.training.session import answer  # 4 s: torch, lightning and transformers
 
@@ -137,17 +141,14 @@ def predict(argv: Sequence[str]) -> int:
     return ExitCode.DONE
 
 
-def wants_help(argv: Sequence[str]) -> bool:
-    """Return whether help is asked for: of the command, or of a class (``--model.help SFT``)."""
-    return any(word in ("-h", "--help") or re.fullmatch(r"--[\w.]+\.help(=.*)?", word) for word in argv)
+PREDICT_FLAGS = (("--to", "write the answers to this file"),)
 
 
-def show_help(verb: str, argv: Sequence[str]) -> int:
-    """Print the help of the real parser."""
-    from lightning_hub.training.parser import RecipeCLI  # 4 s: torch, lightning and transformers
-
-    try:
-        RecipeCLI(list(argv), command=f"lightning-hub {verb}", show_own_flags=True)
-    except SystemExit as done:
-        return int(done.code or 0)
-    return ExitCode.DONE
+def show_help(verb: str, argv: Sequence[str], extra: Sequence[tuple[str, str]] = ()) -> bool:
+    """Print the help of the command, or of a class (``--model.help SFT``), if it is asked for."""
+    text = class_help(argv)
+    if text is None and {"-h", "--help"} & set(argv):
+        text = recipe_help(verb, (*FLAGS, *extra))
+    if text is not None:
+        print(text)
+    return text is not None

@@ -5,30 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lightning_hub.errors import ConfigError, ExitCode
-from lightning_hub.training.command import checked
+from lightning_hub.training.command import checked, show_help
 from lightning_hub.training.options import parse
 
 SHOWN = 5
 """Samples that are shown when nobody says how many."""
 
-HELP = """usage: lightning-hub data --config C [--sample N] [--limit K] [--json] [--section.option VALUE ...]
-
-Show what the model will see: each token of a sample, whether it is trained on, and why a sample was dropped.
-
-  --sample N   only the N-th sample of the input, counted from 1
-  --limit K    at most K samples (default 5; all with --json)
-  --json       print one JSON list and nothing else
-"""
+OWN_FLAGS = (
+    ("--sample", "only the sample of this number, counted from 1"),
+    ("--limit", f"at most so many samples (default {SHOWN}; all with --json)"),
+    ("--json", "print one JSON list and nothing else"),
+)
 
 
 def main(argv: Sequence[str]) -> int:
     """Show samples, and the report of the whole input unless one sample was asked for."""
-    if {"-h", "--help"} & set(argv):
-        print(HELP, end="")
+    if show_help("data", argv, OWN_FLAGS):
         return ExitCode.DONE
     as_json = "--json" in argv
     words = [word for word in argv if word != "--json"]
-    command, options, given = parse("data", words, [("--sample", "one sample"), ("--limit", "at most so many")])
+    command, options, given = parse("data", words, ["--sample", "--limit"])
     tree = checked(command.recipe, options)
     sample, limit = _number(given.sample, "--sample"), _number(given.limit, "--limit")
     from lightning_hub.data.inspection import describe, report_lines  # 4 s: torch and transformers

@@ -42,35 +42,40 @@ class _Parser(ArgumentParser):
         raise ConfigError(message, remedy=f"see {self.prog} --help")
 
 
-def add_options(parser: ArgumentParser) -> None:
-    """Add the flags, with their help."""
-    parser.add_argument("--run-dir", help="use exactly this run folder; it is made if absent")
-    parser.add_argument("--runs-root", help="make run folders here (default: runs, or LIGHTNING_HUB_RUNS)")
-    parser.add_argument("--run-name", help="first part of the run folder's name")
-    parser.add_argument("--resume", default="never", help="auto, must, never (default) or the path of a checkpoint")
-    parser.add_argument("--trust-remote-code", action="store_true", help="let Python files of the model run")
-    parser.add_argument(
-        "--allow-class", action="append", default=[], help="allow classes below this prefix in a recipe"
-    )
-    parser.add_argument("--print_config", action="store_true", help="print the whole recipe and stop")
+FLAGS = (
+    ("--run-dir", "use exactly this run folder; it is made if absent"),
+    ("--runs-root", "make run folders here (default: runs, or LIGHTNING_HUB_RUNS)"),
+    ("--run-name", "first part of the run folder's name"),
+    ("--resume", "auto, must, never (default) or the path of a checkpoint"),
+    ("--allow-class", "allow classes below this prefix in a recipe; may be repeated"),
+    ("--trust-remote-code", "let Python files of the model run"),
+    ("--print_config", "print the whole recipe and stop"),
+    ("--debug", "show the traceback of an error"),
+)
+"""The flags of commands that take a recipe, for their help; ``--debug`` is taken by the command line itself."""
 
 
-def parse(verb: str, argv: Sequence[str], extra: Sequence[tuple[str, str]] = ()) -> tuple[Command, Options, Namespace]:
+def parse(verb: str, argv: Sequence[str], extra: Sequence[str] = ()) -> tuple[Command, Options, Namespace]:
     """Read a command line.
 
     Args:
         verb: The command's word.
         argv: The arguments after it.
-        extra: Further flags that take a value, each with its help.
+        extra: Further flags that take a value.
 
     Returns:
         The recipe part, the options, and all flags as argparse has them (for the extra ones).
     """
     command = parse_command(argv)
     parser = _Parser(prog=f"lightning-hub {verb}", add_help=False, allow_abbrev=False)
-    add_options(parser)
-    for flag, text in extra:
-        parser.add_argument(flag, help=text)
+    for flag in ("--run-dir", "--runs-root", "--run-name"):
+        parser.add_argument(flag)
+    parser.add_argument("--resume", default="never")
+    parser.add_argument("--allow-class", action="append", default=[])
+    for flag in ("--trust-remote-code", "--print_config"):
+        parser.add_argument(flag, action="store_true")
+    for flag in extra:
+        parser.add_argument(flag)
     given, unknown = parser.parse_known_args(list(command.rest))
     if unknown:
         flags = [flag for action in parser._actions for flag in action.option_strings]

@@ -15,32 +15,26 @@ from lightning_hub.checkpoints.settings import CheckpointSettings
 from lightning_hub.data.module import ChatData
 from lightning_hub.errors import ConfigError
 from lightning_hub.methods.sft import SFT
-from lightning_hub.training.options import add_options
 
 
 class RecipeCLI(LightningCLI):
     """Parses a recipe and makes module, data and trainer; running them is the session's.
 
     Args:
-        recipe: A whole recipe as plain data, or command-line arguments (for ``--help`` and ``--print_config``).
+        recipe: A whole recipe as plain data.
         root: Where Lightning's own callbacks and loggers may write: the run folder.
         callbacks: Makes ours, beside those of the recipe, from the ``checkpoint`` section.
         checkpoint_io: How checkpoints are written and read.
-        command: The command as the user typed it, for help texts.
-        show_own_flags: Whether the help also shows the flags that are not part of a recipe.
     """
 
     def __init__(
         self,
-        recipe: dict[str, Any] | Sequence[str],
+        recipe: dict[str, Any],
         *,
         root: Path | None = None,
         callbacks: Callable[[CheckpointSettings], Sequence[Callback]] = lambda settings: (),
         checkpoint_io: FolderCheckpointIO | None = None,
-        command: str = "lightning-hub fit",
-        show_own_flags: bool = False,
     ) -> None:
-        self.show_own_flags = show_own_flags
         self.root = root
         self.our_callbacks = callbacks
         self.checkpoint_io = checkpoint_io
@@ -51,25 +45,23 @@ class RecipeCLI(LightningCLI):
                 subclass_mode_model=True,
                 subclass_mode_data=True,
                 run=False,
-                args=recipe if isinstance(recipe, dict) else list(recipe),
+                args=recipe,
                 seed_everything_default=42,
                 auto_configure_optimizers=False,
                 save_config_callback=None,
                 load_from_checkpoint_support=False,
-                parser_kwargs={"prog": command, "exit_on_error": False},
+                parser_kwargs={"exit_on_error": False},
             )
-        except (ValueError, TypeError) as error:  # what jsonargparse raises for a recipe it does not accept
-            raise ConfigError(_last_cause(str(error)), remedy=f"see `{command} --help`") from error
+        except (ValueError, TypeError, ImportError) as error:  # what jsonargparse raises for what it does not accept
+            raise ConfigError(_cause(error), remedy="see lightning-hub fit --help") from error
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the section that stands beside ``trainer``."""
         parser.add_class_arguments(CheckpointSettings, "checkpoint")
-        if self.show_own_flags:
-            add_options(parser)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse what was given, never ``sys.argv``, which belongs to the command as a whole."""
-        self.config = parser.parse_object(args) if isinstance(args, dict) else parser.parse_args(args)
+        self.config = parser.parse_object(args)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer with our callbacks and checkpoint format, and a default that ends."""
@@ -89,7 +81,12 @@ class RecipeCLI(LightningCLI):
         )
 
 
-def _last_cause(message: str) -> str:
-    """Return the sentence of a parser's message that names the fault, without usage and alternatives tried."""
-    lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
-    return lines[-1] if lines else "the recipe cannot be read"
+def _cause(error: BaseException) -> str:
+    """Return the sentence that names the fault, without usage and the alternatives that were tried."""
+    root = error
+    while root.__cause__ or root.__context__:
+        root = root.__cause__ or root.__context__ or root
+    if isinstance(root, ImportError):
+        return f"the recipe names a class whose library is not installed ({' '.join(str(root).split())})"
+    lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -57,7 +57,11 @@ class Session:
         self._signals = 0
 
     def fit(self) -> int:
-        """Train, export, and return the exit code; every ending stands in ``status.json``."""
+        """Train, export, and return the exit code; every ending stands in ``status.json``.
+
+        Raises:
+            HubError: What ended the run, with the exit code that it means by now.
+        """
         code: int = ExitCode.FAILED
         rank: RankWriter | None = None
         try:
@@ -71,9 +75,11 @@ class Session:
                 code = self._train(rank, checkpoint)
         except (Exception, HardStop) as error:
             code = self._failed(error, rank)
-            if not isinstance(error, HubError | HardStop):
+            if not isinstance(error, HardStop):
+                if isinstance(error, HubError):
+                    error.exit_code = ExitCode(code)
                 raise
-            print(f"error: {error}" if not isinstance(error, StopRun | HardStop) else str(error), file=sys.stderr)
+            print(error, file=sys.stderr)
         finally:
             if rank is not None:
                 rank.close()
@@ -180,6 +186,8 @@ def build(
     """Make module, data and trainer of a recipe; nothing is read yet."""
     _quieten()
     given = {key: value for key, value in tree.items() if value is not None}
+    if root is not None:
+        given["trainer"] = {**given["trainer"], "logger": _with_folder(given["trainer"]["logger"], root / "loggers")}
     cli = RecipeCLI(given, root=root, callbacks=callbacks, checkpoint_io=checkpoint_io)
     cli.model.trust_remote_code = trust_remote_code
     return cli
@@ -220,6 +228,16 @@ def answer(tree: dict[str, Any], *, trust_remote_code: bool) -> list[dict[str, A
     answers = [text for batch in batches for text in batch]
     prompts = [prompt for batch in cli.datamodule.predict_dataloader() for prompt in batch]
     return [{"messages": prompt, "completion": text} for prompt, text in zip(prompts, answers, strict=True)]
+
+
+def _with_folder(logger: Any, folder: Path) -> Any:
+    """Return the loggers of a recipe, writing to ``folder`` where the recipe names no place."""
+    if isinstance(logger, list):
+        return [_with_folder(one, folder) for one in logger]
+    if not isinstance(logger, dict) or logger.get("init_args", {}).get("save_dir", "given") is not None:
+        return logger
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return {**logger, "init_args": {**logger["init_args"], "save_dir": str(folder)}}
 
 
 def _quieten() -> None:

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from itertools import pairwise
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lightning_hub.ops import attention
 from lightning_hub.ops.attention import PACKED, borders_of, packed_attention
 from lightning_hub.ops.loss import LossHead, _inputs, keeps_documents_apart
 from lightning_hub.ops.rows import Row
@@ -101,3 +105,44 @@ def test_a_model_that_leaks_runs_its_documents_one_by_one(attention: str) -> Non
     row = Row.pack(documents(*LENGTHS))
     alone = sum(LossHead(model)(document).item() for document in row.documents())
     assert head(row).item() == pytest.approx(alone, rel=1e-6)
+
+
+class Kernel:
+    """Stands for ``varlen_attn``, which needs a GPU: the same signature, one document after another."""
+
+    def __init__(self) -> None:
+        self.dtypes: set[torch.dtype] = set()
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, borders: Tensor, borders_k: Tensor, longest: int,
+        longest_k: int, *, scale: float | None = None, window_size: tuple[int, int] = (-1, -1),
+    ) -> Tensor:  # fmt: skip
+        assert query.shape == key.shape, "older releases take no grouped heads"
+        assert longest == longest_k == int(borders.diff().max())
+        self.dtypes |= {query.dtype, key.dtype, value.dtype}
+        parts = []
+        for start, end in pairwise(borders.tolist()):
+            q, k, v = (part[start:end].transpose(0, 1) for part in (query, key, value))
+            reach = torch.arange(end - start)[:, None] - torch.arange(end - start)[None, :]
+            mask = (reach >= 0) & (reach <= window_size[0] if window_size[0] >= 0 else reach >= 0)
+            parts.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(0, 1))
+        return torch.cat(parts)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_mixed_precision_reaches_the_kernel_of_a_gpu(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:
+    kernel = Kernel()
+    monkeypatch.setattr(attention, "_varlen", lambda: kernel)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    torch.manual_seed(0)
+    query, key = torch.randn(1, 4, 20, 8), torch.randn(1, 2, 20, 8)
+    value = torch.randn(1, 2, 20, 8, dtype=torch.bfloat16)  # what rotary embeddings leave of autocast's dtypes
+    module, borders = torch.nn.Module(), (0, 7, 8, 20)
+    cumulative = torch.tensor(borders, dtype=torch.int32)
+    with torch.autocast("cpu", torch.bfloat16):
+        fast, _ = packed_attention(
+            module, query, key, value, None, borders=borders, cu_seqlens=cumulative, sliding_window=window
+        )
+        slow, _ = packed_attention(module, query, key, value, None, borders=borders, sliding_window=window)
+    assert kernel.dtypes == {torch.bfloat16}
+    torch.testing.assert_close(fast, slow, rtol=0, atol=2e-2)

@@ -230,7 +230,10 @@ def test_the_environment_is_recorded_by_an_allow_list(
     monkeypatch.setenv("MASTER_PORT", "29500")
     run.start_attempt("test")
     run.close()
-    assert (read_json(folder.node(0).env) or {})["variables"] == {"MASTER_PORT": "29500"}
+    variables = (read_json(folder.node(0).env) or {})["variables"]
+    assert isinstance(variables, dict)
+    assert variables["MASTER_PORT"] == "29500"
+    assert variables.keys() < os.environ.keys()
     assert [path for path in folder.path.rglob("*") if path.is_file() and b"canary123" in path.read_bytes()] == []
 
 

@@ -207,11 +207,10 @@ def test_looking_at_a_model_does_not_change_its_training(fit: Fit, tmp_path: Pat
     assert all(torch.equal(plain[name], tensor) for name, tensor in watched.items())
 
 
-def test_a_logger_of_lightning_gets_the_metrics(fit: Fit, tmp_path: Path) -> None:
-    logger = f"{{class_path: CSVLogger, init_args: {{save_dir: {tmp_path / 'logs'}}}}}"
-    code, _ = fit("--trainer.max_steps", "2", f"--trainer.logger={logger}")
+def test_a_logger_of_lightning_gets_the_metrics(fit: Fit) -> None:
+    code, folder = fit("--trainer.max_steps", "2", "--trainer.logger", "CSVLogger")
     assert code == 0
-    (table,) = (tmp_path / "logs").rglob("metrics.csv")
+    (table,) = (folder.path / "loggers").rglob("metrics.csv")
     assert {"loss", "lr", "grad_norm"} <= set(table.read_text().splitlines()[0].split(","))
 
 

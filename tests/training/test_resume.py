@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_hub.checkpoints.storage import committed
+from lightning_hub.checkpoints.storage import committed, verify
 from lightning_hub.checkpoints.tensors import load_tensors
 from lightning_hub.cli import run
 from lightning_hub.runs.folder import RunFolder
@@ -87,6 +87,7 @@ def test_damaged_checkpoints_are_passed_over(fit: Fit, capsys: pytest.CaptureFix
     assert run(["runs", "resume", str(folder.path)]) == 0
     assert "state.pt has 0 bytes" in capsys.readouterr().err
     assert json.loads(folder.attempt_json(2).read_text())["checkpoint"] == "step-2"
+    assert verify(folder.latest.resolve()).step == 3, "the damaged one was replaced"
     for _, path in committed(folder.checkpoints):
         (path / "weights.safetensors").unlink()
     assert run(["runs", "resume", str(folder.path)]) == 4

@@ -1,0 +1,45 @@
+"""What the documents name exists."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def test_every_test_and_benchmark_that_holds_a_promise_exists() -> None:
+    claims = (ROOT / "docs/claims.md").read_text(encoding="utf-8")
+    tests = {path: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")}
+    functions = {name for text in tests.values() for name in re.findall(r"def (test_\w+)", text)}
+    modules = {path.stem for path in tests}
+    assert set(re.findall(r"\btest_\w+", claims)) - functions - modules == set()
+    files = re.findall(r"(?:tests|benchmarks)/[\w/]+\.py", claims)
+    assert [file for file in files if not (ROOT / file).exists()] == []
+
+
+def test_the_tree_in_the_readme_is_the_real_one() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    tree = re.search(r"## The tree\n\n```\n(.*?)```", readme, re.DOTALL)
+    assert tree is not None
+    shown, inside = set(), ""
+    for line in tree[1].splitlines():
+        name = line.split()[0]
+        inside = name if not line.startswith(" ") else inside
+        shown.add(name if name == inside else inside + name)
+    real = {f"{path.name}/" for path in ROOT.iterdir() if path.is_dir() and path.name[0] not in "._"}
+    real -= {"build/", "dist/", "runs/", "lightning_hub.egg-info/"}
+    package = {f"lightning_hub/{path.name}/" for path in (ROOT / "lightning_hub").iterdir() if path.is_dir()}
+    package -= {"lightning_hub/__pycache__/"}
+    assert real | package <= shown
+    assert all((ROOT / name).exists() for name in shown)
+
+
+def test_links_between_documents_lead_somewhere() -> None:
+    broken = []
+    for document in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)#]+)", document.read_text(encoding="utf-8")):
+            if "://" not in target and not (document.parent / target).exists():
+                broken.append(f"{document.name}: {target}")
+    assert broken == []
