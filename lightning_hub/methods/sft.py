@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
@@ -236,7 +236,7 @@ class SFT(LightningModule):
 
     # ---- what is kept ----------------------------------------------------------------------------------------------
 
-    def export_state(self) -> tuple[nn.Module, dict[str, Tensor]]:
+    def export_state(self) -> tuple[PreTrainedModel, dict[str, Tensor]]:
         """Return the model to export and its whole weights, so that an exporter needs to know no method.
 
         Every rank must call this; rank 0 gets the weights, the others none.
