@@ -1,7 +1,7 @@
 """One contender in a process of its own: ``python -m benchmarks.contenders NAME --work DIR --steps N --out FILE``.
 
 The work folder holds ``model`` and ``rows.jsonl``. ``ours`` is the command line itself. ``raw`` is a bare loop over
-the same rows, made beforehand, with the same attention, loss head, optimizer and clipping. ``raw-full-logits``
+the same rows, from the same loader, with the same attention, loss head, optimizer and clipping. ``raw-full-logits``
 differs from ``raw`` in its head: it makes the logits of every token and hands them to PyTorch's cross-entropy.
 """
 
@@ -10,7 +10,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +24,7 @@ from transformers import PreTrainedModel
 from benchmarks.clock import Clock
 from lightning_hub.cli import run
 from lightning_hub.data.module import ChatData
+from lightning_hub.data.steps import StepLoader
 from lightning_hub.models.pretrained import Pretrained
 from lightning_hub.ops.attention import PACKED, borders_of
 from lightning_hub.ops.loss import LossHead
@@ -77,13 +79,13 @@ def _load(work: Path) -> PreTrainedModel:
     return model
 
 
-def _steps(work: Path, steps: int, tokens: int) -> list[Step]:
+def _steps(work: Path, steps: int, tokens: int) -> Iterator[Step]:
     data = ChatData(train=str(work / "rows.jsonl"), max_seq_len=tokens, tokens_per_step=tokens)
     data.open(Pretrained(str(work / "model")))
-    return [data.plan.step(0, index) for index in range(steps)]
+    return islice(StepLoader(data.plan, lambda: (0, 0), rank=0, world_size=1), steps)
 
 
-def _loop(model: PreTrainedModel, loss_of: RowLoss, steps: list[Step], out: Path) -> None:
+def _loop(model: PreTrainedModel, loss_of: RowLoss, steps: Iterable[Step], out: Path) -> None:
     parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": WEIGHT_DECAY},

@@ -187,7 +187,8 @@ class SFT(LightningModule):
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """Clip the gradients as the trainer asks, and keep their norm for the log."""
-        parameters = [parameter for parameter in self.parameters() if parameter.grad is not None]
+        trained = (parameter for group in optimizer.param_groups for parameter in group["params"])
+        parameters = [parameter for parameter in trained if parameter.grad is not None]
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Lightning's connector
         self.grad_norm = None
         if gradient_clip_val and gradient_clip_algorithm != "value":

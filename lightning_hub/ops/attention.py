@@ -88,7 +88,7 @@ def packed_attention(
         raise BordersLostError("the model hands no keyword arguments on to its attention layers")
     query, key, value = _in_compute_dtype(query, key, value)
     plain = softcap is None and s_aux is None and dropout == 0.0
-    if plain and cu_seqlens is not None and _fits_varlen(query, value):
+    if plain and cu_seqlens is not None and _fits_varlen(query, value, sliding_window):
         return _varlen_attention(query, key, value, scaling, cu_seqlens, borders, sliding_window), None
     parts = [
         _document_attention(
@@ -164,11 +164,12 @@ def _varlen() -> Callable[..., Tensor] | None:
     return cast("Callable[..., Tensor]", varlen_attn)
 
 
-def _fits_varlen(query: Tensor, value: Tensor) -> bool:
+def _fits_varlen(query: Tensor, value: Tensor, window: int | None) -> bool:
     """Return whether FlashAttention takes these states: half precision, heads of one size, Ampere or newer."""
-    size = query.shape[-1]
+    kernel, size = _varlen(), query.shape[-1]
     return (
-        _varlen() is not None
+        kernel is not None
+        and (window is None or "window_size" in inspect.signature(kernel).parameters)
         and query.dtype in (torch.float16, torch.bfloat16)
         and size == value.shape[-1]
         and size % 8 == 0
@@ -193,7 +194,7 @@ def _varlen_attention(
     options: dict[str, object] = {"scale": scaling} if "scale" in known else {}
     if "window_size" in known:
         options["window_size"] = (window - 1 if window else -1, 0)
-    elif window is None:
+    else:
         options["is_causal"] = True
     if key.shape[1] != query.shape[1]:
         if "enable_gqa" in known:

@@ -146,3 +146,16 @@ def test_mixed_precision_reaches_the_kernel_of_a_gpu(monkeypatch: pytest.MonkeyP
         slow, _ = packed_attention(module, query, key, value, None, borders=borders, sliding_window=window)
     assert kernel.dtypes == {torch.bfloat16}
     torch.testing.assert_close(fast, slow, rtol=0, atol=2e-2)
+
+
+def test_a_kernel_that_knows_no_window_is_not_asked_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def older(query: Tensor, key: Tensor, value: Tensor, *borders: object, is_causal: bool = False) -> Tensor:
+        raise AssertionError("it would attend to the whole document")
+
+    monkeypatch.setattr(attention, "_varlen", lambda: older)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    states = torch.randn(1, 2, 6, 8, dtype=torch.bfloat16)
+    cumulative = torch.tensor([0, 6], dtype=torch.int32)
+    packed_attention(
+        torch.nn.Module(), states, states, states, None, borders=(0, 6), cu_seqlens=cumulative, sliding_window=2
+    )
