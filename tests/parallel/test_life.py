@@ -60,6 +60,7 @@ def refusal(model: str) -> str:
     return "no error"
 
 
+@pytest.mark.slow
 def test_a_model_that_rank_0_cannot_read_ends_every_rank(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     LlamaConfig(num_hidden_layers=1, hidden_size=32).save_pretrained(tmp_path / "model")
