@@ -1,7 +1,8 @@
 """Preparing data beside the tokenizer alone: CPU time, one thread, seeded synthetic chats.
 
-Prints one line of JSON and appends it to the results. ``ratio`` is the rate of a whole preparation (read, render, tokenise, mask, store) over
-that of the tokenizer's ``encode_batch`` on the same rendered texts (medians of alternated rounds).
+Prints one line of JSON and appends it to the results. ``ratio`` is the rate of a whole preparation (read, render,
+tokenise, mask, store) over that of the tokenizer's ``encode_batch`` on the same rendered texts (medians of alternated
+rounds). With ``--rows 100000 --rounds 1`` it also tells what a second start costs on a large file.
 
 usage: python -m benchmarks.data_preparation [--rows 4000] [--rounds 5] [--seed 0]
 """
