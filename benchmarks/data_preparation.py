@@ -1,9 +1,10 @@
 """Preparing data beside the tokenizer alone: CPU time, one thread, seeded synthetic chats.
 
-Prints one line of JSON. ``ratio`` is the rate of a whole preparation (read, render, tokenise, mask, store) over
-that of the tokenizer's ``encode_batch`` on the same rendered texts (medians of alternated rounds).
+Prints one line of JSON and appends it to the results. ``ratio`` is the rate of a whole preparation (read, render,
+tokenise, mask, store) over that of the tokenizer's ``encode_batch`` on the same rendered texts (medians of alternated
+rounds). With ``--rows 100000 --rounds 1`` it also tells what a second start costs on a large file.
 
-usage: python benchmarks/data_preparation.py [--rows 4000] [--rounds 5] [--seed 0]
+usage: python -m benchmarks.data_preparation [--rows 4000] [--rounds 5] [--seed 0]
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.records import record
 from lightning_hub.data.conversation import Conversation
 from lightning_hub.data.encode import Encoder, to_sample
 from lightning_hub.data.formats import normalise
 from lightning_hub.data.prepare import Prepared, prepare
 from lightning_hub.data.settings import DataSettings
 from lightning_hub.data.templates import resolve_template
+from lightning_hub.runs.files import Json
 
 MEAN_WORDS = 195  # a little over one token a word gives about 220 tokens a chat
 
@@ -126,19 +129,17 @@ def main() -> None:
         equal = equal_to_reference(prepared, Encoder(settings, tokenizer), chats)
     rates = {name: options.rows / statistics.median(times) for name, times in
              (("encode_batch", alone), ("encode_batch_fast", fast), ("prepare", whole))}  # fmt: skip
-    print(
-        json.dumps(
-            {
-                "rows": options.rows,
-                "tokens_per_row": round(prepared.report.tokens / options.rows, 1),
-                "rows_per_cpu_second": {name: round(rate) for name, rate in rates.items()},
-                "ratio": round(rates["prepare"] / rates["encode_batch"], 3),
-                "ratio_to_encode_batch_fast": round(rates["prepare"] / rates["encode_batch_fast"], 3),
-                "equal_to_reference": equal,
-                "second_start_seconds": round(statistics.median(second), 4),
-            }
-        )
-    )
+    result: dict[str, Json] = {
+        "rows": options.rows,
+        "tokens_per_row": round(prepared.report.tokens / options.rows, 1),
+        "rows_per_cpu_second": {name: round(rate) for name, rate in rates.items()},
+        "ratio": round(rates["prepare"] / rates["encode_batch"], 3),
+        "ratio_to_encode_batch_fast": round(rates["prepare"] / rates["encode_batch_fast"], 3),
+        "equal_to_reference": int(equal),
+        "second_start_seconds": round(statistics.median(second), 4),
+    }
+    print(json.dumps(result))
+    record("data_preparation", result)
 
 
 if __name__ == "__main__":

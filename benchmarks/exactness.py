@@ -195,8 +195,8 @@ def _full_logits(model: PreTrainedModel, row: Row) -> list[Tensor]:
 
 def _fused(model: PreTrainedModel, row: Row) -> list[Tensor]:
     head = LossHead(model)
-    assert head.is_linear, "this architecture ends in one linear layer"
-    assert head.is_packable, "this architecture keeps documents apart"
+    assert head.traits.is_linear, "this architecture ends in one linear layer"
+    assert head.traits.is_packable, "this architecture keeps documents apart"
     return _gradients(model, head(row))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_hub.ops.rows import Step
+from lightning_hub.parallel.data_parallel import data_parallel
 from lightning_hub.runs.rank import RankWriter
 from lightning_hub.runs.writer import RunWriter
 
@@ -100,7 +101,7 @@ class Recorder(Callback):
     def _log_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = cast("TrainedModule", pl_module)
         seconds = time.perf_counter() - self._since
-        loss = float(trainer.strategy.reduce(module.step_loss, reduce_op="mean"))
+        loss = float(data_parallel(trainer.strategy).mean(module.step_loss))
         values: dict[str, float | int | None] = {
             "loss": loss,
             "lr": self._lr,

@@ -35,6 +35,8 @@ CLASSES: dict[str, str] = {
     _LOGGERS + "MLFlowLogger": "logger",
     _LOGGERS + "TensorBoardLogger": "logger",
     _LOGGERS + "WandbLogger": "logger",
+    "lightning_hub.parallel.strategies.FSDP": "strategy",
+    "lightning_hub.parallel.strategies.ModelParallel": "strategy",
     _STRATEGIES + "DDPStrategy": "strategy",
     _STRATEGIES + "SingleDeviceStrategy": "strategy",
 }
@@ -101,6 +103,9 @@ RANGES: dict[str, str] = {
     "CheckpointSettings.every_minutes": "> 0",
     "CheckpointSettings.keep": ">= 2",
     "Best.keep": ">= 1",
+    "FSDP.prefetch": ">= 1",
+    "FSDP.replicas": ">= 1",
+    "ModelParallel.prefetch": ">= 1",
     "GenerateSamples.every_n_steps": ">= 1",
     "GenerateSamples.max_new_tokens": ">= 1",
     "GenerateSamples.temperature": ">= 0",

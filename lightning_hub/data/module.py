@@ -16,6 +16,7 @@ from lightning_hub.data.settings import DataSettings, Format, OnBad, OnLong, Sou
 from lightning_hub.data.steps import Batching, Position, StepLoader, StepPlan
 from lightning_hub.errors import DataError
 from lightning_hub.models.pretrained import Pretrained
+from lightning_hub.parallel.data_parallel import data_parallel
 
 SAMPLES_PER_STEP = 32
 """The effective batch size where a recipe names neither it nor ``tokens_per_step``."""
@@ -171,7 +172,7 @@ class ChatData(LightningDataModule):
         if self.prepared.val is None:
             return []
         assert self.trainer is not None, "Lightning has attached the trainer"
-        slots = self.batching.max_tokens * self.trainer.world_size
+        slots = self.batching.max_tokens * data_parallel(self.trainer.strategy).size
         batching = Batching(self.batching.max_tokens, None, slots, shuffle=False, seed=0)
         return self._loader(StepPlan(self.prepared.val, batching), lambda: (0, 0))
 
@@ -187,7 +188,8 @@ class ChatData(LightningDataModule):
 
     def _loader(self, plan: StepPlan, position: Position) -> StepLoader:
         assert self.trainer is not None, "Lightning has attached the trainer"
-        return StepLoader(plan, position, self.trainer.global_rank, self.trainer.world_size, self.num_workers)
+        shares = data_parallel(self.trainer.strategy)
+        return StepLoader(plan, position, shares.rank, shares.size, self.num_workers)
 
     def _position(self) -> tuple[int, int]:
         """Return the epoch and its finished steps; Lightning has restored both before it asks for steps."""

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
@@ -18,8 +18,13 @@ from lightning_hub.methods.schedule import Schedule, Shape
 from lightning_hub.models.generation import Messages, complete
 from lightning_hub.models.pretrained import Pretrained
 from lightning_hub.ops.attention import PACKED
-from lightning_hub.ops.loss import LossHead
+from lightning_hub.ops.loss import LossHead, Traits
 from lightning_hub.ops.rows import IGNORED, Row, Step
+from lightning_hub.parallel.clipping import clip_by_norm, clip_by_value, total_norm
+from lightning_hub.parallel.data_parallel import accumulation, data_parallel
+from lightning_hub.parallel.gathering import full_state
+from lightning_hub.parallel.parts import by_mesh
+from lightning_hub.parallel.starting import start
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 
@@ -101,17 +106,25 @@ class SFT(LightningModule):
         """Read the weights and decide what is trainable (Lightning calls this once it knows the strategy)."""
         if self.model is not None:
             return
-        pretrained = self.pretrained
-        self.model = pretrained.load(dtype=self._load_dtype(), attn_implementation=self.attn_implementation)
+        self.model, traits = start(self.trainer.strategy, self._read, self._skeleton)
         self.model.train()
-        self.choose_trainable(self.model)
         if self.gradient_checkpointing:
             # The name changed within the versions of transformers that are supported.
             newer = getattr(self.model, "activation_checkpointing_enable", None)
             (newer or self.model.gradient_checkpointing_enable)({"use_reentrant": False})
         if self.neftune_alpha is not None:
             Neftune(self.neftune_alpha).attach(self.model)
-        self.loss_head = LossHead(self.model, self.label_smoothing)
+        self.loss_head = LossHead(self.model, self.label_smoothing, traits)
+
+    def _read(self) -> tuple[PreTrainedModel, Traits]:
+        model = self.pretrained.load(dtype=self._load_dtype(), attn_implementation=self.attn_implementation)
+        self.choose_trainable(model)
+        return model, Traits.of(model)
+
+    def _skeleton(self) -> PreTrainedModel:
+        model = self.pretrained.skeleton(dtype=self._load_dtype(), attn_implementation=self.attn_implementation)
+        self.choose_trainable(model)
+        return model
 
     def choose_trainable(self, model: PreTrainedModel) -> None:
         """Decide what trains: everything here. The one thing in which a method differs."""
@@ -128,10 +141,10 @@ class SFT(LightningModule):
         matrices = [parameter for parameter in trained if parameter.ndim > 1]
         vectors = [parameter for parameter in trained if parameter.ndim <= 1]
         groups = [
-            {"params": matrices, "weight_decay": self.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
+            {"params": parameters, "weight_decay": decay}
+            for kind, decay in ((matrices, self.weight_decay), (vectors, 0.0))
+            for parameters in by_mesh(kind)
         ]
-        groups = [group for group in groups if group["params"]]
         optimizer = AdamW(groups, lr=self.learning_rate, betas=self.betas, eps=self.eps, fused=True)
         total = self.trainer.estimated_stepping_batches
         warmup = self.warmup_steps or round(self.warmup_ratio * total if self.warmup_ratio else 0)
@@ -151,10 +164,11 @@ class SFT(LightningModule):
         """
         self.trainer.optimizers[0].zero_grad()
         total = torch.zeros((), device=self.device)
-        for row in step.rows[:-1]:
-            loss = self.row_loss(row, step)
-            self.trainer.strategy.backward(loss, None)
-            total += loss.detach()
+        with accumulation(self.trainer.strategy):
+            for row in step.rows[:-1]:
+                loss = self.row_loss(row, step)
+                self.trainer.strategy.backward(loss, None)
+                total += loss.detach()
         loss = self.row_loss(step.rows[-1], step)
         self.step_loss = total + loss.detach()
         return loss
@@ -162,7 +176,7 @@ class SFT(LightningModule):
     def row_loss(self, row: Row, step: Step) -> Tensor:
         """Return the row's share of the step's loss, times the data-parallel size: ranks average gradients."""
         assert self.loss_head is not None, "configure_model has run"
-        return self.loss_head(row) * (self.trainer.world_size / max(1, step.num_trained))
+        return self.loss_head(row) * (data_parallel(self.trainer.strategy).size / max(1, step.num_trained))
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
         """Do nothing: Lightning calls this between the last row's forward and its backward, when the gradients of
@@ -178,12 +192,12 @@ class SFT(LightningModule):
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Lightning's connector
         self.grad_norm = None
         if gradient_clip_val and gradient_clip_algorithm != "value":
-            self.grad_norm = nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+            self.grad_norm = clip_by_norm(parameters, gradient_clip_val)
             return
         if every and (self.trainer.global_step + 1) % every == 0:
-            self.grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            self.grad_norm = total_norm(parameters)
         if gradient_clip_val:
-            nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+            clip_by_value(parameters, gradient_clip_val)
 
     # ---- validation and answers ------------------------------------------------------------------------------------
 
@@ -213,7 +227,7 @@ class SFT(LightningModule):
         self.log("test_loss", self._mean_loss(), logger=False)
 
     def _mean_loss(self) -> float:
-        total, count = self.trainer.strategy.reduce(self._sums, reduce_op="sum").tolist()
+        total, count = data_parallel(self.trainer.strategy).sum(self._sums).tolist()
         return float(total / max(1.0, count))
 
     def predict_step(self, prompts: list[Messages], index: int) -> list[str]:
@@ -223,7 +237,10 @@ class SFT(LightningModule):
 
     # ---- what is kept ----------------------------------------------------------------------------------------------
 
-    def export_state(self) -> tuple[nn.Module, dict[str, Tensor]]:
-        """Return the model to export and its weights, so that an exporter needs to know no method."""
+    def export_state(self) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+        """Return the model to export and its whole weights, so that an exporter needs to know no method.
+
+        Every rank must call this; rank 0 gets the weights, the others none.
+        """
         assert self.model is not None, "configure_model has run"
-        return self.model, {name: tensor.detach() for name, tensor in self.model.state_dict().items()}
+        return self.model, full_state(self.model)

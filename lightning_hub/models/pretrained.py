@@ -122,6 +122,17 @@ class Pretrained:
         model.generation_config = self.generation_config
         return model
 
+    def skeleton(self, *, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel:
+        """Build the model without reading its weights (with memory or without: as the default device says)."""
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            self.config,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            trust_remote_code=self.trust_remote_code,
+        )
+        model.generation_config = self.generation_config
+        return model
+
     def _open(self, what: str, reader: Callable[..., T]) -> T:
         """Call a reader of transformers and say its failure in one sentence."""
         try:

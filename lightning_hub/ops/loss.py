@@ -6,10 +6,13 @@ chunks, and the gradients of a chunk are made while its logits exist, so that no
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
@@ -20,6 +23,30 @@ CHUNK = 2048
 """Trained tokens whose logits are held at a time."""
 
 
+@dataclass(frozen=True)
+class Traits:
+    """What was found out about a model by running it.
+
+    Attributes:
+        attention: The attention implementation that it can use.
+        is_linear: Whether the head is fused with the loss.
+        is_packable: Whether a row is one forward.
+    """
+
+    attention: str
+    is_linear: bool
+    is_packable: bool
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Traits:
+        """Find out about a model whose weights are whole; its attention is changed where it must be."""
+        if model.config._attn_implementation == PACKED and not _hands_on_borders(model):
+            model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+        attention = model.config._attn_implementation
+        assert attention is not None, "models have an attention implementation once they are built"
+        return cls(attention, is_linear=_has_linear_head(model), is_packable=keeps_documents_apart(model))
+
+
 class LossHead:
     """Turns a model and a packed row into the summed loss of the row's trained tokens.
 
@@ -28,22 +55,24 @@ class LossHead:
     tokens outside their attention, or do not tell it where the documents lie: their documents run one by one. Which
     it is, is found out by comparing numbers, never by a model's name.
 
-    Attributes:
-        is_linear: Whether the head is fused with the loss.
-        is_packable: Whether a row is one forward.
-
     Args:
         model: A causal language model of transformers.
         label_smoothing: Share of the target that is spread over the whole vocabulary, 0 to 1.
+        traits: What is known about the model; found out if None, which takes whole weights.
     """
 
-    def __init__(self, model: PreTrainedModel, label_smoothing: float = 0.0) -> None:
+    def __init__(self, model: PreTrainedModel, label_smoothing: float = 0.0, traits: Traits | None = None) -> None:
         self.model = model
         self.label_smoothing = label_smoothing
-        if model.config._attn_implementation == PACKED and not _hands_on_borders(model):
-            model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
-        self.is_packable = keeps_documents_apart(model)
-        self.is_linear = _has_linear_head(model)
+        self.traits = traits or Traits.of(model)
+        if model.config._attn_implementation != self.traits.attention:
+            model.set_attn_implementation(self.traits.attention)
+        self._fused: Callable[[Row], Tensor] = self._fused_loss
+        if isinstance(model, FSDPModule):
+            # It gathers weights when its forward begins; the fused head reads them elsewhere, so it says where.
+            model.fused_loss = self._fused_loss  # type: ignore[assignment]  # modules are typed to hold tensors
+            register_fsdp_forward_method(model, "fused_loss")
+            self._fused = cast("Callable[[Row], Tensor]", model.fused_loss)
 
     def __call__(self, row: Row) -> Tensor:
         """Return the summed cross-entropy of the row's trained tokens (float32, no dimensions).
@@ -51,23 +80,25 @@ class LossHead:
         A row without any trained token gives a zero that is still connected to the parameters, so that every rank
         takes part in the reduction of gradients.
         """
-        if self.is_packable:
+        if self.traits.is_packable:
             return self._loss_of_forward(row)
         return torch.stack([self._loss_of_forward(document) for document in row.documents()]).sum()
 
     def _loss_of_forward(self, row: Row) -> Tensor:
         """Return the loss of what one forward takes: a row, or one document of it."""
+        if self.traits.is_linear:
+            return self._fused(row)
         places, targets = trained_places(row.labels)
-        if self.is_linear:
-            hidden = self._hidden(row)[0].index_select(0, places)
-            head = self.model.get_output_embeddings()
-            return linear_cross_entropy(hidden, head.weight, head.bias, targets, self.label_smoothing)
         logits = self.model(**_inputs(self.model, row), logits_to_keep=places).logits[0].float()
         return _smoothed_cross_entropy(logits, targets, self.label_smoothing)
 
-    def _hidden(self, row: Row) -> Tensor:
-        """Run the model up to its head: shape ``(1, tokens, hidden size)``."""
-        return self.model.base_model(**_inputs(self.model, row)).last_hidden_state  # type: ignore[no-any-return]
+    def _fused_loss(self, row: Row) -> Tensor:
+        """Return the loss of one forward without ever making all logits."""
+        places, targets = trained_places(row.labels)
+        hidden = self.model.base_model(**_inputs(self.model, row)).last_hidden_state
+        head = self.model.get_output_embeddings()
+        chosen = hidden[0].index_select(0, places)
+        return linear_cross_entropy(chosen, head.weight, head.bias, targets, self.label_smoothing)
 
 
 def trained_places(labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -92,7 +92,7 @@ def forgetful() -> Forgetful:
 def test_the_probe_knows_who_leaks(family: str, attention: str) -> None:
     head = LossHead(make(family, attention))
     leaks = attention == "eager" and family == "gpt-oss, sinks"  # its mask is made without positions
-    assert head.is_packable is not leaks
+    assert head.traits.is_packable is not leaks
 
 
 @pytest.mark.parametrize("attention", [PACKED, "sdpa"])

@@ -51,7 +51,7 @@ def test_loss_and_gradients_equal_full_logits(family: str, smoothing: float, mon
     ],
 )
 def test_a_head_is_known_by_its_numbers(family: str, linear: bool) -> None:
-    assert LossHead(make(family, PACKED)).is_linear is linear
+    assert LossHead(make(family, PACKED)).traits.is_linear is linear
 
 
 def test_bias_and_frozen_weights() -> None:

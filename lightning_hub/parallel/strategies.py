@@ -1,0 +1,187 @@
+"""The strategies: data parallel, fully sharded, and fully sharded times tensor parallel."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from transformers import PreTrainedModel
+
+from lightning_hub.errors import ConfigError
+from lightning_hub.parallel.data_parallel import DataParallel, Placing
+from lightning_hub.parallel.meshes import STRATEGY, Mesh, check_mesh, check_replicas, nearest, read_mesh
+from lightning_hub.parallel.sharding import Sharding
+from lightning_hub.parallel.tensor_parallel import split
+
+
+class DDP(DDPStrategy, Placing):
+    """A whole model on every rank; gradients are averaged after the last row of a step.
+
+    Gradients live in the buckets they travel in, which saves one copy of them. Buffers are not sent before each step:
+    they are constants, or follow the lengths of a rank's own rows. The graph is not called static: the number of
+    rows, and so of uses of a weight, differs from step to step.
+    """
+
+    def __init__(self) -> None:
+        # Every rank has been filled by the start: weights need not be sent once more.
+        super().__init__(gradient_as_bucket_view=True, broadcast_buffers=False, init_sync=False)
+
+
+class MeshStrategy(ModelParallelStrategy, Placing):
+    """What the strategies with cut weights share: a mesh of named axes, made when the processes know each other.
+
+    Args:
+        sharding: How the data-parallel axes are fully sharded.
+    """
+
+    def __init__(self, sharding: Sharding) -> None:
+        super().__init__(data_parallel_size=1, tensor_parallel_size=1, save_distributed_checkpoint=False)
+        self.sharding = sharding
+        self._placed: PreTrainedModel | None = None
+
+    def axes(self, world_size: int) -> dict[str, int]:
+        """Return the names and sizes of the mesh's axes, outermost first.
+
+        Raises:
+            ConfigError: They do not make up the world.
+        """
+        raise NotImplementedError
+
+    def setup_environment(self) -> None:
+        """Join the other processes and make the mesh."""
+        sizes = self.axes(self.num_nodes * self.num_processes)
+        self._setup_distributed()
+        self._device_mesh = init_device_mesh(self.root_device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+
+    @property
+    def data_parallel(self) -> DataParallel:
+        """This process among those that share out the data: all that differ in another axis than ``tp``."""
+        names = self.device_mesh.mesh_dim_names or ()
+        if "tp" not in names:
+            return DataParallel(self.global_rank, self.world_size)
+        mesh = self.device_mesh["fsdp"]
+        return DataParallel(mesh.get_local_rank(), mesh.size(), mesh.get_group())
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, int]:
+        """Tell Lightning the data-parallel ranks, for loaders that are not ours."""
+        return {"num_replicas": self.data_parallel.size, "rank": self.data_parallel.rank}
+
+    @property
+    def weights_device(self) -> torch.device:
+        """Where weights lie between steps."""
+        return torch.device("cpu") if self.sharding.cpu_offload else self.root_device
+
+    def place(self, model: PreTrainedModel) -> None:
+        """Split the layers over ``tp``, then shard what that has left over the other axes."""
+        names = self.device_mesh.mesh_dim_names or ()
+        if "tp" in names and self.device_mesh["tp"].size() > 1:
+            split(model, self.device_mesh["tp"])
+        sharded = self._sharded_mesh(names)
+        if sharded is not None:
+            self.sharding.apply(model, sharded, str(self.precision_plugin.precision))
+        self._placed = model
+
+    def _sharded_mesh(self, names: tuple[str, ...]) -> DeviceMesh | None:
+        if "tp" not in names:
+            return self.device_mesh
+        mesh = self.device_mesh["fsdp"]
+        return mesh if mesh.size() > 1 else None
+
+    def model_to_device(self) -> None:
+        """Leave the weights where the start has put them."""
+        assert self.model is not None
+        if not self.sharding.cpu_offload:
+            super().model_to_device()
+
+    def accumulation(self) -> AbstractContextManager[None]:
+        """Return a context in which gradients stay on this rank."""
+        return nullcontext() if self._placed is None else self.sharding.accumulation(self._placed)
+
+
+class FSDP(MeshStrategy):
+    """Weights, gradients and optimizer state sharded over all ranks (FSDP2).
+
+    Args:
+        reshard_after_forward: Let go of a block's weights after its forward and gather them again for its backward.
+            false keeps them: faster, and one whole model more memory. A number gathers again within groups of so
+            many ranks.
+        sync_every_row: Exchange gradients after every row of a step: more traffic, and one whole set of gradients
+            less memory where a step has several rows.
+        cpu_offload: Keep weights, gradients and optimizer state in host memory.
+        prefetch: How many blocks are gathered ahead in the forward.
+        replicas: Ranks form so many groups, each with a whole model between its members (hybrid sharding).
+    """
+
+    def __init__(
+        self,
+        reshard_after_forward: bool | int = True,
+        sync_every_row: bool = False,
+        cpu_offload: bool = False,
+        prefetch: int = 1,
+        replicas: int = 1,
+    ) -> None:
+        super().__init__(Sharding(reshard_after_forward, sync_every_row, cpu_offload, prefetch))
+        self.replicas = replicas
+
+    def axes(self, world_size: int) -> dict[str, int]:
+        """Return one axis of all ranks, or replicas and the parts of each."""
+        check_replicas(self.replicas, world_size)
+        if self.replicas == 1:
+            return {"fsdp": world_size}
+        return {"replicate": self.replicas, "fsdp": world_size // self.replicas}
+
+
+class ModelParallel(MeshStrategy):
+    """Layers split within groups of ranks (tensor parallel), everything sharded over the groups (FSDP2).
+
+    Args:
+        mesh_shape: Sizes and names of the axes, [[4, 2], [fsdp, tp]]; ranks of one tp group are neighbours.
+        reshard_after_forward: As for FSDP.
+        sync_every_row: As for FSDP.
+        cpu_offload: As for FSDP.
+        prefetch: As for FSDP.
+    """
+
+    def __init__(
+        self,
+        mesh_shape: tuple[list[int], list[str]],
+        reshard_after_forward: bool | int = True,
+        sync_every_row: bool = False,
+        cpu_offload: bool = False,
+        prefetch: int = 1,
+    ) -> None:
+        super().__init__(Sharding(reshard_after_forward, sync_every_row, cpu_offload, prefetch))
+        self.mesh = read_mesh(mesh_shape)
+
+    def axes(self, world_size: int) -> dict[str, int]:
+        """Return the two axes of the recipe's mesh."""
+        check_mesh(self.mesh, world_size)
+        return {"fsdp": self.mesh.fsdp, "tp": self.mesh.tp}
+
+
+def strategy_for(value: str | Strategy | None, world_size: int) -> str | Strategy:
+    """Return the strategy that a recipe's ``trainer.strategy`` means, before a trainer exists.
+
+    Args:
+        value: A word, a strategy that the parser has made, or nothing.
+        world_size: Processes of the run.
+
+    Raises:
+        ConfigError: The word is unknown, or the strategy does not fit the number of processes.
+    """
+    if value is None or value == "auto":
+        return DDP() if world_size > 1 else "auto"
+    if value == "model_parallel":
+        remedy = f"write {{class_path: ModelParallel, init_args: {{mesh_shape: {nearest(Mesh(1, 1), world_size, 1)}}}}}"
+        raise ConfigError("model_parallel needs its mesh_shape", where=STRATEGY, remedy=remedy)
+    words: dict[str, type[DDP] | type[FSDP]] = {"ddp": DDP, "fsdp": FSDP}
+    if isinstance(value, str):
+        if value not in words:
+            raise ConfigError(f"no strategy {value!r}", where=STRATEGY, remedy="use ddp, fsdp or a class")
+        return words[value]()
+    if isinstance(value, MeshStrategy):
+        value.axes(world_size)
+    return value

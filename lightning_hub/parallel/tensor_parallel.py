@@ -1,0 +1,80 @@
+"""Tensor parallelism by a model's own plan: which layers are cut by columns, and which by rows."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+from transformers import PretrainedConfig, PreTrainedModel
+
+from lightning_hub.errors import ConfigError
+from lightning_hub.parallel.meshes import STRATEGY, check_divisible
+
+
+class SumGradients(ParallelStyle):
+    """A weight that every rank holds, used on each rank's own heads only: its gradients are summed."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        group = device_mesh.get_group()
+
+        def summed(gradient: Tensor) -> Tensor:
+            total = gradient.clone()
+            torch.distributed.all_reduce(total, group=group)
+            return total
+
+        def watch(module: nn.Module, args: object) -> None:
+            """Hook the parameter of this forward: full sharding swaps in another one than it was at the start."""
+            for parameter in module.parameters(recurse=False):
+                if parameter.requires_grad and not getattr(parameter, "is_summed", False):
+                    parameter.register_hook(summed)
+                    parameter.is_summed = True  # type: ignore[attr-defined]
+
+        module.register_forward_pre_hook(watch)
+        return module
+
+
+STYLES: dict[str, type[ParallelStyle]] = {
+    "colwise": ColwiseParallel,
+    "rowwise": RowwiseParallel,
+    "replicated_with_grad_allreduce": SumGradients,
+}
+"""The words of plans that are offered."""
+
+HEADS = ("colwise_rep", "colwise_gather_output", "embedding_rowwise", "embedding_colwise")
+"""Words for embeddings and output layers, which stay whole: the loss needs the weights themselves."""
+
+
+def split(model: PreTrainedModel, mesh: DeviceMesh) -> None:
+    """Cut the layers of a model over the ranks of a one-dimensional mesh, as the model's own plan says."""
+    check_divisible(model.config, mesh.size())
+    plan = check_plan(model.config, getattr(model, "_tp_plan", None) or {})
+    pattern = {re.compile(re.escape(name).replace(r"\*", r"\d+")): style for name, style in plan.items()}
+    styles: dict[str, Any] = {}
+    for name, _ in model.named_modules():
+        for wanted, style in pattern.items():
+            if wanted.fullmatch(name):
+                styles[name] = STYLES[style]()
+    parallelize_module(model, mesh, styles, src_data_rank=None)
+
+
+def check_plan(config: PretrainedConfig, plan: dict[str, str]) -> dict[str, str]:
+    """Return the part of a tensor-parallel plan that cuts layers.
+
+    Raises:
+        ConfigError: There is none, or it asks for something that is not offered.
+    """
+    remedy = "use the strategy fsdp or ddp"
+    layers = {name: style for name, style in plan.items() if style not in HEADS}
+    if not layers:
+        raise ConfigError(
+            f"models of type {config.model_type} bring no tensor-parallel plan", where=STRATEGY, remedy=remedy
+        )
+    unknown = sorted(set(layers.values()) - STYLES.keys())
+    if unknown:
+        message = f"the tensor-parallel plan of {config.model_type} asks for {', '.join(unknown)}, which is not offered"
+        raise ConfigError(message, where=STRATEGY, remedy=remedy)
+    return layers

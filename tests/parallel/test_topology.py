@@ -1,0 +1,136 @@
+"""The table: every method gives the numbers of one process in every topology, from the first weight to the last.
+
+A method is one more row of ``cases``, a way to spread it one more row of ``TOPOLOGIES``.
+"""
+
+from __future__ import annotations
+
+from functools import cache, partial
+from pathlib import Path
+from tempfile import mkdtemp
+
+import pytest
+import torch
+
+from lightning_hub.models.pretrained import Pretrained
+from lightning_hub.parallel.strategies import DDP, FSDP, ModelParallel, strategy_for
+from tests.ops.models import CONFIGS, make
+from tests.parallel.harness import Case, Seen, Topology, launch
+
+ONE = Topology("one process", 1, partial(strategy_for, None, 1))
+
+TOPOLOGIES = [
+    Topology("ddp x 2", 2, DDP),
+    Topology("fsdp x 2", 2, FSDP),
+    Topology("fsdp x 2, kept and synced", 2, partial(FSDP, False, sync_every_row=True, prefetch=2)),
+    Topology("fsdp x 2, offloaded", 2, partial(FSDP, cpu_offload=True)),
+    Topology("tp x 2", 2, partial(ModelParallel, ([2, 1], ["tp", "fsdp"]))),
+    Topology("fsdp x 4, two replicas", 4, partial(FSDP, replicas=2)),
+    Topology("fsdp 2 x tp 2", 4, partial(ModelParallel, ([2, 2], ["fsdp", "tp"]))),
+]
+
+
+@cache
+def saved(family: str) -> str:
+    """Return a folder with a random model of the embedded model's vocabulary."""
+    folder = mkdtemp(prefix="family-")
+    config = CONFIGS[family]
+    before, config.vocab_size = config.vocab_size, 265  # odd: shards of unequal size
+    try:
+        make(family, "sdpa").save_pretrained(folder)
+    finally:
+        config.vocab_size = before
+    return folder
+
+
+@cache
+def calm() -> str:
+    """Return a folder with the embedded model at half of its weights.
+
+    As it was trained it is so sure of its answers that float32 rounding alone moves a gradient by more than 1e-5,
+    also between two ways of packing in one process.
+    """
+    folder = mkdtemp(prefix="calm-")
+    model = Pretrained("demo").load(dtype=torch.float32, attn_implementation="sdpa")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+    model.save_pretrained(folder)
+    return folder
+
+
+def cases() -> list[Case]:
+    clip = {"gradient_clip_val": 1.0}
+    by_value = {"gradient_clip_val": 0.001, "gradient_clip_algorithm": "value"}
+    return [
+        Case("sft, tied embeddings, clipped by norm", model=calm(), trainer=clip),
+        Case("sft, recomputed", model=calm(), options={"gradient_checkpointing": True, "label_smoothing": 0.1}),
+        Case("sft, clipped by value", model=calm(), trainer=by_value),
+        Case("sft, as trained", tolerance=1e-4),
+        Case("sft, norms of heads, untied", model=saved("qwen3"), trainer=clip),
+        Case("sft, biases", model=saved("qwen2"), options={"weight_decay": 0.1}, trainer=clip),
+        Case("sft, head not linear", model=saved("granite, scaled logits"), trainer=clip),
+        Case("sft, bf16-mixed", model=saved("qwen2"), trainer={"precision": "bf16-mixed", **clip}, tolerance=1e-2),
+    ]
+
+
+@cache
+def reference() -> dict[str, Seen | str]:
+    return launch(ONE, cases(), Path())[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", TOPOLOGIES, ids=lambda topology: topology.name)
+def test_the_numbers_are_those_of_one_process(topology: Topology, tmp_path: Path) -> None:
+    ranks = launch(topology, cases(), tmp_path)
+    faults = []
+    for case in cases():
+        expected = reference()[case.name]
+        for rank, found in enumerate(seen.get(case.name, "an earlier case failed") for seen in ranks):
+            assert isinstance(expected, Seen)
+            assert isinstance(found, Seen), f"{case.name}, rank {rank}: {found}"
+            faults += [f"{case.name}, rank {rank}: {fault}" for fault in differences(found, expected, case)]
+    assert not faults, "\n".join(faults)
+
+
+def differences(found: Seen, expected: Seen, case: Case) -> list[str]:
+    """Say in which numbers two trainings differ by more than the case allows."""
+    faults = [
+        f"{name} {error:.1e}"
+        for name, error in {
+            "losses": worst(found.losses, expected.losses),
+            "gradient norms": worst(found.norms, expected.norms),
+            "validation": worst([found.val_loss], [expected.val_loss]),
+            **{f"final {name}": distance(found.weights[name], expected.weights[name]) for name in found.weights},
+        }.items()
+        if not error <= case.tolerance
+    ]
+    return faults + [f"start {name}" for name in found.start if not found.start[name].equal(expected.start[name])]
+
+
+def worst(found: list[float], expected: list[float]) -> float:
+    assert len(found) == len(expected)
+    return max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
+
+
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.slow
+def test_sharded_ranks_hold_parts_and_exchange_gradients_once_a_step(tmp_path: Path) -> None:
+    case = cases()[0]
+    whole = launch(ONE, [case], Path())[0][case.name]
+    late, early = (
+        launch(Topology("fsdp", 2, partial(FSDP, sync_every_row=always)), [case], tmp_path) for always in (False, True)
+    )
+    groups = 4  # three blocks and what is outside of them
+    for rank in range(2):
+        few, many = late[rank][case.name], early[rank][case.name]
+        assert isinstance(few, Seen)
+        assert isinstance(many, Seen)
+        assert isinstance(whole, Seen)
+        assert few.parts == whole.parts / 2
+        assert few.empty[-1] is (rank == 1), "one rank's share of the last step is empty"
+        assert few.exchanges == groups * len(few.losses)
+        assert many.exchanges == groups * sum(many.rows)
