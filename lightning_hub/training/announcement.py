@@ -17,7 +17,8 @@ class Announcement(Callback):
         """Print the lines."""
         if trainer.is_global_zero:
             data = cast("ChatData", trainer.datamodule)  # type: ignore[attr-defined]  # typed without one
-            print("\n".join([_model(cast("SFT", pl_module)), *_data(data), _steps(trainer, data)]), flush=True)
+            module = cast("SFT", pl_module)
+            print("\n".join([_model(module), *_kernels(module), *_data(data), _steps(trainer, data)]), flush=True)
 
 
 def _model(module: SFT) -> str:
@@ -26,6 +27,15 @@ def _model(module: SFT) -> str:
     dtypes = ", ".join(sorted({str(dtype).removeprefix("torch.") for _, _, dtype in sizes}))
     share = "all trained" if trained == total else f"{trained:,} trained ({trained / total:.2%})"
     return f"model  {module.source}: {total:,} parameters, {share}, {dtypes}"
+
+
+def _kernels(module: SFT) -> list[str]:
+    """Return what was found out about the model that makes it slower than others."""
+    assert module.loss_head is not None, "configure_model has run"
+    traits = module.loss_head.traits
+    apart = "note   documents run one by one: packed in a row, this model would let them see each other"
+    logits = "note   the model changes its logits behind the head: the loss is computed from whole logits"
+    return [apart] * (not traits.is_packable) + [logits] * (not traits.is_linear)
 
 
 def _data(data: ChatData) -> list[str]:

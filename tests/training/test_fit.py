@@ -15,6 +15,7 @@ from lightning_hub.checkpoints.plugin import WEIGHTS
 from lightning_hub.checkpoints.tensors import load_tensors
 from lightning_hub.cli import run
 from lightning_hub.models.pretrained import EMBEDDED_FOLDER
+from lightning_hub.ops import loss
 from lightning_hub.runs.folder import RunFolder
 from lightning_hub.runs.metrics import Line, read_metrics
 from tests.conftest import WriteRows
@@ -235,3 +236,16 @@ def test_predict_writes_completions(tmp_path: Path, write_rows: WriteRows) -> No
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [line["completion"] for line in lines] == ["k-a-m-o", "apit"]
     assert lines[0]["messages"] == [{"role": "user", "content": "Spell kamo."}]
+
+
+def test_a_model_that_costs_more_is_announced(
+    fit: Fit, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit("--trainer.max_steps", "1")
+    assert "note" not in capsys.readouterr().out
+    monkeypatch.setattr(loss, "keeps_documents_apart", lambda model: False)
+    monkeypatch.setattr(loss, "_has_linear_head", lambda model: False)
+    fit("--trainer.max_steps", "1", folder="again")
+    shown = capsys.readouterr().out
+    assert "documents run one by one" in shown
+    assert "whole logits" in shown
