@@ -118,7 +118,8 @@ class SaveCheckpoints(Checkpoint):
         if trainer.is_global_zero:
             point_latest(target)
             self.saved(step, target)
-            newest = [path for _, path in committed(self.folder)][: self.settings.keep]
+            # Later steps are of an attempt that this one did not go on from: they are given up, not counted as newest.
+            newest = [path for saved, path in committed(self.folder) if saved <= step][: self.settings.keep]
             prune(self.folder, {*newest, *(self.folder / f"step-{best}" for best in self._best_steps())})
         if self._stopping:
             remedy = f"go on with: lightning-hub runs resume {self.folder.parent}"

@@ -93,6 +93,14 @@ def test_damaged_checkpoints_are_passed_over(fit: Fit, capsys: pytest.CaptureFix
     assert run(["runs", "resume", str(folder.path)]) == 4
 
 
+def test_going_on_from_an_older_checkpoint_gives_up_the_newer_ones(fit: Fit) -> None:
+    _, folder = fit(*EVERY_STEP, "--trainer.max_steps", "4")
+    older = ["--resume", str(folder.checkpoint(1)), "--checkpoint.keep", "2", "--trainer.max_steps", "2"]
+    assert run(["fit", "--config", str(folder.config), "--run-dir", str(folder.path), *older]) == 0
+    assert [step for step, _ in committed(folder.checkpoints)] == [2, 1]
+    assert verify(folder.latest.resolve()).step == 2
+
+
 @pytest.mark.fault("F24")
 def test_changed_data_is_refused(fit: Fit, write_rows: WriteRows, capsys: pytest.CaptureFixture[str]) -> None:
     _, folder = fit(*EVERY_STEP, "--trainer.max_steps", "2")
