@@ -13,8 +13,9 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from lightning_hub.checkpoints.rng import random_state, restore_random_state
 from lightning_hub.checkpoints.settings import CheckpointSettings
-from lightning_hub.checkpoints.storage import committed, point_latest, prune, retire
+from lightning_hub.checkpoints.storage import point_latest, prune, retire
 from lightning_hub.errors import ConfigError, ExitCode, HubError
+from lightning_hub.runs.manifest import committed
 
 Wish: TypeAlias = Literal["checkpoint", "stop"] | None
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import CheckpointIO
 
-from lightning_hub.checkpoints.storage import DamagedError, Manifest, commit, verify
+from lightning_hub.checkpoints.storage import commit
 from lightning_hub.checkpoints.tensors import load_tensors, num_bytes, save_tensors
+from lightning_hub.runs.manifest import DamagedError, Manifest, verify
 
 WEIGHTS = "weights.safetensors"
 OPTIMIZER = "optimizer.pt"

@@ -7,53 +7,23 @@ by byte, because the manifest knows the size and the hash of every file.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import re
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 from lightning_hub.errors import HubError
+from lightning_hub.runs.manifest import MANIFEST, Manifest, committed, file_hash
 
-MANIFEST = "manifest.json"
 LATEST = "latest"
-_NAME = re.compile(r"step-(\d+)")
-
-
-class DamagedError(HubError):
-    """A checkpoint is not what its manifest says."""
-
-    kind = "disk"
 
 
 class DiskFullError(HubError):
     """There is no room for a checkpoint."""
 
     kind = "disk"
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a committed checkpoint holds.
-
-    Attributes:
-        step: Finished optimizer steps.
-        world_size: Processes that wrote it.
-        strategy: The strategy's word.
-        files: Size in bytes and sha256 of each file, by its name in the folder.
-        facts: What a resume compares with: the hash of the data, batch settings and the like.
-        schema: Version of this format.
-    """
-
-    step: int
-    world_size: int
-    strategy: str
-    files: dict[str, tuple[int, str]] = field(default_factory=dict)
-    facts: dict[str, str] = field(default_factory=dict)
-    schema: int = 1
 
 
 def commit(target: Path, manifest: Manifest, write: Callable[[Path], None], needed_bytes: int = 0) -> Manifest:
@@ -80,7 +50,7 @@ def commit(target: Path, manifest: Manifest, write: Callable[[Path], None], need
     building.mkdir(mode=0o700)
     try:
         write(building)
-        files = {path.name: (path.stat().st_size, _hash(path)) for path in sorted(building.iterdir())}
+        files = {path.name: (path.stat().st_size, file_hash(path)) for path in sorted(building.iterdir())}
         for name in files:
             (building / name).chmod(0o600)
             _flush(building / name)
@@ -108,51 +78,6 @@ def point_latest(target: Path) -> None:
     link.replace(target.with_name(LATEST))
 
 
-def verify(folder: Path) -> Manifest:
-    """Read a checkpoint's manifest and compare every file with it.
-
-    Raises:
-        DamagedError: What is wrong, and with which file.
-    """
-    try:
-        given = json.loads((folder / MANIFEST).read_text())
-        manifest = Manifest(**{**given, "files": {name: tuple(entry) for name, entry in given["files"].items()}})
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise DamagedError(f"no readable manifest ({error})", where=str(folder)) from error
-    for name, (size, digest) in manifest.files.items():
-        path = folder / name
-        if not path.is_file():
-            raise DamagedError(f"{name} is missing", where=str(folder))
-        if path.stat().st_size != size:
-            raise DamagedError(f"{name} has {path.stat().st_size} bytes instead of {size}", where=str(folder))
-        try:
-            found = _hash(path)
-        except OSError as error:
-            raise DamagedError(f"{name} cannot be read ({error})", where=str(folder)) from error
-        if found != digest:
-            raise DamagedError(f"{name} has another sha256 than its manifest", where=str(folder))
-    return manifest
-
-
-def committed(folder: Path) -> Iterator[tuple[int, Path]]:
-    """Yield step and path of what lies under a final name, newest first, unverified."""
-    found = [(int(match[1]), path) for path in folder.glob("step-*") if (match := _NAME.fullmatch(path.name))]
-    yield from sorted(found, reverse=True)
-
-
-def newest_whole(folder: Path) -> tuple[Path | None, list[DamagedError]]:
-    """Return the newest checkpoint that verifies, and what was wrong with the newer ones."""
-    damaged = []
-    for _, path in committed(folder):
-        try:
-            verify(path)
-        except DamagedError as error:
-            damaged.append(error)
-            continue
-        return path, damaged
-    return None, damaged
-
-
 def retire(target: Path) -> None:
     """Remove a checkpoint, if it exists.
 
@@ -176,11 +101,6 @@ def prune(folder: Path, keep: set[Path]) -> None:
 
 def _no_room(target: Path, reason: str) -> DiskFullError:
     return DiskFullError(f"cannot write the checkpoint: {reason}", where=str(target), remedy="free space and resume")
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _flush(path: Path) -> None:

@@ -22,10 +22,10 @@ from lightning_hub.callbacks.samples import GenerateSamples
 from lightning_hub.checkpoints.export import write_export
 from lightning_hub.checkpoints.plugin import WEIGHTS, FolderCheckpointIO
 from lightning_hub.checkpoints.settings import CheckpointSettings
-from lightning_hub.checkpoints.storage import newest_whole, verify
 from lightning_hub.checkpoints.tensors import load_tensors
 from lightning_hub.errors import ExitCode, HubError, NoCheckpointError
 from lightning_hub.runs.folder import RunFolder
+from lightning_hub.runs.manifest import newest_whole, verify
 from lightning_hub.runs.rank import RankWriter
 from lightning_hub.runs.samples import SamplesWriter
 from lightning_hub.runs.writer import RunWriter

@@ -12,17 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from lightning_hub.checkpoints.storage import (
-    DamagedError,
-    DiskFullError,
-    Manifest,
-    commit,
-    committed,
-    newest_whole,
-    point_latest,
-    prune,
-    verify,
-)
+from lightning_hub.checkpoints.storage import DiskFullError, commit, point_latest, prune
+from lightning_hub.runs.manifest import DamagedError, Manifest, committed, newest_whole, verify
 
 
 def write_two(folder: Path) -> None:
@@ -101,7 +92,8 @@ def test_prune_and_latest(tmp_path: Path) -> None:
 WRITER = """
 import os, sys
 from pathlib import Path
-from lightning_hub.checkpoints.storage import Manifest, commit, point_latest, prune, committed
+from lightning_hub.checkpoints.storage import commit, point_latest, prune
+from lightning_hub.runs.manifest import Manifest, committed
 root = Path(sys.argv[1])
 def write(folder):
     for name in "abc":

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_hub.checkpoints.storage import committed, verify
 from lightning_hub.checkpoints.tensors import load_tensors
 from lightning_hub.cli import run
 from lightning_hub.runs.folder import RunFolder
+from lightning_hub.runs.manifest import committed, verify
 from lightning_hub.runs.metrics import Line, read_metrics
 from tests.conftest import WriteRows
 from tests.training.conftest import Fit
