@@ -62,6 +62,7 @@ FLAGS: dict[str, tuple[list[str], list[str]]] = {
     "both batch sizes": (["--data.tokens_per_step", "128"], ["effective_batch_size"]),
     "remote code by recipe": (["--model.trust_remote_code", "true"], ["--trust-remote-code"]),
     "class outside the allow-list": (["--trainer.callbacks+=subprocess.Popen"], ["subprocess.Popen"]),
+    "a way to treat NaN": (["--model.on_nan", "ignore"], ["on_nan", "skip:3"]),
     "two warm-ups": (["--model.warmup_steps", "2", "--model.warmup_ratio", "0.1"], ["warmup"]),
     "one checkpoint only": (["--checkpoint.keep", "1"], ["checkpoint.keep"]),
     "no model": (["--model.model", "./nowhere"], ["no such folder: ./nowhere"]),
