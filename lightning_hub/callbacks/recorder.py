@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_hub.errors import HubError
 from lightning_hub.ops.rows import Step
-from lightning_hub.runs.rank import RankWriter
+from lightning_hub.runs.rank import RankWriter, classify
 from lightning_hub.runs.writer import StatusWriter
 
 
@@ -22,6 +22,21 @@ class TrainedModule(Protocol):
     step_loss: Tensor
     grad_norm: Tensor
     is_skipped: bool
+
+
+class OutOfMemoryError(HubError):
+    """The memory of a device or host was not enough for a step."""
+
+    kind = "oom"
+
+    def __init__(self, step: int, batch: Step, cause: BaseException) -> None:
+        lengths = ", ".join(str(row.input_ids.numel()) for row in batch.rows)
+        super().__init__(
+            f"no memory was left in step {step}, whose rows on this rank hold {lengths} tokens "
+            f"({str(cause).splitlines()[0][:200]})",
+            remedy="lower data.init_args.max_tokens_per_gpu, set model.init_args.gradient_checkpointing, or shard over "
+            "more devices with strategy fsdp",
+        )
 
 
 class Recorder(Callback):
@@ -41,6 +56,7 @@ class Recorder(Callback):
         self.tokens = 0
         self.loss_tokens = 0
         self._lr = 0.0
+        self._batch: Step | None = None
         self._places: dict[int, tuple[int, int]] = {}
         self.val_losses: dict[int, float] = {}
         self._interval_tokens = 0
@@ -75,6 +91,7 @@ class Recorder(Callback):
         """Say that a step begins."""
         self.pulse.phase = "train"
         self.pulse.do("forward")
+        self._batch = batch
         step = trainer.global_step + 1
         self._places = {step: (trainer.current_epoch, batch_idx), step - 1: self._places.get(step - 1, (0, 0))}
 
@@ -105,7 +122,13 @@ class Recorder(Callback):
             self._log_step(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Keep the samples of a step that could not be learnt from."""
+        """Keep the samples of a step that could not be learnt from, and say what a step was that took all memory.
+
+        Raises:
+            OutOfMemoryError: In place of an error that names bytes only.
+        """
+        if self._batch is not None and classify(exception) == "oom":
+            raise OutOfMemoryError(trainer.global_step + 1, self._batch, exception) from exception
         if isinstance(exception, HubError) and exception.kind == "nan":
             self._note_samples(trainer, getattr(exception, "step", trainer.global_step), "not finite")
 

@@ -26,6 +26,7 @@ STACKS_SIGNAL = signal.SIGUSR2
 
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE}
 _LOST_PEER = re.compile(r"gloo/transport|NCCL error|Connection (closed|reset) by peer|Broken pipe")
+_NO_MEMORY = re.compile(r"can't allocate memory|CUDA out of memory|std::bad_alloc")
 _COMMUNICATION = ("DistBackendError", "DistNetworkError", "DistStoreError", "ConnectionError", "BrokenPipeError")
 
 
@@ -158,7 +159,7 @@ def classify(error: BaseException) -> str:
     names = {base.__name__ for base in type(error).__mro__}
     if isinstance(error, HubError):
         return error.kind
-    if isinstance(error, MemoryError) or "OutOfMemoryError" in names:
+    if isinstance(error, MemoryError) or "OutOfMemoryError" in names or _NO_MEMORY.search(str(error)):
         return "oom"
     if names.intersection(_COMMUNICATION) or (type(error) is RuntimeError and _LOST_PEER.search(str(error))):
         return "comm"  # gloo tells of a lost peer by a plain RuntimeError

@@ -34,7 +34,7 @@ def as_rank(place: Place, recipe: Recipe, tree: dict[str, Any], options: Options
 
     Where this package has started the ranks, their supervisor keeps the run folder; else rank 0 does.
     """
-    if place.launcher == "fit":
+    if place.launcher in ("fit", "torchrun"):  # whose agent or supervisor would end them, were it still there
         die_with_parent()
     try:
         with together(place, tree) as environment:

@@ -130,6 +130,7 @@ def test_two_ranks_give_the_numbers_of_one_process(
 
 @pytest.mark.slow
 @pytest.mark.fault("F1")
+@pytest.mark.fault("F14")
 @pytest.mark.fault("F30")
 def test_a_killed_rank_ends_the_run_and_is_named(tmp_path: Path, begin: Start) -> None:
     kill = "os.environ['RANK'] == '1' and os.kill(os.getpid(), signal.SIGKILL)"
@@ -231,6 +232,17 @@ def test_a_time_limit_of_slurm_leads_to_a_checkpoint_and_one_requeue(tmp_path: P
     assert run(["runs", "resume", str(folder.path)]) == 0
 
 
+@pytest.mark.slow
+@pytest.mark.fault("F33")
+def test_a_step_that_takes_all_memory_is_described(tmp_path: Path, begin: Start) -> None:
+    too_much = "os.environ['RANK'] == '1' and __import__('torch').empty(1 << 55)"
+    code, _, error = finished(begin(*TWO, event=too_much))
+    folder = RunFolder(tmp_path / "run")
+    assert code == 1
+    assert "rank 1: no memory was left in step 4, whose rows on this rank hold" in error
+    assert json.loads(folder.rank(1, 1).error.read_text())["class"] == "oom"
+
+
 POISON = "os.environ.get('RANK', '1') == '1' and setattr(module, 'row_loss', {poison})"
 ALWAYS = "lambda row, step: type(module).row_loss(module, row, step) * float('inf')"
 ONCE = "lambda row, step: (module.__dict__.pop('row_loss'), type(module).row_loss(module, row, step) * float('nan'))[1]"
@@ -277,6 +289,21 @@ def test_under_torchrun_it_is_one_of_the_ranks(recipe: list[str], tmp_path: Path
     assert json.loads(folder.run_json.read_text())["nproc_per_node"] == 2
     assert len(losses(folder)) == 10
     assert folder.ranks(1) == [0, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.fault("F5")
+def test_ranks_die_with_the_agent_of_torchrun(recipe: list[str], tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    flags = [*FLAGS, "--trainer.max_epochs", "1000", "--run-dir", str(folder.path)]
+    with subprocess.Popen([*torchrun, "-m", "lightning_hub", "fit", *recipe, *flags]) as agent:
+        wait_for(folder.metrics)
+        ranks = psutil.Process(agent.pid).children(recursive=True)
+        agent.kill()
+    assert len(ranks) >= 2
+    _, alive = psutil.wait_procs(ranks, timeout=5)
+    assert not alive
 
 
 @pytest.mark.slow
