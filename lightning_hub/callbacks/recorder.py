@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from lightning_hub.ops.rows import Step
 from lightning_hub.parallel.data_parallel import data_parallel
 from lightning_hub.runs.rank import RankWriter
-from lightning_hub.runs.writer import RunWriter
+from lightning_hub.runs.writer import StatusWriter
 
 
 class TrainedModule(Protocol):
@@ -30,10 +30,10 @@ class Recorder(Callback):
 
     Args:
         rank: The files of this rank.
-        run: The files of the run (rank 0 only).
+        run: Where the run's state is told (rank 0 only).
     """
 
-    def __init__(self, rank: RankWriter, run: RunWriter | None) -> None:
+    def __init__(self, rank: RankWriter, run: StatusWriter | None) -> None:
         self.rank = rank
         self.run = run
         self.pulse = rank.pulse

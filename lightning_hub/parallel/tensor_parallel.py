@@ -12,7 +12,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lightning_hub.errors import ConfigError
-from lightning_hub.parallel.meshes import STRATEGY, check_divisible
+from lightning_hub.launch.meshes import STRATEGY, check_divisible
 
 
 class SumGradients(ParallelStyle):
@@ -69,6 +69,16 @@ def layer_styles(model: PreTrainedModel, tp: int) -> dict[str, str]:
         for pattern, style in patterns.items()
         if pattern.fullmatch(name)
     }
+
+
+def check_model(config: PretrainedConfig, tp: int) -> None:
+    """Refuse a model that cannot be split over so many ranks, by its configuration alone.
+
+    Raises:
+        ConfigError: It has no plan, or one that is not offered, or a size that ``tp`` does not divide.
+    """
+    check_plan(config, getattr(config, "base_model_tp_plan", None) or {})
+    check_divisible(config, tp)
 
 
 def check_plan(config: PretrainedConfig, plan: dict[str, str]) -> dict[str, str]:

@@ -46,17 +46,26 @@ class Manifest:
     schema: int = 1
 
 
+def read_manifest(folder: Path) -> Manifest:
+    """Read what a checkpoint says of itself.
+
+    Raises:
+        DamagedError: There is no manifest, or it cannot be read.
+    """
+    try:
+        given = json.loads((folder / MANIFEST).read_text())
+        return Manifest(**{**given, "files": {name: tuple(entry) for name, entry in given["files"].items()}})
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DamagedError(f"no readable manifest ({error})", where=str(folder)) from error
+
+
 def verify(folder: Path) -> Manifest:
     """Read a checkpoint's manifest and compare every file with it.
 
     Raises:
         DamagedError: What is wrong, and with which file.
     """
-    try:
-        given = json.loads((folder / MANIFEST).read_text())
-        manifest = Manifest(**{**given, "files": {name: tuple(entry) for name, entry in given["files"].items()}})
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise DamagedError(f"no readable manifest ({error})", where=str(folder)) from error
+    manifest = read_manifest(folder)
     for name, (size, digest) in manifest.files.items():
         path = folder / name
         if not path.is_file():

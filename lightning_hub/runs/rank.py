@@ -14,7 +14,7 @@ from typing import TextIO, cast
 from lightning_hub.errors import HubError
 from lightning_hub.runs.files import make_private_folder, open_append, write_json
 from lightning_hub.runs.folder import RunFolder, now
-from lightning_hub.runs.logfile import LogFile, Tee
+from lightning_hub.runs.logfile import LogFile, Redirect, Tee
 from lightning_hub.runs.metrics import MetricsWriter
 from lightning_hub.runs.pulse import Beat, HeartbeatFile, Pulse, heartbeat_period
 from lightning_hub.runs.records import ErrorRecord
@@ -64,27 +64,26 @@ class RankWriter:
         self._streams: list[tuple[str, TextIO, LogFile]] = []
         self._stacks = -1
 
-    def start(self, *, tee: bool = True) -> None:
+    def start(self, *, shown: bool = True) -> None:
         """Begin to beat and to log.
 
         Args:
-            tee: Copy ``sys.stdout`` and ``sys.stderr`` to the log files; false when the process was started with
-                its output in these files.
+            shown: Whether what is printed is shown as well as logged; false when the process was started with its
+                output in these files.
 
         Raises:
             OSError: The files cannot be made; nothing was trained yet.
         """
-        if tee:
-            for name, path in (("stdout", self.files.stdout), ("stderr", self.files.stderr)):
-                self._tee(name, path)
+        for name, path in (("stdout", self.files.stdout), ("stderr", self.files.stderr)):
+            self._log(name, path, Tee if shown else Redirect)
         self._stacks = open_append(self.files.stacks)
         faulthandler.register(STACKS_SIGNAL, file=self._stacks, all_threads=True)
         self._heartbeat.start()
 
-    def _tee(self, name: str, path: Path) -> None:
+    def _log(self, name: str, path: Path, kind: type[Tee]) -> None:
         stream = cast(TextIO, getattr(sys, name))
         log = LogFile(path, self.trouble)
-        setattr(sys, name, Tee(stream, log))
+        setattr(sys, name, kind(stream, log))
         self._streams.append((name, stream, log))
         if name == "stderr":
             faulthandler.enable(file=log.descriptor)  # a native crash leaves its Python stack in the log

@@ -34,6 +34,11 @@ class Options:
     allow_class: tuple[str, ...] = ()
     print_config: bool = False
 
+    def permissions(self) -> list[str]:
+        """Return the flags that no file may give, for the ranks of this run."""
+        classes = [word for prefix in self.allow_class for word in ("--allow-class", prefix)]
+        return [*classes, *(["--trust-remote-code"] if self.trust_remote_code else [])]
+
 
 class _Parser(ArgumentParser):
     """Says errors as ours are said."""

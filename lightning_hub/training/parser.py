@@ -15,6 +15,8 @@ from lightning_hub.checkpoints.settings import CheckpointSettings
 from lightning_hub.data.module import ChatData
 from lightning_hub.errors import ConfigError
 from lightning_hub.methods.sft import SFT
+from lightning_hub.parallel.joining import GivenPlace
+from lightning_hub.parallel.strategies import strategy_for
 
 
 class RecipeCLI(LightningCLI):
@@ -25,6 +27,7 @@ class RecipeCLI(LightningCLI):
         root: Where Lightning's own callbacks and loggers may write: the run folder.
         callbacks: Makes ours, beside those of the recipe, from the ``checkpoint`` section.
         checkpoint_io: How checkpoints are written and read.
+        environment: This process among the others of the run; None if it is alone.
     """
 
     def __init__(
@@ -34,10 +37,12 @@ class RecipeCLI(LightningCLI):
         root: Path | None = None,
         callbacks: Callable[[CheckpointSettings], Sequence[Callback]] = lambda settings: (),
         checkpoint_io: FolderCheckpointIO | None = None,
+        environment: GivenPlace | None = None,
     ) -> None:
         self.root = root
         self.our_callbacks = callbacks
-        self.checkpoint_io = checkpoint_io
+        self.plugins = [plugin for plugin in (checkpoint_io, environment) if plugin is not None]
+        self.world_size = environment.world_size() if environment else 1
         try:
             super().__init__(
                 model_class=SFT,
@@ -71,7 +76,8 @@ class RecipeCLI(LightningCLI):
         bars = [callback for callback in given["callbacks"] or [] if isinstance(callback, ProgressBar)]
         return super().instantiate_trainer(
             default_root_dir=self.root,
-            plugins=[self.checkpoint_io] if self.checkpoint_io else None,
+            plugins=self.plugins or None,
+            strategy=strategy_for(given["strategy"], self.world_size),
             logger=given["logger"] or False,
             enable_progress_bar=bool(bars),
             enable_model_summary=bool(given["enable_model_summary"]),

@@ -13,8 +13,8 @@ import torch
 from lightning_hub.checkpoints.plugin import OPTIMIZER, STATE, WEIGHTS, FolderCheckpointIO
 from lightning_hub.checkpoints.rng import random_state, restore_random_state
 from lightning_hub.checkpoints.storage import commit
-from lightning_hub.runs.manifest import DamagedError, Manifest
 from lightning_hub.checkpoints.tensors import load_tensors, save_tensors
+from lightning_hub.runs.manifest import DamagedError, Manifest
 
 
 def draw() -> list[float]:
