@@ -147,7 +147,10 @@ class _Work:
         return self._kept() + buffers + (self._bytes(self.block, self.gathered_size) if self._lets_go else 0)
 
     def backward(self) -> int:
-        """A block gathered, its gradients, and these once more as they are sent; or the same of the root, at the end."""
+        """A block gathered, its gradients, and these once more as they are sent; or the same of the root, at the end.
+
+        What blocks are gathered for their backward, one ahead, does not depend on ``prefetch``.
+        """
         gathered = 2 * self._bytes(self.block, self.gathered_size) if self._lets_go else 0
         leaving = self._trained_bytes(self.block, self.gathered_size) + self.gradients(self.block)
         of_root = self._trained_bytes(self.root, None)

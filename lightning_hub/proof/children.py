@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+
+from lightning_hub.launch.place import RANK_VARIABLES
+from lightning_hub.launch.ranks import Group, open_listener, start_ranks
+from lightning_hub.runs.folder import RunFolder
 
 PYTHON = (sys.executable,)
 """How an interpreter is started."""
@@ -57,7 +59,7 @@ def run_children(children: Sequence[Child], folder: Path, limit: float = TIME_LI
     Raises:
         ChildrenFailedError: One ended with another exit code than expected, or not in time.
     """
-    with _started(children, folder) as processes:
+    with _interruptible(), _started(children, folder) as processes:
         end = time.monotonic() + limit
         while running := [process for process in processes if process.poll() is None]:
             if _failed(children, processes):
@@ -69,40 +71,55 @@ def run_children(children: Sequence[Child], folder: Path, limit: float = TIME_LI
         failed = _failed(children, processes)
         late = [child.name for child, process in zip(children, processes, strict=True) if process.poll() is None]
     if failed:
-        raise ChildrenFailedError("; ".join(f"{child.name}: {_last_words(child, folder)}" for child in failed))
+        raise ChildrenFailedError("; ".join(f"{child.name}: {_last_words(_output(child, folder))}" for child in failed))
     if late:
         raise ChildrenFailedError(f"{', '.join(late)} did not end within {limit:.0f} s")
 
 
-def ranks(count: int, arguments: tuple[str, ...]) -> list[Child]:
-    """Return the ranks of one world on this machine, as torchrun would start them."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = str(server.getsockname()[1])
-    world = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "GROUP_RANK": "0"}
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "proof"}
-    return [
-        Child(f"rank {rank}", arguments, {"RANK": str(rank), "LOCAL_RANK": str(rank), **world, **meeting})
-        for rank in range(count)
-    ]
+def run_ranks(count: int, arguments: Sequence[str], folder: Path, limit: float = TIME_LIMIT) -> None:
+    """Start the ranks of one world as ``fit`` does, and wait for them.
 
+    Args:
+        count: How many.
+        arguments: A module and what it is given, the same for all.
+        folder: Where their output is kept.
+        limit: Seconds that they have.
 
-def end_with_parent() -> None:
-    """End this process when the one that started it is gone, however that happened."""
+    Raises:
+        ChildrenFailedError: One failed, or they did not end in time.
+    """
+    end = time.monotonic() + limit
 
-    def wait() -> None:
-        while os.read(0, 1):  # no lock is held, so that this thread stands in nobody's way at the end
-            pass
-        os._exit(1)
+    def watch() -> None:
+        if time.monotonic() > end:
+            raise ChildrenFailedError(f"the ranks did not end within {limit:.0f} s")
 
-    threading.Thread(target=wait, daemon=True).start()
+    with open_listener() as listener:
+        group = Group(RunFolder(folder / "ranks"), 1, count, [*PYTHON, "-m", *arguments], listener)
+        with _interruptible(), start_ranks(group) as ranks:
+            ranks.wait(watch, GRACE)
+    failed = [ending.rank for ending in ranks.endings.values() if ending.code != 0 and not ending.ended_here]
+    if failed:
+        words = [f"rank {rank}: {_last_words(group.folder.rank(1, rank).stderr)}" for rank in sorted(failed)]
+        raise ChildrenFailedError("; ".join(words))
 
 
 @contextmanager
-def _started(children: Sequence[Child], folder: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
+def _interruptible() -> Iterator[None]:
+    """Let SIGTERM end this process as ctrl-c does, with what it has started."""
+
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _started(children: Sequence[Child], folder: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
     processes: list[subprocess.Popen[bytes]] = []
     try:
         for child in children:
@@ -113,9 +130,6 @@ def _started(children: Sequence[Child], folder: Path) -> Iterator[list[subproces
             with suppress(ProcessLookupError):  # all of its group have ended
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            assert process.stdin is not None, "it was opened as a pipe"
-            process.stdin.close()
-        signal.signal(signal.SIGTERM, before)
 
 
 def _start(child: Child, folder: Path) -> subprocess.Popen[bytes]:
@@ -123,20 +137,21 @@ def _start(child: Child, folder: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             [*PYTHON, "-m", *child.arguments],
             env={**_environment(folder), **child.variables},
-            stdin=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
 
 
-LAUNCHERS = ("SLURM_", "TORCHELASTIC_", "OMPI_", "PMI_", "ACCELERATE_", "GROUP_", "ROLE_")
-WORLD = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "NNODES", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHERS = ("SLURM_", "TORCHELASTIC_", "OMPI_", "PMI_", "ACCELERATE_", "MASTER_")
+"""How the variables of a launcher begin that may have started this process."""
 
 
 def _environment(folder: Path) -> dict[str, str]:
     """Return the environment without what a launcher around this process has said."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS) and name not in WORLD}
+    said = {name for name in os.environ if name.startswith(LAUNCHERS) or name in RANK_VARIABLES}
+    kept = {name: value for name, value in os.environ.items() if name not in said}
     ours = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     return {**kept, **ours, "LIGHTNING_HUB_CACHE": str(folder / "cache")}
 
@@ -150,7 +165,7 @@ def _output(child: Child, folder: Path) -> Path:
     return folder / f"{child.name.replace(' ', '-')}.log"
 
 
-def _last_words(child: Child, folder: Path) -> str:
+def _last_words(log: Path) -> str:
     """Return the last line that says something: the error itself."""
-    lines = _output(child, folder).read_text(encoding="utf-8", errors="replace").split("\n")
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
     return next((line.strip() for line in reversed(lines) if line.strip()), "it ended without a word")

@@ -7,7 +7,6 @@ import re
 import resource
 import shutil
 import socket
-import subprocess
 import sys
 from collections.abc import Iterator
 from importlib import metadata
@@ -18,6 +17,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from lightning_hub.data.cache import default_cache_dir
+from lightning_hub.launch.devices import visible_gpus
 from lightning_hub.proof.findings import Finding
 
 PACKAGE = "lightning-hub"
@@ -91,12 +91,12 @@ def _in_range(name: str, version: str, supported: SpecifierSet) -> Finding:
 
 def _torch_and_gpus() -> Finding:
     """Compare what torch was built for with the devices that are there."""
-    gpus, build = visible_gpus(), _torch_build()
-    there = f"{len(gpus)} x {gpus[0]}" if gpus else "no NVIDIA GPU"
-    if gpus and build is None:
-        remedy = "install a torch built for CUDA (https://pytorch.org/get-started/locally)"
-        return Finding("torch and GPUs", False, f"{there}, but torch is built without CUDA", remedy)
-    return Finding("torch and GPUs", True, f"{there}, torch is built {f'for CUDA {build}' if build else 'without CUDA'}")
+    gpus, build = visible_gpus(os.environ), _torch_build()
+    there = f"{gpus} x {_gpu_name()}" if gpus else "no NVIDIA GPU is visible"
+    built = f"for CUDA {build}" if build else "without CUDA"
+    remedy = "install a torch built for CUDA (https://pytorch.org/get-started/locally)"
+    ok = not gpus or build is not None
+    return Finding("torch and GPUs", ok, f"{there}, torch is built {built}", None if ok else remedy)
 
 
 def _torch_build() -> str | None:
@@ -109,18 +109,14 @@ def _torch_build() -> str | None:
     return found[1] if found else None
 
 
-def visible_gpus(driver: Path = Path("/proc/driver/nvidia/gpus")) -> list[str]:
-    """Return the names of the NVIDIA GPUs of this machine, from the driver's files, else from ``nvidia-smi``."""
+def _gpu_name(driver: Path = Path("/proc/driver/nvidia/gpus")) -> str:
+    """Return what the driver calls the first GPU."""
     try:
-        texts = [(folder / "information").read_text(encoding="utf-8") for folder in sorted(driver.iterdir())]
-        return [found[1] for text in texts if (found := re.search(r"^Model:\s*(.+?)\s*$", text, re.MULTILINE))]
-    except OSError:
-        pass
-    try:
-        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=5, check=True)
-    except (OSError, subprocess.SubprocessError):  # no driver, or one that does not answer
-        return []
-    return re.findall(r"^GPU \d+: (.+?) \(", done.stdout, re.MULTILINE)
+        text = (min(driver.iterdir()) / "information").read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return "NVIDIA GPU"
+    found = re.search(r"^Model:\s*(.+?)\s*$", text, re.MULTILINE)
+    return found[1] if found else "NVIDIA GPU"
 
 
 # ---- room ----------------------------------------------------------------------------------------------------------

@@ -14,11 +14,11 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lightning_hub.checkpoints.export import write_export
+from lightning_hub.launch.ranks import die_with_parent
 from lightning_hub.models.pretrained import Pretrained
 from lightning_hub.ops.attention import PACKED, borders_of
 from lightning_hub.ops.loss import LossHead
 from lightning_hub.ops.rows import IGNORED, Row
-from lightning_hub.proof.children import end_with_parent
 from lightning_hub.proof.findings import Finding, equality, write_findings
 from lightning_hub.proof.training import Material, accelerator, distance, largest, train, worst
 
@@ -28,13 +28,13 @@ LOGITS, GRADIENTS = 1e-5, 1e-6
 
 def main(folder: Path, wanted: list[str]) -> None:
     """Make the model and give the proofs that are wanted."""
-    end_with_parent()
+    die_with_parent()
     material = Material(folder)
     material.make_model()
     proofs = {"packed": packed, "accumulated": accumulated, "exported": exported}
     findings = [finding for name, proof in proofs.items() if name in wanted for finding in proof(material)]
     if "ranks" in wanted:
-        torch.save(train(material, "auto", 1, accelerator())[0].seen.__dict__, material.reference)
+        torch.save(vars(train(material, accelerator())[0].seen), material.reference)
     write_findings(findings, folder / "one_process.json")
 
 
@@ -63,7 +63,7 @@ def packed(material: Material) -> list[Finding]:
 
 def accumulated(material: Material) -> list[Finding]:
     """Compare the training step over several rows with one padded batch in the model as transformers makes it."""
-    module, data = train(material, "auto", 1, "cpu", learning_rate=0.0)
+    module, data = train(material, "cpu", learning_rate=0.0)
     rows = [len(data.plan.rows(0, index)) for index in range(len(data.plan))]
     assert max(rows) > 1, "steps have several rows"
     losses, errors = [], []
@@ -82,7 +82,7 @@ def accumulated(material: Material) -> list[Finding]:
 
 def exported(material: Material) -> list[Finding]:
     """Compare the trained module with the folder that it was exported to."""
-    module, data = train(material, "auto", 1, "cpu")
+    module, data = train(material, "cpu")
     model, weights = module.export_state()
     folder = material.folder / "export"
     write_export(folder, model, weights, data.tokenizer)

@@ -10,24 +10,24 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from lightning_hub.cli import run
 from lightning_hub.errors import ExitCode
-from lightning_hub.proof.children import end_with_parent
+from lightning_hub.launch.ranks import die_with_parent
 from lightning_hub.proof.findings import equality, write_findings
 from lightning_hub.proof.training import largest
 from lightning_hub.runs.folder import RunFolder
 from lightning_hub.runs.metrics import as_number, read_metrics
+from lightning_hub.training import runs_command
 
 BOUND = 0.0
 
 
 def main(folder: Path) -> int:
     """Resume as a person would, and compare."""
-    end_with_parent()
+    die_with_parent()
     straight, stopped = RunFolder(folder / "straight"), RunFolder(folder / "stopped")
     assert not stopped.export.exists(), "the run was stopped before its end"
     before = len(read_metrics(stopped))
-    code = run(["runs", "resume", str(stopped.path)])
+    code = runs_command.main(["resume", str(stopped.path)])
     if code != ExitCode.DONE:
         return code
     ours, theirs = _losses(stopped), _losses(straight)

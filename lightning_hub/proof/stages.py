@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from lightning_hub.errors import ExitCode
 from lightning_hub.proof.chats import ROWS, write_chats
-from lightning_hub.proof.children import Child, ChildrenFailedError, ranks, run_children
+from lightning_hub.proof.children import Child, ChildrenFailedError, run_children, run_ranks
 from lightning_hub.proof.findings import DISTRUST, Finding, read_findings
 
 PROOFS = {
@@ -28,10 +29,16 @@ STOP_AFTER = 3
 
 @dataclass(frozen=True)
 class Stage:
-    """Processes that run together, and the proofs that fail if they do."""
+    """Processes that run together.
+
+    Attributes:
+        proofs: What fails if they do.
+        run: Runs them in the folder of the proof.
+        findings: The file that they leave; None if the next stage says what came of it.
+    """
 
     proofs: tuple[str, ...]
-    children: tuple[Child, ...]
+    run: Callable[[Path], None]
     findings: str | None = None
 
 
@@ -49,7 +56,7 @@ def prove(wanted: Sequence[str]) -> Iterator[Finding]:
             if not concerned:
                 continue
             try:
-                run_children(stage.children, folder)
+                stage.run(folder)
             except ChildrenFailedError as error:
                 failed.update(concerned)
                 yield from (Finding(PROOFS[proof], False, str(error), DISTRUST) for proof in concerned)
@@ -64,13 +71,14 @@ def _stages(folder: Path, wanted: Sequence[str]) -> Iterator[Stage]:
     alone = tuple(name for name in PROOFS if name in wanted and name != "resumed")
     if alone:
         child = Child("one process", ("lightning_hub.proof.one_process", where, *alone))
-        yield Stage(alone, (child,), "one_process.json")
+        yield Stage(alone, partial(run_children, [child]), "one_process.json")
     if "ranks" in wanted:
-        yield Stage(("ranks",), tuple(ranks(2, ("lightning_hub.proof.rank", where))), "rank.json")
+        yield Stage(("ranks",), partial(run_ranks, 2, ("lightning_hub.proof.rank", where)), "rank.json")
     if "resumed" in wanted:
-        yield Stage(("resumed",), (_fit(folder, "straight"), _fit(folder, "stopped", stop=True)))
+        both = [_fit(folder, "straight"), _fit(folder, "stopped", stop=True)]
+        yield Stage(("resumed",), partial(run_children, both))
         child = Child("resumed run", ("lightning_hub.proof.resumed", where), NO_GPU)
-        yield Stage(("resumed",), (child,), "resumed.json")
+        yield Stage(("resumed",), partial(run_children, [child]), "resumed.json")
 
 
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}

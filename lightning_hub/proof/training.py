@@ -17,7 +17,9 @@ from lightning_hub.methods.sft import SFT
 from lightning_hub.models.pretrained import Pretrained
 from lightning_hub.ops.rows import Step
 from lightning_hub.parallel.data_parallel import data_parallel
+from lightning_hub.parallel.joining import GivenPlace
 from lightning_hub.proof.chats import ROWS
+
 
 @dataclass(frozen=True)
 class Material:
@@ -96,19 +98,31 @@ class Watched(SFT):
 
 
 def train(
-    material: Material, strategy: str | Strategy, devices: int, accelerator: str, learning_rate: float = 3e-4
+    material: Material,
+    accelerator: str,
+    strategy: str | Strategy = "auto",
+    environment: GivenPlace | None = None,
+    learning_rate: float = 3e-4,
 ) -> tuple[Watched, ChatData]:
     """Train one epoch in float32 and return the module, which has seen it, and its data.
 
     Every rank must call this; only rank 0 sees the final weights.
+
+    Args:
+        material: What to train on.
+        accelerator: ``cpu`` or ``cuda``.
+        strategy: How the processes work together.
+        environment: This process among the others; None if it is alone.
+        learning_rate: 0 keeps the weights.
     """
     torch.set_float32_matmul_precision("highest")
     torch.manual_seed(0)
     module, data = Watched(str(material.model), learning_rate), material.data()
     trainer = Trainer(
         accelerator=accelerator,
-        devices=devices,
+        devices=environment.world_size() if environment else 1,
         strategy=strategy,
+        plugins=environment,
         max_epochs=1,
         gradient_clip_val=1.0,
         use_distributed_sampler=False,

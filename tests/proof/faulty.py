@@ -90,10 +90,8 @@ def altered_export() -> None:
     export.write_export = altered
 
 
-FAULTS: dict[str, Callable[[], None]] = {
-    fault.__name__: fault
-    for fault in (leak, mean_of_means, world_forgotten, rank_dies, altered_checkpoint, random_state_lost, altered_export)
-}
+ALL = (leak, mean_of_means, world_forgotten, rank_dies, altered_checkpoint, random_state_lost, altered_export)
+FAULTS: dict[str, Callable[[], None]] = {fault.__name__: fault for fault in ALL}
 
 if __name__ == "__main__":
     fault, _, module, *arguments = sys.argv[1:]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -98,12 +97,3 @@ def test_children_hear_nothing_of_a_launcher_around_them(tmp_path: Path, monkeyp
     run_children([child("says", said, tmp_path)], tmp_path)
     assert "WORLD_SIZE" not in (tmp_path / "said").read_text()
     assert "SLURM" not in (tmp_path / "said").read_text()
-
-
-def test_a_child_ends_with_its_parent(tmp_path: Path) -> None:
-    read, write = os.pipe()
-    code = "from lightning_hub.proof.children import end_with_parent; end_with_parent(); import time; time.sleep(60)"
-    process = psutil.Popen([sys.executable, "-c", code], stdin=read)
-    os.close(read)
-    os.close(write)
-    assert process.wait(timeout=20) == 1
