@@ -58,8 +58,7 @@ class Material:
 
     def data(self) -> ChatData:
         """Return the chats in rows of 96 tokens, eight samples a step."""
-        batch = {"max_seq_len": 96, "effective_batch_size": 8}
-        return ChatData(str(self.rows), shuffle=False, **batch)
+        return ChatData(str(self.rows), max_seq_len=96, effective_batch_size=8, shuffle=False)
 
 
 @dataclass

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from torch.distributed.device_mesh import init_device_mesh
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from lightning_hub.errors import ConfigError
@@ -89,7 +90,7 @@ def peak(options: dict[str, Any], precision: str, rows: int) -> int:
     torch.distributed.init_process_group("fake", rank=0, world_size=RANKS, store=FakeStore())
     model = LlamaForCausalLM(config())
     sharding = Sharding(**options)
-    mesh = torch.distributed.init_device_mesh("cpu", (RANKS,), mesh_dim_names=("fsdp",))
+    mesh = init_device_mesh("cpu", (RANKS,), mesh_dim_names=("fsdp",))
     sharding.apply(model, mesh, precision)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     tracker: Any = FSDPMemTracker(model, optimizer)
@@ -114,8 +115,15 @@ def peak(options: dict[str, Any], precision: str, rows: int) -> int:
 
 def config() -> LlamaConfig:
     """Blocks of 4 MB and a vocabulary that is small beside them, so that activations weigh little."""
-    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 4}
-    return LlamaConfig(vocab_size=265, num_hidden_layers=BLOCKS, tie_word_embeddings=False, **sizes)
+    return LlamaConfig(
+        vocab_size=265,
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=BLOCKS,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        tie_word_embeddings=False,
+    )
 
 
 @pytest.mark.slow

@@ -16,7 +16,8 @@ def leak() -> None:
     """Attention over the whole row, as if it were one document."""
     from lightning_hub.ops import attention
 
-    attention.pairwise = lambda borders: [(borders[0], borders[-1])]  # type: ignore[attr-defined, misc, assignment]
+    module: Any = attention
+    module.pairwise = lambda borders: [(borders[0], borders[-1])]
 
 
 def mean_of_means() -> None:
@@ -46,7 +47,7 @@ def rank_dies() -> None:
         if self.trainer.global_rank == 1:
             raise RuntimeError("rank 1 has had enough")
 
-    Watched.on_before_optimizer_step = die  # type: ignore[method-assign]
+    Watched.on_before_optimizer_step = die  # type: ignore[method-assign, assignment]
 
 
 def altered_checkpoint() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 import socket
@@ -48,7 +49,7 @@ FAULTS: list[tuple[str, str, Breaks]] = [
     ("torch and GPUs", "install a torch built for CUDA", put(environment, "visible_gpus", lambda environ: 8)),
     ("disk of the runs root", "free space", put(shutil, "disk_usage", lambda place: FULL)),
     ("disk of the cache", "LIGHTNING_HUB_CACHE", put(shutil, "disk_usage", lambda place: FULL)),
-    ("runs root", "--runs-root", put(environment.os, "access", lambda place, mode: False)),
+    ("runs root", "--runs-root", put(os, "access", lambda place, mode: False)),
     ("shared memory", "--shm-size", put(shutil, "disk_usage", lambda place: Usage(64e6, 0, 64e6))),
     ("loopback network", "127.0.0.1", put(socket, "create_server", no_network)),
     ("open files", "ulimit -n", put(resource, "getrlimit", lambda kind: (256, 256))),
