@@ -12,6 +12,7 @@ from lightning.pytorch import Trainer
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from benchmarks.strategy_memory import lines
 from lightning_hub.errors import ConfigError
 from lightning_hub.methods.sft import SFT
 from lightning_hub.models.pretrained import Pretrained
@@ -147,6 +148,12 @@ def test_a_step_needs_what_was_computed(options: dict[str, Any], precision: str,
     memory = strategy_memory(model, FSDP(**options), RANKS, precision=precision, has_several_rows=rows > 1)
     activations = 4e6
     assert 0.85 * memory.device <= measured <= memory.device + activations
+
+
+@pytest.mark.slow
+def test_the_table_in_the_documents_is_what_is_computed() -> None:
+    document = (Path(__file__).parents[2] / "docs/strategies.md").read_text(encoding="utf-8")
+    assert "\n".join(lines("bf16-mixed")) in document
 
 
 def test_what_a_mesh_cannot_be_is_refused() -> None:
