@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import faulthandler
+import re
 import signal
 import sys
 import traceback
@@ -24,6 +25,7 @@ STACKS_SIGNAL = signal.SIGUSR2
 """Asks a rank for the Python stacks of all its threads (``stacks.txt``); it goes on afterwards."""
 
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE}
+_LOST_PEER = re.compile(r"gloo/transport|NCCL error|Connection (closed|reset) by peer|Broken pipe")
 _COMMUNICATION = ("DistBackendError", "DistNetworkError", "DistStoreError", "ConnectionError", "BrokenPipeError")
 
 
@@ -158,8 +160,8 @@ def classify(error: BaseException) -> str:
         return error.kind
     if isinstance(error, MemoryError) or "OutOfMemoryError" in names:
         return "oom"
-    if names.intersection(_COMMUNICATION):
-        return "comm"
+    if names.intersection(_COMMUNICATION) or (type(error) is RuntimeError and _LOST_PEER.search(str(error))):
+        return "comm"  # gloo tells of a lost peer by a plain RuntimeError
     if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
         return "disk"
     if isinstance(error, FloatingPointError):

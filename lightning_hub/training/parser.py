@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning_hub.checkpoints.plugin import FolderCheckpointIO
 from lightning_hub.checkpoints.settings import CheckpointSettings
 from lightning_hub.data.module import ChatData
-from lightning_hub.errors import ConfigError
+from lightning_hub.errors import ConfigError, HubError
 from lightning_hub.methods.sft import SFT
 from lightning_hub.parallel.joining import GivenPlace
 from lightning_hub.parallel.strategies import strategy_for
@@ -58,7 +58,8 @@ class RecipeCLI(LightningCLI):
                 parser_kwargs={"exit_on_error": False},
             )
         except (ValueError, TypeError, ImportError) as error:  # what jsonargparse raises for what it does not accept
-            raise ConfigError(_cause(error), remedy="see lightning-hub fit --help") from error
+            said = next((cause for cause in _chain(error) if isinstance(cause, HubError)), None)
+            raise said or ConfigError(_cause(error), remedy="see lightning-hub fit --help") from error
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the section that stands beside ``trainer``."""
@@ -87,11 +88,16 @@ class RecipeCLI(LightningCLI):
         )
 
 
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and what it came from, down to the root."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
 def _cause(error: BaseException) -> str:
     """Return the sentence that names the fault, without usage and the alternatives that were tried."""
-    root = error
-    while root.__cause__ or root.__context__:
-        root = root.__cause__ or root.__context__ or root
+    *_, root = _chain(error)
     if isinstance(root, ImportError):
         return f"the recipe names a class whose library is not installed ({' '.join(str(root).split())})"
     lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]

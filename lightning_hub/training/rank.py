@@ -21,7 +21,7 @@ from lightning_hub.parallel.agreement import from_rank_zero
 from lightning_hub.parallel.joining import GivenPlace, join, leave
 from lightning_hub.parallel.tensor_parallel import check_model
 from lightning_hub.runs.folder import RunFolder
-from lightning_hub.runs.rank import RankWriter
+from lightning_hub.runs.rank import RankWriter, classify
 from lightning_hub.runs.writer import RunWriter, StatusWriter
 from lightning_hub.training.attempt import Begun, begin
 from lightning_hub.training.folder import run_folder, write_run
@@ -48,7 +48,10 @@ def as_rank(place: Place, recipe: Recipe, tree: dict[str, Any], options: Options
         code = int(error.exit_code)
     except Exception as error:
         _leave_word(place, error)
-        traceback.print_exc()
+        if classify(error) == "comm":
+            print(f"error: lost another rank: {str(error).splitlines()[0]}", file=sys.stderr)
+        else:
+            traceback.print_exc()
         code = int(ExitCode.FAILED)
     return _abandon(code)
 
