@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ STRATEGIES = sorted((CONFIGS / "strategy").glob("*.yaml"))
 def test_a_strategy_is_read_beside_a_recipe(recipe: Path) -> None:
     read = parse_command(["--config", str(CONFIGS / "sft.yaml"), "--config", str(recipe)]).recipe
     check(read)
-    tree = fill_defaults(read)
+    tree: dict[str, Any] = fill_defaults(read)
     assert settle(read, tree["trainer"], place=None, gpus=0).world_size == 2
     assert tree["trainer"]["precision"] == "bf16-mixed", "the rest of the recipe stays"
 
