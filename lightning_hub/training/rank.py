@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import traceback
@@ -40,8 +41,10 @@ def as_rank(place: Place, recipe: Recipe, tree: dict[str, Any], options: Options
         with together(place, tree) as environment:
             if place.run_dir is not None:
                 begun, status = _told_by_supervisor(place, options)
-                return _train(tree, begun, status, environment, options)
-            return _train_and_keep(place, recipe, tree, options, environment)
+                code = _train(tree, begun, status, environment, options)
+            else:
+                code = _train_and_keep(place, recipe, tree, options, environment)
+        atexit._run_exitfuncs()
     except HubError as error:
         _leave_word(place, error)
         print(f"{error.label}: {error}", file=sys.stderr)
@@ -125,7 +128,7 @@ def _leave_word(place: Place, error: Exception) -> None:
 
 
 def _abandon(code: int) -> NoReturn:
-    """End at once: threads of the process group may wait for ranks that are gone."""
+    """End at once: threads of the process group may wait for ranks that are gone, or abort a normal exit."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
