@@ -1,0 +1,161 @@
+"""The exact delta form: a weight is ``W0`` plus a change that lives where nothing is protected.
+
+``W0`` (N x M) stays as it is. The change is
+
+=======  ==================================  ===============
+shape    change                              trained
+=======  ==================================  ===============
+square   ``U_l D V_l``                       ``D``: r x r
+tall     ``(I - U_h U_h^T) B V_l``           ``B``: N x r
+wide     ``U_l B (I - V_h^T V_h)``           ``B``: r x M
+thin     ``U_l D V_l``, for any shape        ``D``: r x r
+=======  ==================================  ===============
+
+with ``U_h, V_h`` the protected and ``U_l, V_l`` the other singular directions. The form reaches exactly the set
+``{dW: U_h^T dW = 0, dW V_h^T = 0}`` (thin: a part of it for weights that are not square), whatever optimizer, weight
+decay, clipping or precision moves the trained numbers. With everything trained (k = 0) the change is the trained
+matrix itself, so that training is full fine-tuning along the very same path.
+
+The set is the same for a weight and its transpose, so it does not matter which way round a layer stores it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_hub.methods.osft.split import Split, trained_rank
+
+Complement = Literal["full", "thin"]
+
+Side = Literal["all", "both", "left", "right"]
+
+WELL_CONDITIONED = 1e3
+"""Ratio of the largest to the smallest protected singular value up to which the projector of the long side is
+computed from ``W0`` itself; beyond it float32 rounding would leak, and the basis is kept instead."""
+
+
+class Delta(nn.Module):
+    """The change of a weight, as a parametrization of it.
+
+    The long side's basis is never stored where the weight itself can give it: ``U_h U_h^T = W0 G W0^T`` with
+    ``G = V_h^T S_h^-2 V_h``, and the same mirrored. For the layers of a decoder that saves a fifth of all memory.
+
+    Args:
+        shape: Of the weight as it is stored, without experts.
+        ratio: Share of the singular directions that may be trained.
+        complement: ``full`` reaches the whole set, ``thin`` only what spans both trained sides.
+        dtype: Of the bases.
+        experts: How many weights there are, if each expert has its own; None for one without an axis for them.
+    """
+
+    delta: nn.Parameter
+    u_low: nn.Parameter
+    u_high: nn.Parameter
+    v_low: nn.Parameter
+    v_high: nn.Parameter
+    inverse_squares: nn.Parameter
+    kept: Tensor | None
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        ratio: float,
+        complement: Complement,
+        dtype: torch.dtype = torch.float32,
+        experts: int | None = None,
+    ) -> None:
+        super().__init__()
+        out, into = shape
+        self.rank = trained_rank(ratio, min(shape))
+        self.protected = min(shape) - self.rank
+        self.side = _side(out, into, complement, self.protected)
+        lead = () if experts is None else (experts,)
+        trained = {"all": shape, "both": (self.rank, self.rank), "left": (out, self.rank), "right": (self.rank, into)}
+        self.delta = nn.Parameter(torch.zeros(*lead, *trained[self.side]))
+        for name, basis in self._bases(out, into).items():
+            empty = torch.zeros(*lead, *basis, dtype=torch.float32 if name == "inverse_squares" else dtype)
+            self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+        self.register_buffer("kept", None)
+
+    def _bases(self, out: int, into: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of what is kept of the split; all of it lies on the short side, or is thin."""
+        high: dict[str, tuple[int, ...]] = {"inverse_squares": (self.protected, 1)}
+        if self.side == "both":
+            return {"u_low": (out, self.rank), "v_low": (self.rank, into)}
+        if self.side == "left":
+            return high | {"v_low": (self.rank, into), "v_high": (self.protected, into)}
+        return high | {"u_low": (out, self.rank), "u_high": (out, self.protected)} if self.side == "right" else {}
+
+    @property
+    def basis_names(self) -> list[str]:
+        """The names of what is kept of the split."""
+        return [name for name, _ in self.named_parameters() if name != "delta"]
+
+    def bases_of(self, split: Split) -> dict[str, Tensor]:
+        """Return from the split of a weight what is kept of it, by name, in float64."""
+        protected = split.protected
+        squares = split.values[:protected].square()
+        every = {
+            "u_high": split.u[:, :protected],
+            "u_low": split.u[:, protected:],
+            "v_high": split.v[:protected],
+            "v_low": split.v[protected:],
+            "inverse_squares": torch.where(squares > 0, 1 / squares, 0.0)[:, None],
+        }
+        return {name: every[name] for name in self.basis_names}
+
+    def needs_kept(self, split: Split) -> bool:
+        """Say whether the weight cannot give the basis of its long side accurately."""
+        if self.side not in ("left", "right"):
+            return False
+        return bool(split.values[0] > WELL_CONDITIONED * split.values[split.protected - 1]) or not split.values[0]
+
+    def keep(self, split: Split) -> Tensor:
+        """Return the basis of the long side, for a weight that cannot give it."""
+        return split.u[:, : split.protected] if self.side == "left" else split.v[: split.protected]
+
+    def change(self, weight: Tensor) -> Tensor:
+        """Return the change of the weight, in the dtype of what is trained: float32.
+
+        Args:
+            weight: ``W0`` as it is stored.
+        """
+        delta = self.delta
+        if self.side == "all":
+            return delta
+        if self.side == "both":
+            return self.u_low.to(delta.dtype) @ (delta @ self.v_low.to(delta.dtype))
+        if self.side == "left":
+            return (delta - self._protected_left(weight.to(delta.dtype), delta)) @ self.v_low.to(delta.dtype)
+        return self.u_low.to(delta.dtype) @ (delta - self._protected_right(weight.to(delta.dtype), delta))
+
+    def _protected_left(self, weight: Tensor, delta: Tensor) -> Tensor:
+        """Return the part of the columns of ``delta`` that lies in the span of ``U_h``."""
+        if self.kept is not None:
+            return self.kept @ (self.kept.mT @ delta)
+        v_high = self.v_high.to(delta.dtype)
+        return weight @ (v_high.mT @ (self.inverse_squares * (v_high @ (weight.mT @ delta))))
+
+    def _protected_right(self, weight: Tensor, delta: Tensor) -> Tensor:
+        """Return the part of the rows of ``delta`` that lies in the span of ``V_h``."""
+        if self.kept is not None:
+            return (delta @ self.kept.mT) @ self.kept
+        u_high = self.u_high.to(delta.dtype)
+        return ((((delta @ weight.mT) @ u_high) * self.inverse_squares.mT) @ u_high.mT) @ weight
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the weight with its change, in the weight's dtype; without a change, the weight bit by bit."""
+        with torch.autocast(weight.device.type, enabled=False):
+            return (weight + self.change(weight)).to(weight.dtype)
+
+
+def _side(out: int, into: int, complement: Complement, protected: int) -> Side:
+    """Return on which sides the trained numbers are cut to the trained directions."""
+    if protected == 0:
+        return "all"
+    if out == into or complement == "thin":
+        return "both"
+    return "left" if out > into else "right"

@@ -1,0 +1,101 @@
+"""The split of a weight into what is protected and what may be trained.
+
+A weight ``W`` (out x in) with singular value decomposition ``U S V^T`` is protected along its ``k`` largest singular
+directions; what may be trained lives in the span of the other ``r``. Only the two spans matter, so one eigenvalue
+decomposition of the shorter side's Gram matrix gives them, and a QR decomposition carries them to the other side
+(orthogonal subspace fine-tuning, arXiv 2504.07097, section 3; the route over Gram and QR keeps both sides orthonormal
+to float64 rounding even where ``W`` lacks rank, where dividing by singular values does not).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from lightning_hub.errors import HubError
+
+LOOSE = 1e-10
+"""Error of the split above which the slower, more accurate decomposition is used."""
+
+
+class DecompositionError(HubError):
+    """A weight cannot be decomposed."""
+
+    kind = "nan"
+
+
+@dataclass(frozen=True)
+class Split:
+    """Orthonormal directions of a weight, the protected ones first, in float64.
+
+    Attributes:
+        u: Left directions, shape ``(out, R)`` with ``R = min(out, in)``.
+        v: Right directions, shape ``(R, in)``.
+        values: The singular values, largest first, shape ``(R,)``.
+        protected: How many directions ``k`` are protected; the other ``r = R - k`` may be trained.
+        error: Bound of how far the two spans are from the exact ones, relative.
+    """
+
+    u: Tensor
+    v: Tensor
+    values: Tensor
+    protected: int
+    error: float
+
+
+def trained_rank(ratio: float, size: int) -> int:
+    """Return how many of ``size`` directions train: the nearest integer to ``ratio * size``, halves upwards.
+
+    The ratio is taken as it is written in decimal, so that rounding of floats moves nothing: 0.1 of 10 is 1.
+    """
+    return int(Fraction(str(ratio)) * size + Fraction(1, 2))
+
+
+def split(weight: Tensor, rank: int, name: str = "weight") -> Split:
+    """Split a weight so that its ``rank`` smallest singular directions may be trained.
+
+    Args:
+        weight: Shape ``(out, in)``, any dtype; computed in float64 on its device.
+        rank: Trained directions ``r``, of ``min(out, in)``.
+        name: For errors.
+
+    Raises:
+        DecompositionError: The weight holds a NaN or an infinity.
+    """
+    if not bool(torch.isfinite(weight).all()):
+        raise DecompositionError(
+            "the weight holds NaN or infinite numbers", where=name, remedy="use an intact copy of the model"
+        )
+    exact = weight.detach().double()
+    if weight.shape[0] >= weight.shape[1]:
+        return _split_tall(exact, rank)
+    turned = _split_tall(exact.mT, rank)
+    return replace(turned, u=turned.v.mT, v=turned.u.mT)
+
+
+def _split_tall(weight: Tensor, rank: int) -> Split:
+    """Split a weight with at least as many rows as columns."""
+    protected = weight.shape[1] - rank
+    eigenvalues, vectors = torch.linalg.eigh(weight.mT @ weight)
+    squares, right = eigenvalues.flip(0).clamp(min=0), vectors.flip(1).mT
+    values, error = squares.sqrt(), _error(squares, protected)
+    if error > LOOSE:
+        _, values, right = torch.linalg.svd(weight, full_matrices=False)
+        error = _error(values, protected)
+    left, _ = torch.linalg.qr(weight @ right.mT)  # its first columns span what the first rows of `right` reach
+    return Split(left, right, values, protected, error)
+
+
+def _error(values: Tensor, protected: int) -> float:
+    """Bound the error of the spans: rounding of the largest value over the gap at the cut.
+
+    Values on both sides of the cut that are equal within rounding leave the choice open, not the guarantee.
+    """
+    if protected in (0, len(values)):
+        return 0.0
+    gap = float(values[protected - 1] - values[protected])
+    rounding = torch.finfo(torch.float64).eps * float(values[0])
+    return rounding / gap if gap > 0 else float("inf")
