@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from importlib import metadata
@@ -18,11 +17,6 @@ from lightning_hub.errors import ConfigError
 _T = TypeVar("_T")
 
 _NOT_PREPARATION = {"packing.py", "steps.py", "module.py", "inspection.py", "cache.py", "checks.py", "prompts.py"}
-
-
-def default_cache_dir() -> Path:
-    """``LIGHTNING_HUB_CACHE``, else ``~/.cache/lightning-hub``."""
-    return Path(os.environ.get("LIGHTNING_HUB_CACHE") or Path.home() / ".cache" / "lightning-hub")
 
 
 def code_version() -> str:

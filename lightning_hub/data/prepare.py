@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lightning_hub.data.cache import Cache, code_version, default_cache_dir, key_of
+from lightning_hub.data.cache import Cache, code_version, key_of
 from lightning_hub.data.encode import Encoder
 from lightning_hub.data.intake import Intake
 from lightning_hub.data.probe import backend_of
@@ -25,6 +25,7 @@ from lightning_hub.data.sources import Input, open_source
 from lightning_hub.data.templates import resolve_template
 from lightning_hub.errors import DataError
 from lightning_hub.runs.files import write_json
+from lightning_hub.runs.folder import default_cache_dir
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -141,17 +141,20 @@ class SFT(LightningModule):
             return torch.bfloat16 if self.trainer.precision == "bf16-true" else torch.float32
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.weights_dtype]
 
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW over what is trainable, with the learning rate as a pure function of the step."""
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return what trains in groups for the optimizer: matrices with weight decay, and what is none without."""
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         matrices = [parameter for parameter in trained if parameter.ndim > 1]
         vectors = [parameter for parameter in trained if parameter.ndim <= 1]
-        groups = [
+        return [
             {"params": parameters, "weight_decay": decay}
             for kind, decay in ((matrices, self.weight_decay), (vectors, 0.0))
             for parameters in by_mesh(kind)
         ]
-        optimizer = AdamW(groups, lr=self.learning_rate, betas=self.betas, eps=self.eps, fused=True)
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """AdamW over what is trainable, with the learning rate as a pure function of the step."""
+        optimizer = AdamW(self.parameter_groups(), lr=self.learning_rate, betas=self.betas, eps=self.eps, fused=True)
         total = self.trainer.estimated_stepping_batches
         warmup = self.warmup_steps or round(self.warmup_ratio * total if self.warmup_ratio else 0)
         schedule = Schedule(self.lr_scheduler, warmup, total, self.min_lr_ratio)

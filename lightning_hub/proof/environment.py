@@ -16,9 +16,9 @@ import psutil
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from lightning_hub.data.cache import default_cache_dir
 from lightning_hub.launch.devices import visible_gpus
 from lightning_hub.proof.findings import Finding
+from lightning_hub.runs.folder import default_cache_dir
 
 PACKAGE = "lightning-hub"
 MALICIOUS = {"2.6.2", "2.6.3"}

@@ -223,6 +223,11 @@ def runs_root(given: str | Path | None = None) -> Path:
     return Path(given or os.environ.get(ROOT_VARIABLE) or DEFAULT_ROOT)
 
 
+def default_cache_dir() -> Path:
+    """Return where what can be made again is kept: ``LIGHTNING_HUB_CACHE``, else ``~/.cache/lightning-hub``."""
+    return Path(os.environ.get("LIGHTNING_HUB_CACHE") or Path.home() / ".cache" / "lightning-hub")
+
+
 def create_run(name: str, root: Path) -> RunFolder:
     """Make a new run folder ``<name>-<UTC time>[-k]`` that was never used before.
 

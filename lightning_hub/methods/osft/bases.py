@@ -1,0 +1,146 @@
+"""The bases of all changes of a model: computed once for a weight, shared out over the ranks, kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from lightning_hub.methods.osft.delta import Delta
+from lightning_hub.methods.osft.split import split
+from lightning_hub.methods.osft.surgery import Site
+from lightning_hub.parallel.agreement import is_several
+from lightning_hub.parallel.parts import own_part, part_of
+
+VERSION = 1
+"""Of the algorithm: a change of what it computes raises it, and old entries are left alone."""
+
+KEPT = "kept"
+
+
+class BasesCache:
+    """Bases on disk, named by everything that shaped them.
+
+    Args:
+        root: Where they lie; made if absent.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root / "bases"
+
+    def path(self, weight: Tensor, delta: Delta) -> Path:
+        """Return where the bases of a weight lie: a hash of its bytes and of how it is split."""
+        bits = weight.detach().cpu().contiguous().view(torch.uint8).numpy()
+        digest = hashlib.sha256(bits.tobytes())
+        digest.update(f"{VERSION} {tuple(weight.shape)} {weight.dtype} {delta.rank} {delta.side}".encode())
+        return self.root / f"{digest.hexdigest()[:40]}.safetensors"
+
+    def load(self, path: Path) -> dict[str, Tensor] | None:
+        """Return bases, or None where there are none that can be read."""
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError):
+            return None
+
+    def save(self, path: Path, bases: dict[str, Tensor]) -> None:
+        """Write bases; a reader sees all of them or none."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        save_file({name: basis.contiguous() for name, basis in bases.items()}, temporary)
+        temporary.replace(path)
+
+
+def decompose(weight: Tensor, delta: Delta, name: str) -> dict[str, Tensor]:
+    """Return the bases of a weight, or of each expert's, as its change keeps them.
+
+    Raises:
+        DecompositionError: The weight holds what is no number.
+    """
+    slices = weight if weight.ndim == 3 else weight[None]
+    splits = [split(one, delta.rank, name) for one in slices]
+    dtypes = {key: getattr(delta, key).dtype for key in delta.basis_names}
+    made = {key: torch.stack([delta.bases_of(one)[key] for one in splits]).to(dtype) for key, dtype in dtypes.items()}
+    if any(delta.needs_kept(one) for one in splits):
+        made[KEPT] = torch.stack([delta.keep(one) for one in splits]).float()
+    return {key: basis if weight.ndim == 3 else basis[0] for key, basis in made.items()}
+
+
+@torch.no_grad()
+def fill_bases(found: Sequence[Site], cache: BasesCache, done: Callable[[], None] = lambda: None) -> int:
+    """Give every change its bases, and return how many weights had to be decomposed on this rank.
+
+    Each rank decomposes its share while the others do theirs; then the bases go round. Every rank must call this.
+
+    Args:
+        found: The changes that have bases, the same on every rank.
+        cache: Where bases are looked for and kept.
+        done: Called after each weight of this rank's share.
+    """
+    rank = torch.distributed.get_rank() if is_several() else 0
+    owners = share_out([cost(site) for site in found], torch.distributed.get_world_size() if is_several() else 1)
+    mine: dict[int, Tensor] = {}
+    for place, site in enumerate(found):
+        whole = site.original.full_tensor() if isinstance(site.original, DTensor) else site.original
+        if owners[place] == rank:
+            mine[place] = whole.detach()
+    made: dict[int, dict[str, Tensor]] = {}
+    decomposed = 0
+    for place, weight in mine.items():
+        site = found[place]
+        path = cache.path(weight, site.delta)
+        bases = cache.load(path)
+        if bases is None:
+            bases = decompose(weight, site.delta, site.matrix.name)
+            decomposed += 1
+            cache.save(path, {name: basis.cpu() for name, basis in bases.items()})
+        made[place] = bases
+        done()
+    for place, site in enumerate(found):
+        _give(site.delta, made.pop(place, None), owners[place])
+    return decomposed
+
+
+def cost(site: Site) -> float:
+    """Return what a decomposition takes, relative to others: the shorter side squared times the longer one."""
+    *experts, out, into = site.matrix.shape
+    return (experts[0] if experts else 1) * min(out, into) ** 2 * max(out, into)
+
+
+def share_out(costs: Sequence[float], num_ranks: int) -> list[int]:
+    """Return the rank of each piece of work: the dearest first, each to the rank that has least to do."""
+    loads = [0.0] * num_ranks
+    owners = [0] * len(costs)
+    for place in sorted(range(len(costs)), key=lambda place: -costs[place]):
+        owners[place] = loads.index(min(loads))
+        loads[owners[place]] += costs[place]
+    return owners
+
+
+def _give(delta: Delta, bases: dict[str, Tensor] | None, owner: int) -> None:
+    """Send the bases of one change from the rank that has them, and keep this rank's part."""
+    device = own_part(delta.delta).device
+    names = [*delta.basis_names, KEPT]
+    shapes = [{name: basis.shape for name, basis in (bases or {}).items()}]
+    if is_several():
+        torch.distributed.broadcast_object_list(shapes, src=owner)
+    for name in names:
+        if name not in shapes[0]:
+            continue
+        target = getattr(delta, name) if name != KEPT else None
+        dtype = torch.float32 if target is None else target.dtype
+        whole = torch.empty(shapes[0][name], dtype=dtype) if bases is None else bases[name]
+        whole = whole.to(device=device, dtype=dtype).contiguous()
+        if is_several():
+            torch.distributed.broadcast(whole, src=owner)
+        if target is None:
+            delta.kept = whole
+        else:
+            own_part(target.detach()).copy_(part_of(whole, target))
