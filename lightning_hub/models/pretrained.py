@@ -66,7 +66,8 @@ class Pretrained:
         return EMBEDDED_FOLDER if self.source == EMBEDDED and not path.is_dir() else path
 
     @property
-    def _name(self) -> str:
+    def name(self) -> str:
+        """What transformers calls it: a local path or a hub id."""
         return str(self.path) if self.path.is_dir() else self.source
 
     @cached_property
@@ -93,7 +94,7 @@ class Pretrained:
     def generation_config(self) -> GenerationConfig:
         """What ends a generation and how it is sampled; derived from the configuration where there is no file."""
         try:
-            return GenerationConfig.from_pretrained(self._name)
+            return GenerationConfig.from_pretrained(self.name)
         except OSError:
             return GenerationConfig.from_model_config(self.config)
 
@@ -136,7 +137,7 @@ class Pretrained:
     def _open(self, what: str, reader: Callable[..., T]) -> T:
         """Call a reader of transformers and say its failure in one sentence."""
         try:
-            return reader(self._name, trust_remote_code=self.trust_remote_code)
+            return reader(self.name, trust_remote_code=self.trust_remote_code)
         except (OSError, ValueError, ImportError, SafetensorError) as error:
             reason = " ".join(str(error).split())
             remedy = "check the folder or hub id, and that this machine can reach the hub"
