@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -17,6 +19,9 @@ from lightning_hub.data.steps import Batching, Position, StepLoader, StepPlan
 from lightning_hub.errors import DataError
 from lightning_hub.models.pretrained import Pretrained
 from lightning_hub.parallel.data_parallel import data_parallel
+
+RECIPE_NAMES = {"max_tokens": "max_tokens_per_gpu"}
+"""What a recipe calls batch settings, where it calls them otherwise."""
 
 SAMPLES_PER_STEP = 32
 """The effective batch size where a recipe names neither it nor ``tokens_per_step``."""
@@ -155,7 +160,13 @@ class ChatData(LightningDataModule):
 
     def facts(self) -> dict[str, str]:
         """Return what decides the order and content of the steps: a resumed run must have the same."""
-        return {"data": self.prepared.train.fingerprint, "batching": str(self.batching)}
+        words = self.tokenizer.backend_tokenizer.to_str() + str(self.tokenizer.chat_template)
+        batching = asdict(self.batching)
+        return {
+            "data": self.prepared.train.fingerprint,
+            "tokenizer": hashlib.sha256(words.encode()).hexdigest(),
+            **{f"data.init_args.{RECIPE_NAMES.get(name, name)}": str(value) for name, value in batching.items()},
+        }
 
     def packing_report(self) -> dict[str, float]:
         """Return how full the rows are and how many steps make an epoch, for the data report."""

@@ -44,7 +44,8 @@ def start(recipe: Recipe, tree: dict[str, Any], options: Options) -> int:
     writer = write_run(_folder(tree, options), recipe, tree, options)
     from lightning_hub.training.session import Session  # 4 s: torch, lightning and transformers
 
-    code = Session(tree, writer, resume=options.resume, trust_remote_code=options.trust_remote_code).fit()
+    allowed = {name: getattr(options, name) for name in ("trust_remote_code", "allow_changed_data", "trust_checkpoint")}
+    code = Session(tree, writer, resume=options.resume, **allowed).fit()
     if code == ExitCode.DONE and writer.folder.export.is_dir():
         print(f"run    {writer.folder.path}\nexport {writer.folder.export}")
     return code

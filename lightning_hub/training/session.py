@@ -15,21 +15,22 @@ from typing import Any
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from lightning_hub.callbacks import live
 from lightning_hub.callbacks.checkpoints import SaveCheckpoints, StopRun, Wish
 from lightning_hub.callbacks.progress import ProgressLine
 from lightning_hub.callbacks.recorder import Recorder
 from lightning_hub.callbacks.samples import GenerateSamples
 from lightning_hub.checkpoints.export import write_export
-from lightning_hub.checkpoints.plugin import WEIGHTS, FolderCheckpointIO
+from lightning_hub.checkpoints.plugin import FolderCheckpointIO, stored_step
 from lightning_hub.checkpoints.settings import CheckpointSettings
-from lightning_hub.checkpoints.tensors import load_tensors
 from lightning_hub.errors import ExitCode, HubError, NoCheckpointError
 from lightning_hub.runs.folder import RunFolder
-from lightning_hub.runs.manifest import newest_whole, verify
+from lightning_hub.runs.manifest import chosen, newest_whole
 from lightning_hub.runs.rank import RankWriter
 from lightning_hub.runs.samples import SamplesWriter
 from lightning_hub.runs.writer import RunWriter
 from lightning_hub.training.announcement import Announcement
+from lightning_hub.training.facts import recipe_facts
 from lightning_hub.training.parser import RecipeCLI
 
 
@@ -45,14 +46,27 @@ class Session:
         run: The run's files; closed in the end.
         resume: auto, must, never, or the path of a checkpoint.
         trust_remote_code: Whether Python files of the model may run.
+        allow_changed_data: Whether a resume may find other data or batch settings.
+        trust_checkpoint: Whether a checkpoint without a manifest may be resumed from.
     """
 
-    def __init__(self, tree: dict[str, Any], run: RunWriter, *, resume: str, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self,
+        tree: dict[str, Any],
+        run: RunWriter,
+        *,
+        resume: str,
+        trust_remote_code: bool = False,
+        allow_changed_data: bool = False,
+        trust_checkpoint: bool = False,
+    ) -> None:
         self.tree = tree
         self.run = run
         self.folder = run.folder
         self.resume = resume
         self.trust_remote_code = trust_remote_code
+        self.allow_changed_data = allow_changed_data
+        self.trust_checkpoint = trust_checkpoint
         self.val_losses: dict[int, float] = {}
         self._signals = 0
 
@@ -66,7 +80,7 @@ class Session:
         rank: RankWriter | None = None
         try:
             checkpoint = self._checkpoint()
-            step = verify(checkpoint).step if checkpoint else 0
+            step = stored_step(checkpoint) if checkpoint else 0
             reason = f"resumed from {checkpoint.name}" if checkpoint else "first start"
             attempt = self.run.start_attempt(reason, step=step, checkpoint=checkpoint)
             rank = RankWriter(self.folder, attempt, trouble=self.run.trouble)
@@ -91,7 +105,7 @@ class Session:
         if self.resume == "never":
             return None
         if self.resume not in ("auto", "must"):
-            return Path(self.resume).resolve()
+            return chosen(self.resume, trusted=self.trust_checkpoint)
         found, damaged = newest_whole(self.folder.checkpoints)
         for error in damaged:
             print(f"warning: {error}; trying an older one", file=sys.stderr)
@@ -103,7 +117,7 @@ class Session:
         return found
 
     def _train(self, rank: RankWriter, checkpoint: Path | None) -> int:
-        facts: dict[str, str] = {}
+        facts = recipe_facts(self.tree)
         recorder = Recorder(rank, self.run)
         self.val_losses = recorder.val_losses
         trial = bool(self.tree["trainer"].get("fast_dev_run"))
@@ -115,10 +129,12 @@ class Session:
                 facts,
                 wish=lambda: self._wish(rank),
                 saved=lambda step, path: self.run.event("checkpoint", step=step, path=path.name),
+                allow_changed_data=self.allow_changed_data,
             )
             return [recorder, Announcement(), ProgressLine(recorder), *([] if trial else [saver])]
 
-        cli = build(self.tree, self.folder.path, ours, FolderCheckpointIO(facts), self.trust_remote_code)
+        checkpoint_io = FolderCheckpointIO(facts, trusted=self.trust_checkpoint)
+        cli = build(self.tree, self.folder.path, ours, checkpoint_io, self.trust_remote_code)
         module, data, trainer = cli.model, cli.datamodule, cli.trainer
         with SamplesWriter(self.folder.samples) as samples:
             for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by Lightning's connector
@@ -206,8 +222,8 @@ def export(tree: dict[str, Any], folder: RunFolder, target: Path, *, trust_remot
     cli = build(tree, trust_remote_code=trust_remote_code)
     module, data = cli.model, cli.datamodule
     module.trainer = cli.trainer
-    module.configure_model()
-    module.load_state_dict(load_tensors(found / WEIGHTS))
+    module.build()
+    live.fill_weights(module, FolderCheckpointIO().load_checkpoint(found)["restored"].weights)
     data.open(module.pretrained)
     model, weights = module.export_state()
     write_export(target, model, weights, data.tokenizer)
