@@ -210,7 +210,9 @@ def build(
 
 
 def export(tree: dict[str, Any], folder: RunFolder, target: Path, *, trust_remote_code: bool = False) -> None:
-    """Write the export of a run from its newest whole checkpoint.
+    """Write the export of a run from its newest whole checkpoint, in one process, whatever wrote it.
+
+    The model is built once, empty, and filled tensor by tensor.
 
     Raises:
         NoCheckpointError: The run has none.
@@ -219,7 +221,8 @@ def export(tree: dict[str, Any], folder: RunFolder, target: Path, *, trust_remot
     if found is None:
         reason = f"there is no whole checkpoint ({damaged[0]})" if damaged else "there is no checkpoint"
         raise NoCheckpointError(reason, where=str(folder.checkpoints), remedy="train on, or start a new run")
-    cli = build(tree, trust_remote_code=trust_remote_code)
+    alone = {**tree["trainer"], "num_nodes": 1, "devices": 1, "strategy": "auto"}
+    cli = build({**tree, "trainer": alone}, trust_remote_code=trust_remote_code)
     module, data = cli.model, cli.datamodule
     module.trainer = cli.trainer
     module.build()
