@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, partial
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any, TypeVar
@@ -213,13 +214,8 @@ def processes(world_size: int, work: Callable[[], T], folder: Path) -> list[T]:
         work: What each does; it must be importable.
         folder: Where results travel.
     """
-    context = multiprocessing.get_context("forkserver")  # one import of torch for all processes of all topologies
-    context.set_forkserver_preload(["tests.parallel.harness"])
-    port = _free_port()
-    ranks = [context.Process(target=_rank, args=(rank, world_size, port, work, folder)) for rank in range(world_size)]
-    for process in ranks:
-        process.start()
     end = time.monotonic() + TIME_LIMIT
+    ranks = started(world_size, work, folder)
     try:
         for process in ranks:
             process.join(max(0.0, end - time.monotonic()))
@@ -229,6 +225,17 @@ def processes(world_size: int, work: Callable[[], T], folder: Path) -> list[T]:
             process.kill()
     assert not hung, f"ranks {hung} did not end within {TIME_LIMIT} s"
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
+
+
+def started(world_size: int, work: Callable[[], object], folder: Path) -> list[ForkServerProcess]:
+    """Return the processes that run a function as every rank of a world; the caller ends them."""
+    context = multiprocessing.get_context("forkserver")  # one import of torch for all processes of all topologies
+    context.set_forkserver_preload(["tests.parallel.harness"])
+    port = _free_port()
+    ranks = [context.Process(target=_rank, args=(rank, world_size, port, work, folder)) for rank in range(world_size)]
+    for process in ranks:
+        process.start()
+    return ranks
 
 
 def _rank(rank: int, world_size: int, port: int, work: Callable[[], object], folder: Path) -> None:

@@ -228,3 +228,45 @@ def test_a_wish_for_a_checkpoint(fit: Fit, tmp_path: Path) -> None:
     events = [json.loads(line) for line in folder.events.read_text().splitlines()]
     assert not folder.control_checkpoint.exists()
     assert any(event["event"] == "checkpoint" and event["step"] == 3 for event in events)
+
+
+FULL_DISK = """
+import os, subprocess, sys
+from pathlib import Path
+from lightning_hub.cli import run
+folder = Path(sys.argv[1])
+(folder / "checkpoints").mkdir(parents=True)
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder / "checkpoints")], check=True)
+code = run(sys.argv[2:])
+print("left", sorted(os.listdir(folder / "checkpoints")), file=sys.stderr)
+sys.exit(code)
+"""
+"""A process that trains where there is room for one checkpoint and not for two."""
+
+
+@pytest.mark.slow
+@pytest.mark.fault("F18")
+def test_a_full_disk_ends_the_run_and_leaves_the_old_checkpoint(fit: Fit, tmp_path: Path) -> None:
+    if subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "tmpfs", str(tmp_path)], check=False).returncode:
+        pytest.skip("this user may not mount a small disk")
+    _, straight = fit("--trainer.max_steps", "2")
+    folder = RunFolder(tmp_path / "full")
+    arguments = [
+        "fit",
+        "--config",
+        str(straight.config),
+        "--run-dir",
+        str(folder.path),
+        "--resume",
+        "auto",
+        *EVERY_STEP,
+    ]
+    command = ["unshare", "-m", sys.executable, "-c", FULL_DISK, str(folder.path), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert "left ['latest', 'step-1']" in done.stderr
+    assert "are needed and" in done.stderr
+    assert "free space and resume" in done.stderr
+    assert json.loads(folder.status.read_text())["state"] == "failed"
+    record = json.loads((folder.path / json.loads(folder.status.read_text())["error"]).read_text())
+    assert record["class"] == "disk"
