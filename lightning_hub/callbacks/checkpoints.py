@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_hub.callbacks import live
 from lightning_hub.callbacks.facts import compare
+from lightning_hub.checkpoints.background import Background
 from lightning_hub.checkpoints.crew import Crew
+from lightning_hub.checkpoints.plugin import FolderCheckpointIO
 from lightning_hub.checkpoints.rng import random_state
 from lightning_hub.checkpoints.settings import CheckpointSettings
 from lightning_hub.checkpoints.storage import point_latest, prune
@@ -71,6 +75,8 @@ class SaveCheckpoints(Checkpoint):
         self._saved_at = time.monotonic()
         self._scores: dict[int, float] = {}
         self._resumed: dict[str, Any] | None = None
+        self._background = Background() if settings.asynchronous else None
+        self._unmarked: tuple[int, Path] | None = None
 
     # ---- when ------------------------------------------------------------------------------------------------------
 
@@ -78,6 +84,7 @@ class SaveCheckpoints(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         """Save if it is time, unless a validation comes first."""
+        self._mark(wait=False)
         settings, step = self.settings, trainer.global_step
         minutes = (time.monotonic() - self._saved_at) / 60
         self._due = (
@@ -115,17 +122,50 @@ class SaveCheckpoints(Checkpoint):
     # ---- what ------------------------------------------------------------------------------------------------------
 
     def save(self, trainer: Trainer) -> None:
-        """Commit a checkpoint of this step, make it the latest, and remove what need not be kept."""
+        """Commit a checkpoint of this step, make it the latest, and remove what need not be kept.
+
+        Where saves are asynchronous, all but the copy happens later; a stop and the next save wait for it.
+        """
         step = trainer.global_step
-        if step == self._saved_step:
+        if step != self._saved_step:
+            self._mark(wait=True)
+            target = self.folder / f"step-{step}"
+            with self._in_background(trainer.strategy.checkpoint_io):
+                trainer.save_checkpoint(target)
+            self._saved_step, self._saved_at, self._due = step, time.monotonic(), False
+            self._unmarked = step, target
+            self._mark(wait=self._background is None or self._stopping)
+            if self._stopping:
+                remedy = f"go on with: lightning-hub runs resume {self.folder.parent}"
+                raise StopRun(f"on request, after step {step}; its checkpoint is {target}", remedy=remedy)
+
+    @contextmanager
+    def _in_background(self, checkpoint_io: CheckpointIO) -> Iterator[None]:
+        """Let a save be written in the background, if it is to be; those of others are not."""
+        if not isinstance(checkpoint_io, FolderCheckpointIO):
+            yield
             return
-        target = self.folder / f"step-{step}"
-        trainer.save_checkpoint(target)
-        self._saved_step, self._saved_at, self._due = step, time.monotonic(), False
+        checkpoint_io.background = self._background
+        try:
+            yield
+        finally:
+            checkpoint_io.background = None
+
+    def _mark(self, *, wait: bool) -> None:
+        """Once the last save is whole on every rank, make it known.
+
+        Raises:
+            Exception: What went wrong in it, the same on every rank.
+        """
+        if self._unmarked is None or not (self._background is None or self._background.ended(wait=wait)):
+            return
+        step, target = self._unmarked
+        self._unmarked = None
         Crew().on_first(lambda: self._committed(step, target))
-        if self._stopping:
-            remedy = f"go on with: lightning-hub runs resume {self.folder.parent}"
-            raise StopRun(f"on request, after step {step}; its checkpoint is {target}", remedy=remedy)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Wait for the last save."""
+        self._mark(wait=True)
 
     def _committed(self, step: int, target: Path) -> None:
         """Make a committed checkpoint the latest, say so, and remove what need not be kept."""

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import CheckpointIO
 
+from lightning_hub.checkpoints.background import Background
 from lightning_hub.checkpoints.crew import Crew
 from lightning_hub.checkpoints.rng import restore_random_state, seed_anew
 from lightning_hub.checkpoints.snapshot import Share, Snapshot
@@ -45,19 +46,25 @@ class FolderCheckpointIO(CheckpointIO):
     def __init__(self, facts: dict[str, str] | None = None, *, trusted: bool = False) -> None:
         self.facts = {} if facts is None else facts
         self.trusted = trusted
+        self.background: Background | None = None
+        """Where saves are written; none in the training's own thread."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: object = None) -> None:
         """Commit a checkpoint under ``path``; called on one rank, which holds everything."""
-        self._save(Snapshot.of(checkpoint), Path(path), Crew(alone=True))
+        self._save(Snapshot.of(checkpoint), Path(path), alone=True)
 
     def save_together(self, checkpoint: dict[str, Any], path: str | Path) -> None:
         """Commit a checkpoint under ``path``; called on every rank, with what it holds."""
-        self._save(Snapshot.of(checkpoint), Path(path), Crew())
+        self._save(Snapshot.of(checkpoint), Path(path), alone=False)
 
-    def _save(self, snapshot: Snapshot, path: Path, crew: Crew) -> None:
-        mine = snapshot.share(crew)
+    def _save(self, snapshot: Snapshot, path: Path, *, alone: bool) -> None:
+        mine = snapshot.share(Crew(alone=alone))
         manifest = Manifest(snapshot.step, snapshot.world_size, snapshot.strategy, facts=dict(self.facts))
-        commit(path, manifest, lambda folder: _write(folder, mine, crew), mine.num_bytes, crew)
+        if self.background is None:
+            _commit(path, manifest, mine, Crew(alone=alone))
+            return
+        crew, copy = self.background.crew(alone=alone), mine.on_host()
+        self.background.start(lambda: _commit(path, manifest, copy, crew))
 
     def load_checkpoint(
         self, path: str | Path, map_location: object = None, weights_only: bool | None = None
@@ -114,6 +121,10 @@ def stored_step(folder: Path) -> int:
     """Return how many steps a checkpoint has finished."""
     step: int = _load(folder / STATE)["global_step"]
     return step
+
+
+def _commit(path: Path, manifest: Manifest, mine: Share, crew: Crew) -> None:
+    commit(path, manifest, lambda folder: _write(folder, mine, crew), mine.num_bytes, crew)
 
 
 def _write(folder: Path, mine: Share, crew: Crew) -> Files:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -144,6 +145,18 @@ class Share:
         """What it takes on disk."""
         parts = [*self.snapshot.weights.values(), *self.snapshot.optimizer.values()]
         return sum(part.data.nbytes for part in parts)
+
+    def on_host(self) -> Share:
+        """Return a copy in host memory, which later steps do not change."""
+        given = self.snapshot
+        copied = replace(
+            given, weights=_copied(given.weights), optimizer=_copied(given.optimizer), state=deepcopy(given.state)
+        )
+        return replace(self, snapshot=copied)
+
+
+def _copied(parts: dict[str, Part]) -> dict[str, Part]:
+    return {name: replace(part, data=part.data.to("cpu", copy=True)) for name, part in parts.items()}
 
 
 def _random_key(share: int) -> Key:
