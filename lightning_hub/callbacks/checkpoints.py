@@ -216,6 +216,7 @@ class SaveCheckpoints(Checkpoint):
         """Note what a resume of this run must find unchanged, and fill the optimizer from the checkpoint."""
         binding = trainer.datamodule.facts()  # type: ignore[attr-defined]  # Lightning types its trainer without one
         self.facts.update(binding)
+        self.facts["processes"] = f"{trainer.world_size} ({strategy_word(trainer.strategy)})"
         if self._resumed is None:
             return
         compare(

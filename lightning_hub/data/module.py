@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol, cast
@@ -160,11 +161,10 @@ class ChatData(LightningDataModule):
 
     def facts(self) -> dict[str, str]:
         """Return what decides the order and content of the steps: a resumed run must have the same."""
-        words = self.tokenizer.backend_tokenizer.to_str() + str(self.tokenizer.chat_template)
         batching = asdict(self.batching)
         return {
             "data": self.prepared.train.fingerprint,
-            "tokenizer": hashlib.sha256(words.encode()).hexdigest(),
+            "tokenizer": tokenizer_hash(self.tokenizer),
             **{f"data.init_args.{RECIPE_NAMES.get(name, name)}": str(value) for name, value in batching.items()},
         }
 
@@ -208,3 +208,10 @@ class ChatData(LightningDataModule):
         if getattr(self.trainer, "overfit_batches", 0):  # the same steps again and again
             return 0, 0
         return self.trainer.current_epoch, self.trainer.fit_loop.epoch_loop.batch_progress.current.completed
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Return a hash of what a tokenizer makes of a text; how it was last asked to cut and pad is no part of that."""
+    parts = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+    words = json.dumps([parts, tokenizer.chat_template], sort_keys=True)
+    return hashlib.sha256(words.encode()).hexdigest()

@@ -24,8 +24,7 @@ def part_of(whole: Tensor, target: Tensor) -> Tensor:
 def offsets(tensor: Tensor) -> tuple[int, ...]:
     """Return where in the whole tensor the part of this rank begins, for each dimension.
 
-    Inner axes are cut first: full sharding comes after the tensor-parallel split and cuts what that has left. torch's
-    own answer (``compute_local_shape_and_global_offset``) goes the other way round and is wrong for uneven parts.
+    Inner axes are cut first: full sharding comes after the tensor-parallel split and cuts what that has left.
     """
     starts, sizes = [0] * tensor.ndim, list(tensor.shape)
     if isinstance(tensor, DTensor):

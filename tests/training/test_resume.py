@@ -105,9 +105,9 @@ def test_going_on_from_an_older_checkpoint_gives_up_the_newer_ones(fit: Fit) -> 
 def test_changed_data_is_refused_unless_allowed(
     fit: Fit, write_rows: WriteRows, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _, folder = fit(*EVERY_STEP, "--trainer.max_steps", "2")
+    _, folder = fit(*EVERY_STEP, "--trainer.max_steps", "3")
     write_rows(41)
-    again = ["runs", "resume", str(folder.path), "--trainer.max_steps", "4", "--data.effective_batch_size", "16"]
+    again = ["runs", "resume", str(folder.path), "--trainer.max_steps", "5", "--data.effective_batch_size", "16"]
     assert run(again) == 2
     error = capsys.readouterr().err
     assert "changed since the checkpoint: data was " in error
@@ -116,7 +116,9 @@ def test_changed_data_is_refused_unless_allowed(
     assert json.loads(folder.status.read_text())["state"] == "failed"
     assert run([*again, "--allow-changed-data"]) == 0
     assert "note: data.init_args.effective_batch_size was 8 and is 16 since the checkpoint" in capsys.readouterr().err
-    assert verify(folder.latest.resolve()).step == 4
+    assert verify(folder.latest.resolve()).step == 5
+    epochs = [line["epoch"] for line in read_metrics(folder) if "loss" in line]
+    assert epochs == [0, 0, 0, 1, 1], "where epochs have 2 steps, one with 3 finished is over"
 
 
 @pytest.mark.fault("F24")
