@@ -117,12 +117,6 @@ class Restored:
                 seed_anew(share)
 
 
-def stored_step(folder: Path) -> int:
-    """Return how many steps a checkpoint has finished."""
-    step: int = _load(folder / STATE)["global_step"]
-    return step
-
-
 def _commit(path: Path, manifest: Manifest, mine: Share, crew: Crew) -> None:
     commit(path, manifest, lambda folder: _write(folder, mine, crew), mine.num_bytes, crew)
 

@@ -119,7 +119,8 @@ class Snapshot:
         ]
         if not floats:
             return
-        sums = torch.stack([tensor.sum(dtype=torch.float32).cpu() for _, tensor in floats])
+        device = floats[0][1].device
+        sums = torch.stack([tensor.sum(dtype=torch.float32).to(device) for _, tensor in floats])
         suspects = [floats[place] for place in sums.isfinite().logical_not().nonzero().flatten().tolist()]
         bad = [name for name, tensor in suspects if not tensor.isfinite().all()]
         if bad:

@@ -16,6 +16,9 @@ from pathlib import Path
 from lightning_hub.errors import ConfigError, ExitCode, HubError
 
 MANIFEST = "manifest.json"
+FORMAT = 2
+"""Version of what a checkpoint folder holds: 2 keeps tensors by name, in as many parts as there were writers."""
+
 _NAME = re.compile(r"step-(\d+)")
 
 
@@ -44,7 +47,7 @@ class Manifest:
     strategy: str
     files: dict[str, tuple[int, str]] = field(default_factory=dict)
     facts: dict[str, str] = field(default_factory=dict)
-    schema: int = 1
+    schema: int = FORMAT
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -55,6 +58,8 @@ def read_manifest(folder: Path) -> Manifest:
     """
     try:
         given = json.loads((folder / MANIFEST).read_text())
+        if given["schema"] != FORMAT:
+            raise ValueError(f"its format is {given['schema']}, this version reads {FORMAT}")
         return Manifest(**{**given, "files": {name: tuple(entry) for name, entry in given["files"].items()}})
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DamagedError(f"no readable manifest ({error})", where=str(folder)) from error
@@ -81,6 +86,14 @@ def verify(folder: Path, share: int = 0, shares: int = 1) -> Manifest:
         if place % shares == share and _hash(path, folder) != digest:
             raise DamagedError(f"{name} has another sha256 than its manifest", where=str(folder))
     return manifest
+
+
+def step_of(folder: Path) -> int:
+    """Return how many steps a checkpoint has finished: as its manifest says, or its name where it has none."""
+    if (folder / MANIFEST).is_file():
+        return read_manifest(folder).step
+    match = _NAME.fullmatch(folder.name)
+    return int(match[1]) if match else 0
 
 
 def chosen(text: str, *, trusted: bool = False) -> Path:

@@ -21,11 +21,11 @@ from lightning_hub.callbacks.progress import ProgressLine
 from lightning_hub.callbacks.recorder import Recorder
 from lightning_hub.callbacks.samples import GenerateSamples
 from lightning_hub.checkpoints.export import write_export
-from lightning_hub.checkpoints.plugin import FolderCheckpointIO, stored_step
+from lightning_hub.checkpoints.plugin import FolderCheckpointIO
 from lightning_hub.checkpoints.settings import CheckpointSettings
 from lightning_hub.errors import ExitCode, HubError, NoCheckpointError
 from lightning_hub.runs.folder import RunFolder
-from lightning_hub.runs.manifest import chosen, newest_whole
+from lightning_hub.runs.manifest import chosen, newest_whole, step_of
 from lightning_hub.runs.rank import RankWriter
 from lightning_hub.runs.samples import SamplesWriter
 from lightning_hub.runs.writer import RunWriter
@@ -80,7 +80,7 @@ class Session:
         rank: RankWriter | None = None
         try:
             checkpoint = self._checkpoint()
-            step = stored_step(checkpoint) if checkpoint else 0
+            step = step_of(checkpoint) if checkpoint else 0
             reason = f"resumed from {checkpoint.name}" if checkpoint else "first start"
             attempt = self.run.start_attempt(reason, step=step, checkpoint=checkpoint)
             rank = RankWriter(self.folder, attempt, trouble=self.run.trouble)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
-from lightning_hub.checkpoints.plugin import STATE, FolderCheckpointIO, stored_step
+from lightning_hub.checkpoints.plugin import STATE, FolderCheckpointIO
 from lightning_hub.checkpoints.rng import random_state, restore_random_state
 from lightning_hub.checkpoints.snapshot import NotFiniteError
 from lightning_hub.checkpoints.storage import commit, write_file
@@ -142,7 +142,7 @@ def test_a_folder_is_replaced_once_the_new_one_is_whole(tmp_path: Path) -> None:
     bad = checkpoint(state_dict={"w": torch.tensor([float("nan")])})
     with pytest.raises(NotFiniteError):
         FolderCheckpointIO().save_checkpoint(bad, tmp_path / "last.ckpt")
-    assert stored_step(tmp_path / "last.ckpt") == 3
+    assert verify(tmp_path / "last.ckpt").step == 3
     FolderCheckpointIO().save_checkpoint(checkpoint(global_step=5), tmp_path / "last.ckpt")
     assert verify(tmp_path / "last.ckpt").step == 5
     assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
