@@ -44,6 +44,7 @@ VERBS = (
     Verb("runs", "list, show, follow, resume, stop or delete runs", "lightning_hub.training.runs_command:main"),
     Verb("export", "write a run's result as a plain Hugging Face folder", "lightning_hub.training.export_command:main"),
     Verb("chat", "talk to a run's result or to a model folder", "lightning_hub.training.chat_command:main"),
+    Verb("doctor", "look at this machine, and prove that its numbers are right", "lightning_hub.proof.command:main"),
     Verb("schema", "print the catalogue of options as JSON", "lightning_hub.config.schema:print_schema"),
 )
 

@@ -10,17 +10,33 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_hub.errors import HubError
 from lightning_hub.ops.rows import Step
-from lightning_hub.parallel.data_parallel import data_parallel
-from lightning_hub.runs.rank import RankWriter
-from lightning_hub.runs.writer import RunWriter
+from lightning_hub.runs.rank import RankWriter, classify
+from lightning_hub.runs.writer import StatusWriter
 
 
 class TrainedModule(Protocol):
     """What the recorder reads of a module after a step."""
 
     step_loss: Tensor
-    grad_norm: Tensor | None
+    grad_norm: Tensor
+    is_skipped: bool
+
+
+class OutOfMemoryError(HubError):
+    """The memory of a device or host was not enough for a step."""
+
+    kind = "oom"
+
+    def __init__(self, step: int, batch: Step, cause: BaseException) -> None:
+        lengths = ", ".join(str(row.input_ids.numel()) for row in batch.rows)
+        super().__init__(
+            f"no memory was left in step {step}, whose rows on this rank hold {lengths} tokens "
+            f"({str(cause).splitlines()[0][:200]})",
+            remedy="lower data.init_args.max_tokens_per_gpu, set model.init_args.gradient_checkpointing, or shard over "
+            "more devices with strategy fsdp",
+        )
 
 
 class Recorder(Callback):
@@ -30,16 +46,18 @@ class Recorder(Callback):
 
     Args:
         rank: The files of this rank.
-        run: The files of the run (rank 0 only).
+        run: Where the run's state is told (rank 0 only).
     """
 
-    def __init__(self, rank: RankWriter, run: RunWriter | None) -> None:
+    def __init__(self, rank: RankWriter, run: StatusWriter | None) -> None:
         self.rank = rank
         self.run = run
         self.pulse = rank.pulse
         self.tokens = 0
         self.loss_tokens = 0
         self._lr = 0.0
+        self._batch: Step | None = None
+        self._places: dict[int, tuple[int, int]] = {}
         self.val_losses: dict[int, float] = {}
         self._interval_tokens = 0
         self._interval_steps = 0
@@ -73,6 +91,9 @@ class Recorder(Callback):
         """Say that a step begins."""
         self.pulse.phase = "train"
         self.pulse.do("forward")
+        self._batch = batch
+        step = trainer.global_step + 1
+        self._places = {step: (trainer.current_epoch, batch_idx), step - 1: self._places.get(step - 1, (0, 0))}
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Say that a backward begins."""
@@ -89,6 +110,8 @@ class Recorder(Callback):
         """Count the step, and log it if it is its turn."""
         step = trainer.global_step
         self.pulse.step, self.pulse.epoch = step, trainer.current_epoch
+        if cast("TrainedModule", pl_module).is_skipped:
+            self._note_samples(trainer, step, "skipped")
         self.tokens += batch.num_tokens
         self.loss_tokens += batch.num_trained
         self._interval_tokens += batch.num_tokens
@@ -98,14 +121,31 @@ class Recorder(Callback):
         if (every and step % every == 0) or last:
             self._log_step(trainer, pl_module)
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Keep the samples of a step that could not be learnt from, and say what a step was that took all memory.
+
+        Raises:
+            OutOfMemoryError: In place of an error that names bytes only.
+        """
+        if self._batch is not None and classify(exception) == "oom":
+            raise OutOfMemoryError(trainer.global_step + 1, self._batch, exception) from exception
+        if isinstance(exception, HubError) and exception.kind == "nan":
+            self._note_samples(trainer, getattr(exception, "step", trainer.global_step), "not finite")
+
+    def _note_samples(self, trainer: Trainer, step: int, event: str) -> None:
+        """Write down which samples, of all ranks, formed a step."""
+        if self.run is not None and step in self._places:
+            plan = trainer.datamodule.plan  # type: ignore[attr-defined]  # Lightning types its trainer without one
+            self.run.event(event, step=step, samples=plan.members(*self._places[step]))
+
     def _log_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = cast("TrainedModule", pl_module)
         seconds = time.perf_counter() - self._since
-        loss = float(data_parallel(trainer.strategy).mean(module.step_loss))
-        values: dict[str, float | int | None] = {
+        loss = float(module.step_loss)
+        values: dict[str, float | int] = {
             "loss": loss,
             "lr": self._lr,
-            "grad_norm": None if module.grad_norm is None else float(module.grad_norm),
+            "grad_norm": float(module.grad_norm),
             "tokens": self.tokens,
             "loss_tokens": self.loss_tokens,
             "tokens_per_second": self._interval_tokens / seconds,
@@ -123,10 +163,9 @@ class Recorder(Callback):
         self._interval_tokens = self._interval_steps = 0
         self._since = time.perf_counter()
 
-    def _publish(self, trainer: Trainer, values: dict[str, float | int | None]) -> None:
+    def _publish(self, trainer: Trainer, numbers: dict[str, float | int]) -> None:
         """Give metrics to the run folder, to the loggers, and to callbacks that watch a metric."""
-        numbers = {name: value for name, value in values.items() if value is not None}
-        for name in {"loss", "grad_norm"} & numbers.keys():  # not by `log`: its bookkeeping costs ten times as much
+        for name in ("loss", "grad_norm"):  # not by `log`: its bookkeeping costs ten times as much
             trainer.callback_metrics[name] = torch.tensor(float(numbers[name]))
         if self.run is None:
             return

@@ -14,8 +14,11 @@ from rich.table import Table
 from lightning_hub.config.command import parse_command
 from lightning_hub.demo.tasks import SHOUT, conversations, words
 from lightning_hub.errors import ExitCode
+from lightning_hub.launch.topology import settle_alone
 from lightning_hub.runs.folder import RunFolder, create_run, runs_root
-from lightning_hub.training.command import checked, write_run
+from lightning_hub.training.attempt import begin
+from lightning_hub.training.command import checked
+from lightning_hub.training.folder import write_run
 from lightning_hub.training.options import Options
 
 RECIPE = Path(__file__).with_name("recipe.yaml")
@@ -43,6 +46,7 @@ def _train(folder: RunFolder, train: Path, val: Path, console: Console) -> int:
     recipe = parse_command(flags).recipe
     options = Options()
     tree = checked(recipe, options)
+    settle_alone(tree["trainer"])
     run = write_run(folder, recipe, tree, options)
     import torch  # 2 s, and 2 s more for the session
 
@@ -51,11 +55,15 @@ def _train(folder: RunFolder, train: Path, val: Path, console: Console) -> int:
     torch.set_num_threads(1)  # a model this small gains nothing from more, and loses much on a busy machine
     prompts = [SHOUT.question.format(word=word) for word in words(TRAINED + VALIDATED + ASKED, seed=7)[-ASKED:]]
     before = _answers("demo", prompts)
-    session = Session(tree, run, resume="never")
-    code = session.fit()
+    session = Session(tree, begin(run, "never"), run)
+    code: int = ExitCode.FAILED
+    try:
+        code = session.fit()
+    finally:
+        run.close(code)
     if code == ExitCode.DONE:
         after = _answers(str(folder.export), prompts)
-        _show(console, folder, session.val_losses, list(zip(prompts, before, after, strict=True)))
+        _show(console, folder, session.recorder.val_losses, list(zip(prompts, before, after, strict=True)))
     return code
 
 

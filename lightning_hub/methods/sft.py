@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from lightning_hub.errors import ConfigError
+from lightning_hub.methods.health import Health
 from lightning_hub.methods.neftune import Neftune
 from lightning_hub.methods.schedule import Schedule, Shape
 from lightning_hub.models.generation import Messages, complete
@@ -49,6 +50,8 @@ class SFT(LightningModule):
         label_smoothing: Share of each target that is spread over the vocabulary.
         neftune_alpha: Noise on the embeddings while training (NEFTune); none if null.
         dtype: dtype of the trained weights. auto: bfloat16 under precision bf16-true, else float32.
+        on_nan: What to do when the loss or gradient of a step is NaN or infinite on any rank: stop, or skip:n to
+            leave out up to n such steps.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class SFT(LightningModule):
         label_smoothing: float = 0.0,
         neftune_alpha: float | None = None,
         dtype: Dtype = "auto",
+        on_nan: str = "stop",
     ) -> None:
         super().__init__()
         if warmup_steps and warmup_ratio:
@@ -93,7 +97,9 @@ class SFT(LightningModule):
         self.model: PreTrainedModel | None = None
         self.loss_head: LossHead | None = None
         self.step_loss = torch.zeros(())
-        self.grad_norm: Tensor | None = None
+        self.grad_norm = torch.zeros(())
+        self.health = Health(on_nan)
+        self.is_skipped = False
         self._sums = torch.zeros(2, dtype=torch.float64)
 
     # ---- set-up ----------------------------------------------------------------------------------------------------
@@ -193,18 +199,25 @@ class SFT(LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Clip the gradients as the trainer asks, and keep their norm for the log."""
+        """Clip the gradients as the trainer asks, and leave out a step that cannot be learnt from."""
         trained = (parameter for group in optimizer.param_groups for parameter in group["params"])
         parameters = [parameter for parameter in trained if parameter.grad is not None]
-        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Lightning's connector
-        self.grad_norm = None
-        if gradient_clip_val and gradient_clip_algorithm != "value":
-            self.grad_norm = clip_by_norm(parameters, gradient_clip_val)
-            return
-        if every and (self.trainer.global_step + 1) % every == 0:
-            self.grad_norm = total_norm(parameters)
-        if gradient_clip_val:
+        by_norm = gradient_clip_val if gradient_clip_algorithm != "value" else None
+        self.grad_norm = clip_by_norm(parameters, by_norm) if by_norm else total_norm(parameters)
+        if gradient_clip_val and not by_norm:
             clip_by_value(parameters, gradient_clip_val)
+        self.step_loss = data_parallel(self.trainer.strategy).mean(self.step_loss)
+        self.is_skipped = not self.health.is_fit(self.trainer.global_step + 1, self.step_loss, self.grad_norm)
+        if self.is_skipped:
+            optimizer.zero_grad()  # without gradients the optimizer moves nothing, weight decay included
+
+    def on_save_checkpoint(self, checkpoint: dict[str, object]) -> None:
+        """Judge what has not been judged before anything is saved."""
+        self.health.settle()
+
+    def on_train_end(self) -> None:
+        """Judge the last step."""
+        self.health.settle()
 
     # ---- validation and answers ------------------------------------------------------------------------------------
 

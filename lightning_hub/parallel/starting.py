@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lightning_hub.parallel.agreement import from_rank_zero
 from lightning_hub.parallel.data_parallel import Placing
 from lightning_hub.parallel.parts import own_part, part_of
 
@@ -37,12 +38,12 @@ def start(
     """
     if not isinstance(strategy, Placing):
         return read()
-    source, layout = _read_once(strategy, read)
+    source, layout = _read_once(read)
     with torch.device("meta"):
         model = skeleton()
     _adopt_dtypes(model, layout)
     strategy.place(model)
-    _fill(model, source, layout, strategy.weights_device)
+    _fill(model, source, layout, strategy)
     return model, layout.findings
 
 
@@ -55,23 +56,18 @@ class _Layout(Generic[T]):
     findings: T
 
 
-def _read_once(
-    strategy: Placing, read: Callable[[], tuple[PreTrainedModel, T]]
-) -> tuple[PreTrainedModel | None, _Layout[T]]:
+def _read_once(read: Callable[[], tuple[PreTrainedModel, T]]) -> tuple[PreTrainedModel | None, _Layout[T]]:
     source: PreTrainedModel | None = None
-    box: list[Any] = [None]
-    if strategy.is_global_zero:
-        try:
-            source, findings = read()
-            dtypes = {name: parameter.dtype for name, parameter in source.named_parameters()}
-            buffers = {name: (buffer.shape, buffer.dtype) for name, buffer in source.named_buffers()}
-            box = [_Layout(dtypes, buffers, findings)]
-        except Exception as error:  # it travels to the other ranks, which would wait for ever, and is raised on all
-            box = [error]
-    torch.distributed.broadcast_object_list(box, src=0)
-    if isinstance(box[0], Exception):
-        raise box[0]
-    return source, box[0]
+
+    def lay_out() -> _Layout[T]:
+        nonlocal source
+        source, findings = read()
+        dtypes = {name: parameter.dtype for name, parameter in source.named_parameters()}
+        buffers = {name: (buffer.shape, buffer.dtype) for name, buffer in source.named_buffers()}
+        return _Layout(dtypes, buffers, findings)
+
+    layout = from_rank_zero(lay_out)
+    return source, layout
 
 
 def _adopt_dtypes(model: PreTrainedModel, layout: _Layout[T]) -> None:
@@ -82,21 +78,22 @@ def _adopt_dtypes(model: PreTrainedModel, layout: _Layout[T]) -> None:
         parameter.data = parameter.data.to(layout.dtypes[name])
 
 
-def _fill(model: PreTrainedModel, source: PreTrainedModel | None, layout: _Layout[T], device: torch.device) -> None:
+def _fill(model: PreTrainedModel, source: PreTrainedModel | None, layout: _Layout[T], strategy: Placing) -> None:
+    device, carrier = strategy.weights_device, strategy.root_device
     _allocate(model, device)
     given = dict(source.named_parameters()) if source is not None else {}
     for name, target in model.named_parameters():
-        _fill_parameter(target, given.get(name))
+        _fill_parameter(target, given.get(name), carrier)
     held = dict(source.named_buffers()) if source is not None else {}
     for name, (shape, dtype) in layout.buffers.items():
-        _set_buffer(model, name, _send(held.get(name), shape, dtype).to(device))
+        _set_buffer(model, name, _send(held.get(name), shape, dtype, carrier).to(device))
     left = [name for name, _ in _on_meta(model)]
     assert not left, f"tensors without values: {left}"
 
 
-def _fill_parameter(target: nn.Parameter, source: nn.Parameter | None) -> None:
+def _fill_parameter(target: nn.Parameter, source: nn.Parameter | None, carrier: torch.device) -> None:
     """Send one whole tensor, keep the part of it that is this rank's, and let go of the whole."""
-    whole = _send(None if source is None else source.detach(), target.shape, target.dtype)
+    whole = _send(None if source is None else source.detach(), target.shape, target.dtype, carrier)
     own_part(target.detach()).copy_(part_of(whole, target))
     if source is not None:
         source.data = source.data.new_empty(0)
@@ -112,9 +109,8 @@ def _allocate(model: nn.Module, device: torch.device) -> None:
         torch.__future__.set_swap_module_params_on_conversion(before)
 
 
-def _send(tensor: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Return rank 0's tensor on every rank, on the device that the process group talks through."""
-    device = torch.distributed.distributed_c10d._get_pg_default_device()
+def _send(tensor: Tensor | None, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return rank 0's tensor on every rank, on the device between which it travels fastest."""
     whole = torch.empty(shape, dtype=dtype, device=device) if tensor is None else tensor.to(device).contiguous()
     torch.distributed.broadcast(whole, src=0)
     return whole

@@ -14,8 +14,9 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from lightning_hub.errors import ConfigError
+from lightning_hub.launch.meshes import STRATEGY, check_mesh, check_replicas, read_mesh
+from lightning_hub.launch.topology import mesh_of
 from lightning_hub.parallel.data_parallel import DataParallel, Placing, SavesTogether
-from lightning_hub.parallel.meshes import STRATEGY, Mesh, check_mesh, check_replicas, nearest, read_mesh
 from lightning_hub.parallel.sharding import Sharding
 from lightning_hub.parallel.tensor_parallel import split
 
@@ -212,11 +213,9 @@ def strategy_for(value: str | Strategy | None, world_size: int) -> str | Strateg
     """
     if value is None or value == "auto":
         return DDP() if world_size > 1 else "auto"
-    if value == "model_parallel":
-        remedy = f"write {{class_path: ModelParallel, init_args: {{mesh_shape: {nearest(Mesh(1, 1), world_size, 1)}}}}}"
-        raise ConfigError("model_parallel needs its mesh_shape", where=STRATEGY, remedy=remedy)
     words: dict[str, type[DDP] | type[FSDP]] = {"ddp": DDP, "fsdp": FSDP}
     if isinstance(value, str):
+        mesh_of(value, world_size)
         if value not in words:
             raise ConfigError(f"no strategy {value!r}", where=STRATEGY, remedy="use ddp, fsdp or a class")
         return words[value]()

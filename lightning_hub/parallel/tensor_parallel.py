@@ -12,7 +12,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lightning_hub.errors import ConfigError
-from lightning_hub.parallel.meshes import STRATEGY, check_divisible
+from lightning_hub.launch.meshes import STRATEGY, check_divisible
 
 
 class SumGradients(ParallelStyle):
@@ -50,15 +50,35 @@ HEADS = ("colwise_rep", "colwise_gather_output", "embedding_rowwise", "embedding
 
 def split(model: PreTrainedModel, mesh: DeviceMesh) -> None:
     """Cut the layers of a model over the ranks of a one-dimensional mesh, as the model's own plan says."""
-    check_divisible(model.config, mesh.size())
-    plan = check_plan(model.config, getattr(model, "_tp_plan", None) or {})
-    pattern = {re.compile(re.escape(name).replace(r"\*", r"\d+")): style for name, style in plan.items()}
-    styles: dict[str, Any] = {}
-    for name, _ in model.named_modules():
-        for wanted, style in pattern.items():
-            if wanted.fullmatch(name):
-                styles[name] = STYLES[style]()
+    styles: dict[str, Any] = {name: STYLES[word]() for name, word in layer_styles(model, mesh.size()).items()}
     parallelize_module(model, mesh, styles, src_data_rank=None)
+
+
+def layer_styles(model: PreTrainedModel, tp: int) -> dict[str, str]:
+    """Return the layers that are cut over ``tp`` ranks, each with its word of the model's plan.
+
+    Raises:
+        ConfigError: The model has no plan that is offered, or its sizes cannot be cut so.
+    """
+    check_divisible(model.config, tp)
+    plan = check_plan(model.config, getattr(model, "_tp_plan", None) or {})
+    patterns = {re.compile(re.escape(name).replace(r"\*", r"\d+")): style for name, style in plan.items()}
+    return {
+        name: style
+        for name, _ in model.named_modules()
+        for pattern, style in patterns.items()
+        if pattern.fullmatch(name)
+    }
+
+
+def check_model(config: PretrainedConfig, tp: int) -> None:
+    """Refuse a model that cannot be split over so many ranks, by its configuration alone.
+
+    Raises:
+        ConfigError: It has no plan, or one that is not offered, or a size that ``tp`` does not divide.
+    """
+    check_plan(config, getattr(config, "base_model_tp_plan", None) or {})
+    check_divisible(config, tp)
 
 
 def check_plan(config: PretrainedConfig, plan: dict[str, str]) -> dict[str, str]:

@@ -144,3 +144,12 @@ class Tee:
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.stream, name)
+
+
+class Redirect(Tee):
+    """A text stream that writes to a log only: what lies below the stream is that very file."""
+
+    def write(self, text: str) -> int:
+        """Write to the log."""
+        self._log.write(text)
+        return len(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import faulthandler
+import re
 import signal
 import sys
 import traceback
@@ -14,7 +15,7 @@ from typing import TextIO, cast
 from lightning_hub.errors import HubError
 from lightning_hub.runs.files import make_private_folder, open_append, write_json
 from lightning_hub.runs.folder import RunFolder, now
-from lightning_hub.runs.logfile import LogFile, Tee
+from lightning_hub.runs.logfile import LogFile, Redirect, Tee
 from lightning_hub.runs.metrics import MetricsWriter
 from lightning_hub.runs.pulse import Beat, HeartbeatFile, Pulse, heartbeat_period
 from lightning_hub.runs.records import ErrorRecord
@@ -24,6 +25,8 @@ STACKS_SIGNAL = signal.SIGUSR2
 """Asks a rank for the Python stacks of all its threads (``stacks.txt``); it goes on afterwards."""
 
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE}
+_LOST_PEER = re.compile(r"gloo/transport|NCCL error|Connection (closed|reset) by peer|Broken pipe")
+_NO_MEMORY = re.compile(r"can't allocate memory|CUDA out of memory|std::bad_alloc")
 _COMMUNICATION = ("DistBackendError", "DistNetworkError", "DistStoreError", "ConnectionError", "BrokenPipeError")
 
 
@@ -64,27 +67,26 @@ class RankWriter:
         self._streams: list[tuple[str, TextIO, LogFile]] = []
         self._stacks = -1
 
-    def start(self, *, tee: bool = True) -> None:
+    def start(self, *, shown: bool = True) -> None:
         """Begin to beat and to log.
 
         Args:
-            tee: Copy ``sys.stdout`` and ``sys.stderr`` to the log files; false when the process was started with
-                its output in these files.
+            shown: Whether what is printed is shown as well as logged; false when the process was started with its
+                output in these files.
 
         Raises:
             OSError: The files cannot be made; nothing was trained yet.
         """
-        if tee:
-            for name, path in (("stdout", self.files.stdout), ("stderr", self.files.stderr)):
-                self._tee(name, path)
+        for name, path in (("stdout", self.files.stdout), ("stderr", self.files.stderr)):
+            self._log(name, path, Tee if shown else Redirect)
         self._stacks = open_append(self.files.stacks)
         faulthandler.register(STACKS_SIGNAL, file=self._stacks, all_threads=True)
         self._heartbeat.start()
 
-    def _tee(self, name: str, path: Path) -> None:
+    def _log(self, name: str, path: Path, kind: type[Tee]) -> None:
         stream = cast(TextIO, getattr(sys, name))
         log = LogFile(path, self.trouble)
-        setattr(sys, name, Tee(stream, log))
+        setattr(sys, name, kind(stream, log))
         self._streams.append((name, stream, log))
         if name == "stderr":
             faulthandler.enable(file=log.descriptor)  # a native crash leaves its Python stack in the log
@@ -157,10 +159,10 @@ def classify(error: BaseException) -> str:
     names = {base.__name__ for base in type(error).__mro__}
     if isinstance(error, HubError):
         return error.kind
-    if isinstance(error, MemoryError) or "OutOfMemoryError" in names:
+    if isinstance(error, MemoryError) or "OutOfMemoryError" in names or _NO_MEMORY.search(str(error)):
         return "oom"
-    if names.intersection(_COMMUNICATION):
-        return "comm"
+    if names.intersection(_COMMUNICATION) or (type(error) is RuntimeError and _LOST_PEER.search(str(error))):
+        return "comm"  # gloo tells of a lost peer by a plain RuntimeError
     if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
         return "disk"
     if isinstance(error, FloatingPointError):

@@ -68,7 +68,68 @@ class NewRun:
     trust_remote_code: bool = False
 
 
-class RunWriter:
+class StatusWriter:
+    """How a run goes, in ``status.json`` and ``events.jsonl``: for whoever has the word at the time.
+
+    The one who supervises a run has it before its ranks start and after they have ended; rank 0 in between.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+        self.trouble = Trouble()
+        self.status = Status.from_json(read_json(folder.status))
+        self.attempt = folder.attempts()[-1] if folder.attempts() else 0
+        self._events = LineFile(folder.events)
+
+    def set_status(
+        self,
+        state: State,
+        *,
+        reason: str | None = None,
+        step: int | None = None,
+        max_steps: int | None = None,
+        exit_code: int | None = None,
+        error: Path | None = None,
+    ) -> None:
+        """Change the state; step and max_steps stay as they were when not given."""
+        changed = replace(
+            self.status,
+            state=state,
+            reason=reason,
+            step=self.status.step if step is None else step,
+            max_steps=self.status.max_steps if max_steps is None else max_steps,
+            exit_code=exit_code,
+            error=str(error.relative_to(self.folder.path)) if error else None,
+            warning=self.trouble.message,
+            attempt=self.attempt,
+            time=now(),
+        )
+        if changed.state != self.status.state:
+            self.event("state", state=state, reason=reason)
+        self.status = changed
+        self._guarded(lambda: write_json(self.folder.status, changed.to_json(), fsync=True))
+
+    def refresh(self) -> None:
+        """Take the status as it stands, after another had the word."""
+        self.status = Status.from_json(read_json(self.folder.status))
+
+    def event(self, kind: str, **details: Json) -> None:
+        """Append a line to ``events.jsonl``."""
+        line = json.dumps({"time": now(), "event": kind, **details}, ensure_ascii=False)
+        self._guarded(lambda: self._events.append(line))
+
+    def _guarded(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except OSError as error:
+            self.trouble(error)
+
+    def close_events(self) -> None:
+        """Close ``events.jsonl``."""
+        self._events.close()
+
+
+class RunWriter(StatusWriter):
     """The files of a run that are written once or by its supervisor; in a plain ``fit``, by rank 0.
 
     ``create`` starts a new run; the constructor opens an existing one for a further attempt. Call ``close`` in the
@@ -80,13 +141,10 @@ class RunWriter:
 
     def __init__(self, folder: RunFolder) -> None:
         lock_run(folder)
-        self.folder = folder
-        self.trouble = Trouble()
-        self.status = Status.from_json(read_json(folder.status))
-        self.attempt = folder.attempts()[-1] if folder.attempts() else 0
-        self._events = LineFile(folder.events)
+        super().__init__(folder)
         self._lease_seq = 0
-        self._children: list[dict[str, Json]] = []
+        self.children: list[dict[str, Json]] = []
+        """``rank``, ``pid``, ``pid_start`` and ``exit_code`` of each process of this node."""
         self._lease = Beat("lease", LEASE_PERIOD, self._beat, self.trouble)
         self._gauges: Gauges | None = None
 
@@ -130,6 +188,7 @@ class RunWriter:
         step: int = 0,
         checkpoint: Path | None = None,
         world_size: int = 1,
+        master_port: int | None = None,
         devices: Sequence[str] = (),
     ) -> int:
         """Begin the next attempt and return its number, counted from 1.
@@ -139,11 +198,12 @@ class RunWriter:
             step: The step from which it goes on.
             checkpoint: What it resumes from.
             world_size: Number of ranks.
+            master_port: Where rank 0 listens, if there are several.
             devices: Names of this node's devices, as the heavy side knows them.
         """
         self.attempt += 1
         name = checkpoint.name if checkpoint else None
-        record = Attempt(self.attempt, reason, now(), world_size, step, name)
+        record = Attempt(self.attempt, reason, now(), world_size, step, name, master_port)
         make_private_folder(self.folder.attempt(self.attempt))
         write_json(self.folder.attempt_json(self.attempt), record.to_json(), fsync=True, indent=1)
         make_private_folder(self.folder.node(0).path)
@@ -151,50 +211,11 @@ class RunWriter:
         for wish in (self.folder.control_stop, self.folder.control_checkpoint):
             wish.unlink(missing_ok=True)  # a wish left for an earlier attempt is not meant for this one
         own = Identity.own()
-        self._children = [{"rank": 0, "pid": own.pid, "pid_start": own.start, "exit_code": None}]
+        self.children = [{"rank": 0, "pid": own.pid, "pid_start": own.start, "exit_code": None}]
         self.event("attempt", attempt=self.attempt, reason=reason, checkpoint=name)
         self.set_status("starting", reason=reason, step=step)
         self._lease.start()
         return self.attempt
-
-    def set_status(
-        self,
-        state: State,
-        *,
-        reason: str | None = None,
-        step: int | None = None,
-        max_steps: int | None = None,
-        exit_code: int | None = None,
-        error: Path | None = None,
-    ) -> None:
-        """Change the state; step and max_steps stay as they were when not given."""
-        changed = replace(
-            self.status,
-            state=state,
-            reason=reason,
-            step=self.status.step if step is None else step,
-            max_steps=self.status.max_steps if max_steps is None else max_steps,
-            exit_code=exit_code,
-            error=str(error.relative_to(self.folder.path)) if error else None,
-            warning=self.trouble.message,
-            attempt=self.attempt,
-            time=now(),
-        )
-        if changed.state != self.status.state:
-            self.event("state", state=state, reason=reason)
-        self.status = changed
-        self._guarded(lambda: write_json(self.folder.status, changed.to_json(), fsync=True))
-
-    def event(self, kind: str, **details: Json) -> None:
-        """Append a line to ``events.jsonl``."""
-        line = json.dumps({"time": now(), "event": kind, **details}, ensure_ascii=False)
-        self._guarded(lambda: self._events.append(line))
-
-    def _guarded(self, write: Callable[[], None]) -> None:
-        try:
-            write()
-        except OSError as error:
-            self.trouble(error)
 
     def _beat(self) -> None:
         self._write_lease()
@@ -214,16 +235,18 @@ class RunWriter:
             pid=own.pid,
             pid_start=own.start,
             boot_id=own.boot,
-            children=self._children,
+            children=self.children,
         )
         write_json(self.folder.node(0).lease, lease.to_json())
 
     def close(self, exit_code: int = 0) -> None:
         """End the lease, with the exit code in it, and give the lock free."""
-        self._children = [child | {"exit_code": exit_code} for child in self._children]
+        self.children = [
+            child if child["exit_code"] is not None else child | {"exit_code": exit_code} for child in self.children
+        ]
         if self.attempt and self._lease.ident is not None:
             self._lease.stop()
-        self._events.close()
+        self.close_events()
         self._guarded(lambda: unlock_run(self.folder))
 
 

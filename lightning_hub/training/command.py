@@ -1,11 +1,11 @@
-"""The verbs that train or measure: check everything that is cheap to check, then hand over to the session."""
+"""The verbs that train or measure: check everything that is cheap to check, then hand over to a session or to ranks."""
 
 from __future__ import annotations
 
 import json
-import re
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,17 @@ from lightning_hub.config.helptext import class_help, recipe_help
 from lightning_hub.config.recipe import Recipe
 from lightning_hub.config.resolve import fill_defaults
 from lightning_hub.config.writing import dump
-from lightning_hub.errors import ConfigError, ExitCode
-from lightning_hub.runs.folder import RunFolder, create_run, open_run_dir, runs_root
-from lightning_hub.runs.writer import NewRun, RunWriter
+from lightning_hub.errors import ExitCode, HubError
+from lightning_hub.launch.devices import visible_gpus
+from lightning_hub.launch.place import Place, find_place
+from lightning_hub.launch.ranks import Group, open_listener
+from lightning_hub.launch.supervisor import rank_command, supervise
+from lightning_hub.launch.topology import Topology, settle, settle_alone
+from lightning_hub.runs.files import write_atomic
+from lightning_hub.runs.writer import RunWriter, StatusWriter
+from lightning_hub.training.attempt import Begun, begin
+from lightning_hub.training.folder import run_folder, write_run
 from lightning_hub.training.options import FLAGS, Options, parse
-from lightning_hub.training.processes import require_one_process
 
 
 def fit(argv: Sequence[str]) -> int:
@@ -34,74 +40,83 @@ def fit(argv: Sequence[str]) -> int:
 
 
 def start(recipe: Recipe, tree: dict[str, Any], options: Options) -> int:
-    """Make or open the run folder and train in it.
+    """Train: in this process, as one rank of those that a launcher has started, or in ranks that this one starts.
 
     Args:
         recipe: The recipe as given.
         tree: The same, checked, with its defaults.
         options: Where and how.
     """
-    writer = write_run(_folder(tree, options), recipe, tree, options)
+    place = find_place(os.environ)
+    topology = settle(recipe, tree["trainer"], place, visible_gpus(os.environ), say=note)
+    if place is None and topology.world_size > 1:
+        return _start_ranks(recipe, tree, options, topology)
+    if place is not None and not place.is_alone:
+        from lightning_hub.training.rank import as_rank  # 4 s: torch, lightning and transformers
+
+        return as_rank(place, recipe, tree, options)
+    run = write_run(run_folder(tree, options), recipe, tree, options)
+    begun = begin(run, options.resume, trusted=options.trust_checkpoint)
+    return _told(run, lambda: train(tree, begun, run, options))
+
+
+def train(tree: dict[str, Any], begun: Begun, run: StatusWriter, options: Options) -> int:
+    """Train in this process alone."""
     from lightning_hub.training.session import Session  # 4 s: torch, lightning and transformers
 
-    allowed = {name: getattr(options, name) for name in ("trust_remote_code", "allow_changed_data", "trust_checkpoint")}
-    code = Session(tree, writer, resume=options.resume, **allowed).fit()
-    if code == ExitCode.DONE and writer.folder.export.is_dir():
-        print(f"run    {writer.folder.path}\nexport {writer.folder.export}")
+    return Session(tree, begun, run, options=options).fit()
+
+
+def _start_ranks(recipe: Recipe, tree: dict[str, Any], options: Options, topology: Topology) -> int:
+    """Start the ranks on this machine and supervise them."""
+    with open_listener() as listener:
+        run = write_run(run_folder(tree, options), recipe, tree, options)
+        port = int(listener.getsockname()[1])
+        trusted, world_size = options.trust_checkpoint, topology.world_size
+        begun = begin(run, options.resume, trusted=trusted, world_size=world_size, master_port=port)
+        config = _config_of_attempt(run, begun, tree)
+        flags = ["--resume", str(begun.checkpoint)] if begun.checkpoint else []
+        argv = rank_command(config, *flags, *options.permissions())
+        group = Group(begun.folder, begun.attempt, world_size, argv, listener)
+        return _told(run, lambda: supervise(run, group))
+
+
+def _config_of_attempt(run: RunWriter, begun: Begun, tree: dict[str, Any]) -> Path:
+    """Return the recipe that the ranks read: the run's own, unless this attempt was given other options."""
+    text = dump(tree)
+    if run.folder.config.read_text(encoding="utf-8") == text:
+        return run.folder.config
+    path = run.folder.attempt(begun.attempt) / "config.yaml"
+    write_atomic(path, text.encode(), fsync=True)
+    return path
+
+
+def _told(run: RunWriter, work: Callable[[], int]) -> int:
+    """Do the work of an attempt, close the run, and say where its result is."""
+    code: int = ExitCode.FAILED
+    try:
+        code = work()
+    except HubError as error:
+        code = error.exit_code
+        raise
+    finally:
+        run.close(code)
+    if code == ExitCode.DONE and run.folder.export.is_dir():
+        print(f"run    {run.folder.path}\nexport {run.folder.export}")
     return code
 
 
-def write_run(folder: RunFolder, recipe: Recipe, tree: dict[str, Any], options: Options) -> RunWriter:
-    """Write what a new run is; one that exists is opened as it stands."""
-    if folder.run_json.exists():
-        return RunWriter(folder)
-    sources = [(source.name, source.text) for source in recipe.sources]
-    return RunWriter.create(folder, _new_run(tree, dump(tree), sources, options))
+def note(text: str) -> None:
+    """Print a note for a person."""
+    print(f"note: {text}", file=sys.stderr)
 
 
 def checked(recipe: Recipe, options: Options) -> dict[str, Any]:
     """Check a recipe as far as that is possible without loading anything, and return it whole."""
-    for note in recipe.notes:
-        print(f"note: {note}", file=sys.stderr)
+    for sentence in recipe.notes:
+        note(sentence)
     check(recipe, allow_classes=options.allow_class)
-    tree: dict[str, Any] = fill_defaults(recipe)
-    require_one_process(recipe, tree["trainer"])
-    return tree
-
-
-def _folder(tree: dict[str, Any], options: Options) -> RunFolder:
-    if options.run_dir is not None:
-        return open_run_dir(options.run_dir, resume=options.resume != "never")
-    if options.resume != "never":
-        raise ConfigError(
-            f"--resume {options.resume} does not say which run", where="--resume", remedy="give --run-dir as well"
-        )
-    return create_run(options.run_name or _run_name(tree), runs_root(options.runs_root))
-
-
-def _run_name(tree: dict[str, Any]) -> str:
-    model = Path(str(tree["model"]["init_args"].get("model", "model"))).name.lower()
-    name = re.sub(r"[^a-z0-9._-]+", "-", f"{_method(tree)}-{model}")
-    return name[:64].rstrip("-.")
-
-
-def _method(tree: dict[str, Any]) -> str:
-    return str(tree["model"]["class_path"]).rpartition(".")[2].lower()
-
-
-def _new_run(tree: dict[str, Any], config: str, sources: list[tuple[str, str]], options: Options) -> NewRun:
-    shipped = Path(__file__).parents[2] / "configs"
-    presets = [name for name, _ in sources if Path(name).resolve().parent == shipped]
-    return NewRun(
-        name=_run_name(tree),
-        method=_method(tree),
-        model=str(tree["model"]["init_args"].get("model", "")),
-        config=config,
-        inputs=sources,
-        plan={"nodes": [{"argv": [*sys.argv], "env": {}}], "world_size": 1, "verdict": "single"},
-        preset=Path(presets[0]).stem if presets else None,
-        trust_remote_code=options.trust_remote_code,
-    )
+    return fill_defaults(recipe)
 
 
 def validate(argv: Sequence[str]) -> int:
@@ -119,10 +134,25 @@ def _measure(verb: str, argv: Sequence[str]) -> int:
         return ExitCode.DONE
     command, options, _ = parse(verb, argv)
     tree = checked(command.recipe, options)
-    from lightning_hub.training.session import measure  # 4 s: torch, lightning and transformers
+    place = _settle_here(command.recipe, tree)
+    from lightning_hub.training.rank import together  # 4 s: torch, lightning and transformers
+    from lightning_hub.training.session import measure
 
-    print(json.dumps(measure(tree, verb, trust_remote_code=options.trust_remote_code)))
+    with together(place, tree) as environment:
+        found = measure(tree, verb, trust_remote_code=options.trust_remote_code, environment=environment)
+    if place.rank == 0:
+        print(json.dumps(found))
     return ExitCode.DONE
+
+
+def _settle_here(recipe: Recipe, tree: dict[str, Any]) -> Place:
+    """Return the place of a process that measures: one of those that were started, or alone."""
+    place = find_place(os.environ)
+    if place is None or place.is_alone:
+        settle_alone(tree["trainer"])
+        return Place()
+    settle(recipe, tree["trainer"], place, visible_gpus(os.environ))
+    return place
 
 
 def predict(argv: Sequence[str]) -> int:
@@ -131,13 +161,16 @@ def predict(argv: Sequence[str]) -> int:
         return ExitCode.DONE
     command, options, given = parse("predict", argv, ["--to"])
     tree = checked(command.recipe, options)
-    from lightning_hub.training.session import answer  # 4 s: torch, lightning and transformers
+    place = _settle_here(command.recipe, tree)
+    from lightning_hub.training.rank import together  # 4 s: torch, lightning and transformers
+    from lightning_hub.training.session import answer
 
-    lines = answer(tree, trust_remote_code=options.trust_remote_code)
+    with together(place, tree) as environment:
+        lines = answer(tree, trust_remote_code=options.trust_remote_code, environment=environment)
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    if given.to:
+    if place.rank == 0 and given.to:
         Path(given.to).write_text(text, encoding="utf-8")
-    else:
+    elif place.rank == 0:
         print(text, end="")
     return ExitCode.DONE
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lightning_hub.errors import ConfigError, ExitCode
+from lightning_hub.launch.topology import settle_alone
 from lightning_hub.training.command import checked, show_help
 from lightning_hub.training.options import parse
 
@@ -26,6 +27,7 @@ def main(argv: Sequence[str]) -> int:
     words = [word for word in argv if word != "--json"]
     command, options, given = parse("data", words, ["--sample", "--limit"])
     tree = checked(command.recipe, options)
+    settle_alone(tree["trainer"])
     sample, limit = _number(given.sample, "--sample"), _number(given.limit, "--limit")
     from lightning_hub.data.inspection import describe, report_lines  # 4 s: torch and transformers
     from lightning_hub.training.session import build

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lightning_hub.config.recipe import recipe_from_text
 from lightning_hub.config.resolve import fill_defaults
 from lightning_hub.errors import ExitCode
+from lightning_hub.launch.topology import settle_alone
 from lightning_hub.runs.folder import find_run, runs_root
 
 
@@ -21,7 +23,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--trust-remote-code", action="store_true", help="let Python files of the model run")
     given = parser.parse_args(argv)
     folder = find_run(given.run, runs_root(given.runs_root))
-    tree = fill_defaults(recipe_from_text(folder.config.read_text(encoding="utf-8"), str(folder.config)))
+    tree: dict[str, Any] = fill_defaults(
+        recipe_from_text(folder.config.read_text(encoding="utf-8"), str(folder.config))
+    )
+    settle_alone(tree["trainer"])
     from lightning_hub.training.session import export  # 4 s: torch, lightning and transformers
 
     target = given.to or folder.export

@@ -38,6 +38,16 @@ class Options:
     allow_class: tuple[str, ...] = ()
     print_config: bool = False
 
+    def permissions(self) -> list[str]:
+        """Return the flags that no file may give, for the ranks of this run."""
+        classes = [word for prefix in self.allow_class for word in ("--allow-class", prefix)]
+        allowed = {
+            "--allow-changed-data": self.allow_changed_data,
+            "--trust-checkpoint": self.trust_checkpoint,
+            "--trust-remote-code": self.trust_remote_code,
+        }
+        return [*classes, *(flag for flag, given in allowed.items() if given)]
+
 
 class _Parser(ArgumentParser):
     """Says errors as ours are said."""

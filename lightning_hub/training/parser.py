@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning_hub.checkpoints.plugin import FolderCheckpointIO
 from lightning_hub.checkpoints.settings import CheckpointSettings
 from lightning_hub.data.module import ChatData
-from lightning_hub.errors import ConfigError
+from lightning_hub.errors import ConfigError, HubError
 from lightning_hub.methods.sft import SFT
+from lightning_hub.parallel.joining import GivenPlace
+from lightning_hub.parallel.strategies import strategy_for
 
 
 class RecipeCLI(LightningCLI):
@@ -25,6 +27,7 @@ class RecipeCLI(LightningCLI):
         root: Where Lightning's own callbacks and loggers may write: the run folder.
         callbacks: Makes ours, beside those of the recipe, from the ``checkpoint`` section.
         checkpoint_io: How checkpoints are written and read.
+        environment: This process among the others of the run; None if it is alone.
     """
 
     def __init__(
@@ -34,10 +37,12 @@ class RecipeCLI(LightningCLI):
         root: Path | None = None,
         callbacks: Callable[[CheckpointSettings], Sequence[Callback]] = lambda settings: (),
         checkpoint_io: FolderCheckpointIO | None = None,
+        environment: GivenPlace | None = None,
     ) -> None:
         self.root = root
         self.our_callbacks = callbacks
-        self.checkpoint_io = checkpoint_io
+        self.plugins = [plugin for plugin in (checkpoint_io, environment) if plugin is not None]
+        self.world_size = environment.world_size() if environment else 1
         try:
             super().__init__(
                 model_class=SFT,
@@ -53,7 +58,8 @@ class RecipeCLI(LightningCLI):
                 parser_kwargs={"exit_on_error": False},
             )
         except (ValueError, TypeError, ImportError) as error:  # what jsonargparse raises for what it does not accept
-            raise ConfigError(_cause(error), remedy="see lightning-hub fit --help") from error
+            said = next((cause for cause in _chain(error) if isinstance(cause, HubError)), None)
+            raise said or ConfigError(_cause(error), remedy="see lightning-hub fit --help") from error
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the section that stands beside ``trainer``."""
@@ -71,7 +77,8 @@ class RecipeCLI(LightningCLI):
         bars = [callback for callback in given["callbacks"] or [] if isinstance(callback, ProgressBar)]
         return super().instantiate_trainer(
             default_root_dir=self.root,
-            plugins=[self.checkpoint_io] if self.checkpoint_io else None,
+            plugins=self.plugins or None,
+            strategy=strategy_for(given["strategy"], self.world_size),
             logger=given["logger"] or False,
             enable_progress_bar=bool(bars),
             enable_model_summary=bool(given["enable_model_summary"]),
@@ -81,11 +88,16 @@ class RecipeCLI(LightningCLI):
         )
 
 
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and what it came from, down to the root."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
 def _cause(error: BaseException) -> str:
     """Return the sentence that names the fault, without usage and the alternatives that were tried."""
-    root = error
-    while root.__cause__ or root.__context__:
-        root = root.__cause__ or root.__context__ or root
+    *_, root = _chain(error)
     if isinstance(root, ImportError):
         return f"the recipe names a class whose library is not installed ({' '.join(str(root).split())})"
     lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]

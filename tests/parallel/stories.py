@@ -17,7 +17,6 @@ from lightning_hub.checkpoints.settings import CheckpointSettings
 from lightning_hub.data.module import ChatData
 from lightning_hub.methods.sft import SFT
 from lightning_hub.ops.rows import IGNORED, Step
-from lightning_hub.parallel.data_parallel import data_parallel
 from lightning_hub.parallel.strategies import DDP, FSDP, ModelParallel
 from tests.parallel.harness import Topology, make_trainer
 
@@ -81,7 +80,7 @@ class Watch(Callback):
         self, trainer: Trainer, pl_module: Any, outputs: object, batch: Step, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        self.told.losses[step] = float(data_parallel(trainer.strategy).mean(pl_module.step_loss))
+        self.told.losses[step] = float(pl_module.step_loss)
         trained = [row for row in batch.rows if bool((row.labels != IGNORED).any())]
         self.told.samples[step] = [sample for row in trained for sample in row.sample_ids]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -20,6 +21,7 @@ from lightning_hub.checkpoints.storage import Files
 from lightning_hub.config.recipe import recipe_from_text
 from lightning_hub.config.resolve import fill_defaults
 from lightning_hub.errors import HubError
+from lightning_hub.launch.topology import settle_alone
 from lightning_hub.models.pretrained import EMBEDDED_FOLDER
 from lightning_hub.parallel.parts import own_part
 from lightning_hub.runs.folder import RunFolder
@@ -97,8 +99,7 @@ def test_ranks_fail_together_and_lightnings_callback_works(tmp_path: Path, write
     run = RunFolder(tmp_path / "exported")
     run.checkpoints.mkdir(parents=True)
     (theirs / "last.ckpt").rename(run.checkpoints / "step-10")
-    tree = fill_defaults(recipe_from_text(RECIPE.format(model="demo", data=story.data), "recipe.yaml"))
-    export(tree, run, run.export)
+    export(alone(RECIPE.format(model="demo", data=story.data)), run, run.export)
     exported = load_file(run.export / "model.safetensors")
     assert all(straight[0].weights[name].equal(tensor) for name, tensor in exported.items())
 
@@ -126,10 +127,17 @@ trainer: {{devices: 2, strategy: fsdp}}
 """
 
 
+def alone(text: str) -> dict[str, Any]:
+    """Return a recipe as the export of its run reads it."""
+    tree: dict[str, Any] = fill_defaults(recipe_from_text(text, "recipe.yaml"))
+    settle_alone(tree["trainer"])
+    return tree
+
+
 def weigh_export(text: str, run: RunFolder) -> Samples:
     """Weigh this process while it exports what two ranks have saved."""
     exporting: Samples = []
-    tree = fill_defaults(recipe_from_text(text, "recipe.yaml"))
+    tree = alone(text)
     with weighed(exporting):
         export(tree, run, run.export)
     return exporting

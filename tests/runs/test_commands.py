@@ -53,7 +53,7 @@ def ended(folder: RunFolder, run: RunWriter) -> RunFolder:
 def live(root: Path) -> Iterator[RunFolder]:
     writer = RunWriter.create(create_run("live", root), NEW)
     rank = RankWriter(writer.folder, writer.start_attempt("first start"))
-    rank.start(tee=False)
+    rank.start()
     writer.set_status("running")
     yield writer.folder
     rank.close()

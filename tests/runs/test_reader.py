@@ -90,7 +90,7 @@ def test_a_killed_run_is_lost_at_the_first_look(trainer: subprocess.Popen[str], 
 @pytest.mark.fault("F45")
 def test_a_dead_run_whose_pid_is_another_process_now_is_lost(folder: RunFolder, run: RunWriter) -> None:
     rank = RankWriter(folder, run.start_attempt("test"))
-    rank.start(tee=False)
+    rank.start()
     rank.close()
     run.set_status("running")
     run.close()

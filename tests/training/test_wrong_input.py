@@ -45,17 +45,24 @@ def test_all_faults_of_a_recipe_are_said_at_once(tmp_path: Path, capsys: pytest.
     assert not (tmp_path / "runs").exists(), "nothing was started"
 
 
+PARALLEL = ("--trainer.strategy.class_path", "ModelParallel", "--trainer.strategy.init_args.mesh_shape")
+REPLICAS = ("--trainer.strategy.class_path", "FSDP", "--trainer.strategy.init_args.replicas", "3")
+
 FLAGS: dict[str, tuple[list[str], list[str]]] = {
     "unknown flag": (["--run-dri", "x"], ["--run-dri", "did you mean --run-dir"]),
     "unknown option": (["--model.lerning_rate", "1"], ["learning_rate"]),
     "unknown strategy": (["--trainer.strategy", "ddpp"], ["ddpp", "ddp"]),
     "devices in words": (["--trainer.devices", "two"], ["trainer.devices"]),
     "accumulation": (["--trainer.accumulate_grad_batches", "2"], ["effective_batch_size"]),
-    "several processes": (["--trainer.devices", "2"], ["one"]),
+    "nodes without a launcher": (["--trainer.num_nodes", "2"], ["2 nodes", "torchrun"]),
+    "a mesh that does not fit": ([*PARALLEL, "[[2, 2], [fsdp, tp]]"], ["2 x 2 = 4", "run has 1", "[[1, 1]"]),
+    "no mesh": (["--trainer.strategy", "model_parallel", "--trainer.devices", "2"], ["mesh_shape", "[[2, 1]"]),
+    "replicas that do not fit": ([*REPLICAS, "--trainer.devices", "4"], ["3 equal replicas", "1, 2, 4"]),
     "row shorter than a sample": (["--data.max_tokens_per_gpu", "32"], ["max_seq_len", "max_tokens_per_gpu"]),
     "both batch sizes": (["--data.tokens_per_step", "128"], ["effective_batch_size"]),
     "remote code by recipe": (["--model.trust_remote_code", "true"], ["--trust-remote-code"]),
     "class outside the allow-list": (["--trainer.callbacks+=subprocess.Popen"], ["subprocess.Popen"]),
+    "a way to treat NaN": (["--model.on_nan", "ignore"], ["on_nan", "skip:3"]),
     "two warm-ups": (["--model.warmup_steps", "2", "--model.warmup_ratio", "0.1"], ["warmup"]),
     "one checkpoint only": (["--checkpoint.keep", "1"], ["checkpoint.keep"]),
     "no model": (["--model.model", "./nowhere"], ["no such folder: ./nowhere"]),

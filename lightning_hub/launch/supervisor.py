@@ -1,0 +1,168 @@
+"""Run the ranks of an attempt on this machine: show what rank 0 says, pass wishes on, and say how it ended."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TextIO
+
+from lightning_hub.errors import ExitCode
+from lightning_hub.launch.ranks import PASSED_ON, Ending, Group, Ranks, start_ranks
+from lightning_hub.runs.files import Json, read_json, write_json
+from lightning_hub.runs.folder import RunFolder, now
+from lightning_hub.runs.identity import Identity
+from lightning_hub.runs.logs import LogTail
+from lightning_hub.runs.records import ENDED, ErrorRecord, Heartbeat
+from lightning_hub.runs.writer import RunWriter
+
+TOGETHER = 1.0
+"""Seconds within which ranks end together."""
+
+SAID_BY_EXIT_CODE = {0, int(ExitCode.STOPPED), int(ExitCode.HARD_STOP)}
+"""Exit codes of ranks that are no fault of theirs."""
+
+
+def supervise(run: RunWriter, group: Group) -> int:
+    """Start the ranks of an attempt, wait for them, and return the exit code of the run.
+
+    The exit code is that of the rank that failed first. Signals reach all ranks or none: SIGTERM, SIGUSR1 and the
+    first SIGINT are passed on as wishes, a second SIGINT kills them.
+    """
+    echo = [
+        Echo(group.folder.rank(group.attempt, 0).stdout, sys.stdout),
+        Echo(group.folder.rank(group.attempt, 0).stderr, sys.stderr),
+    ]
+    with start_ranks(group) as ranks, _signals_to(ranks) as interrupts:
+        run.children = _children(ranks)
+
+        def meanwhile() -> None:
+            for stream in echo:
+                stream.pass_on()
+            run.children = [child | {"exit_code": _code(ranks, child["rank"])} for child in run.children]
+
+        ranks.wait(meanwhile)
+    if len(interrupts) > 1:
+        return _hard_stop(run)
+    return _conclude(run, group, first_failure(group, ranks))
+
+
+class Echo:
+    """Copies whole lines of a log to a terminal for as long as there is one."""
+
+    def __init__(self, log: Path, stream: TextIO) -> None:
+        self._tail = LogTail(log)
+        self._stream: TextIO | None = stream
+
+    def pass_on(self) -> None:
+        """Print what is new; a terminal that is gone is let go, the run is not."""
+        lines = self._tail.read()
+        if self._stream is None or not lines:
+            return
+        try:
+            self._stream.write("".join(f"{line.decode('utf-8', 'replace')}\n" for line in lines))
+            self._stream.flush()
+        except OSError:
+            self._stream = None
+
+
+def first_failure(group: Group, ranks: Ranks) -> Ending | None:
+    """Return how the rank ended that is the cause of the others' ends, or None if none failed.
+
+    A rank whose partner is gone fails soon after it, in a collective; such an error is the cause only if there is no
+    other. Ranks that were ended here never are. Of those that fail together, for one reason, the lowest speaks.
+    """
+    failed = [ending for ending in ranks.endings.values() if ending.code != 0 and not ending.ended_here]
+    causes = [ending for ending in failed if not _is_consequence(group, ending)] or failed
+    first = min((ending.at for ending in causes), default=0.0)
+    together = [ending for ending in causes if ending.at - first < TOGETHER]
+    return min(together, key=lambda ending: ending.rank, default=None)
+
+
+def _is_consequence(group: Group, ending: Ending) -> bool:
+    error = read_json(group.folder.rank(group.attempt, ending.rank).error)
+    return ending.code > 0 and error is not None and error.get("class") == "comm"
+
+
+def _conclude(run: RunWriter, group: Group, failure: Ending | None) -> int:
+    """Complete what the ranks have written about their end, and return the run's exit code."""
+    run.refresh()
+    if failure is None:
+        return ExitCode.DONE
+    if failure.code in SAID_BY_EXIT_CODE and run.status.state in ENDED:
+        return failure.code
+    files = group.folder.rank(group.attempt, failure.rank)
+    record = ErrorRecord.from_json(read_json(files.error))
+    if not files.error.exists():
+        record = _died(group.folder, group.attempt, failure)
+        write_json(files.error, record.to_json(), fsync=True, indent=1)
+    sentence = f"rank {failure.rank}: {record.message}"
+    if failure.rank != 0 or failure.code < 0:  # what rank 0 says itself has been shown
+        log = files.stderr.relative_to(group.folder.path.parent)
+        print(f"error: {sentence}; see {log}", file=sys.stderr)
+    code = failure.code if failure.code > 0 else int(ExitCode.FAILED)
+    run.set_status("failed", reason=sentence, step=max(run.status.step, record.step), exit_code=code, error=files.error)
+    return code
+
+
+def _died(folder: RunFolder, attempt: int, ending: Ending) -> ErrorRecord:
+    """Describe the end of a rank that could not do it itself."""
+    beat = Heartbeat.from_json(read_json(folder.rank(attempt, ending.rank).heartbeat))
+    doing = f", in {beat.doing}" if beat.doing else ""
+    if ending.code < 0:
+        name = signal.Signals(-ending.code).name
+        kind, what = "signal", f"killed by {name} at step {beat.step}{doing}"
+    else:
+        kind, what = "internal", f"ended with exit code {ending.code} at step {beat.step}{doing}"
+    remedy = "the machine may have run out of memory: see dmesg" if ending.code == -signal.SIGKILL else None
+    return ErrorRecord(now(), "RankDied", what, "", ending.rank, 0, beat.step, kind, None, remedy)
+
+
+def _hard_stop(run: RunWriter) -> int:
+    run.refresh()
+    reason = "stopped at once; the newest checkpoint is untouched"
+    run.set_status("failed", reason=reason, exit_code=int(ExitCode.HARD_STOP))
+    print(reason, file=sys.stderr)
+    return ExitCode.HARD_STOP
+
+
+def _children(ranks: Ranks) -> list[dict[str, Json]]:
+    found: list[dict[str, Json]] = []
+    for rank, process in ranks.processes.items():
+        identity = Identity.of(process.pid)
+        start = identity.start if identity else 0.0
+        found.append({"rank": rank, "pid": process.pid, "pid_start": start, "exit_code": None})
+    return found
+
+
+def _code(ranks: Ranks, rank: Json) -> int | None:
+    ending = ranks.endings.get(int(str(rank)))
+    return None if ending is None else ending.code
+
+
+@contextmanager
+def _signals_to(ranks: Ranks) -> Iterator[list[int]]:
+    """Pass signals on to all ranks while it lasts; yields the interrupts that have come."""
+    interrupts: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            interrupts.append(number)
+        ranks.signal(signal.SIGKILL if len(interrupts) > 1 else number)
+
+    before = {number: signal.signal(number, pass_on) for number in PASSED_ON}
+    before[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a closed terminal ends no run
+    try:
+        yield interrupts
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def rank_command(config: Path, *flags: str) -> list[str]:
+    """Return the command of a rank: this very interpreter, and all options by file."""
+    return [sys.executable, "-m", "lightning_hub", "fit", "--config", os.fspath(config), *flags]

@@ -1,0 +1,89 @@
+"""Losses and gradients that are no numbers: noticed in every step, on all ranks alike, before they are trained on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_hub.errors import ConfigError, HubError
+
+
+class NotFiniteError(HubError):
+    """The loss or the gradient of a step is NaN or infinite.
+
+    Attributes:
+        step: Number of the step, counted from 1.
+    """
+
+    kind = "nan"
+
+    def __init__(self, step: int, values: Sequence[float], skipped: int = 0) -> None:
+        loss, norm = values
+        before = f" after {skipped} steps were skipped" if skipped else ""
+        super().__init__(
+            f"step {step} has loss {loss:.4g} and gradient norm {norm:.4g}{before}: nothing was learnt from it",
+            remedy="look at its samples in events.jsonl and at the learning rate; model.init_args.on_nan: skip:3 "
+            "would leave out up to 3 such steps",
+        )
+        self.step = step
+
+
+class Health:
+    """Decides what becomes of a step, from numbers that are the same on every rank.
+
+    On a CPU a step is judged before its update. A GPU is not waited for: a step is judged when the next one has been
+    sent to it, which is after its update, and before anything is saved. Where steps may be skipped it is waited for.
+
+    Args:
+        on_nan: ``stop``, or ``skip:n`` to leave out up to ``n`` steps.
+    """
+
+    def __init__(self, on_nan: str) -> None:
+        match = re.fullmatch(r"stop|skip:([1-9]\d*)", on_nan)
+        if match is None:
+            raise ConfigError(
+                f"{on_nan!r} is no way to treat NaN", where="model.init_args.on_nan", remedy="use stop or skip:3"
+            )
+        self.limit = int(match[1] or 0)
+        self.skipped = 0
+        self._waiting: tuple[int, Tensor, torch.cuda.Event] | None = None
+
+    def is_fit(self, step: int, loss: Tensor, norm: Tensor) -> bool:
+        """Return whether to train on a step; false means to leave it out.
+
+        Args:
+            step: Its number, counted from 1.
+            loss: Its loss over all ranks.
+            norm: Its gradient norm over all ranks.
+
+        Raises:
+            NotFiniteError: It is not fit and may not be left out, or, on a GPU, the step before was not.
+        """
+        values = torch.stack([loss.detach().float(), norm.detach().float()])
+        if values.is_cuda and not self.limit:
+            self.settle()
+            copy = torch.empty(2, pin_memory=True)
+            copy.copy_(values, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            self._waiting = (step, copy, event)
+            return True
+        return self._judge(step, values)
+
+    def settle(self) -> None:
+        """Judge a step that has not been judged yet."""
+        if self._waiting is not None:
+            (step, values, event), self._waiting = self._waiting, None
+            event.synchronize()
+            self._judge(step, values)
+
+    def _judge(self, step: int, values: Tensor) -> bool:
+        if bool(values.isfinite().all()):
+            return True
+        if self.skipped >= self.limit:
+            raise NotFiniteError(step, values.tolist(), self.skipped)
+        self.skipped += 1
+        return False

@@ -1,0 +1,1 @@
+"""``lightning-hub doctor``: is this machine fit for training, and are its numbers right?"""

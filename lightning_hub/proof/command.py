@@ -1,0 +1,50 @@
+"""``lightning-hub doctor``: look at this machine, and prove that its numbers are right."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+
+from lightning_hub.errors import ExitCode
+from lightning_hub.proof.environment import examine
+from lightning_hub.proof.findings import Finding
+from lightning_hub.proof.stages import PROOFS, prove
+from lightning_hub.runs.folder import runs_root
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print a line for each check; 3 if one of the environment fails, 1 if a proof does."""
+    given = _parser().parse_args(argv)
+    environment = _told(examine(runs_root(given.runs_root)), quiet=given.json)
+    proofs: list[Finding] = []
+    if given.proof is not None:
+        proofs = _told(prove(given.proof or list(PROOFS)), quiet=given.json)
+    if given.json:
+        print(json.dumps([finding.to_json() for finding in environment + proofs], indent=1))
+    if not all(finding.ok for finding in proofs):
+        return ExitCode.FAILED
+    return ExitCode.DONE if all(finding.ok for finding in environment) else ExitCode.PREFLIGHT
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lightning-hub doctor", description=__doc__)
+    parser.add_argument(
+        "--proof",
+        nargs="*",
+        choices=list(PROOFS),
+        help="prove equalities of training on this machine, by default all: about a minute, on two processes",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON list and nothing else")
+    parser.add_argument("--runs-root", help="where runs are kept (LIGHTNING_HUB_RUNS, else runs/)")
+    return parser
+
+
+def _told(findings: Iterable[Finding], *, quiet: bool) -> list[Finding]:
+    """Return all findings, each printed as it comes."""
+    listed = []
+    for finding in findings:
+        listed.append(finding)
+        if not quiet:
+            print(finding, flush=True)
+    return listed

@@ -1,0 +1,75 @@
+"""The beginning of an attempt: which checkpoint it goes on from, said in the run folder before anything is loaded."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightning_hub.errors import ExitCode, HubError, NoCheckpointError
+from lightning_hub.runs.folder import RunFolder
+from lightning_hub.runs.manifest import chosen, newest_whole, step_of
+from lightning_hub.runs.writer import RunWriter
+
+
+@dataclass(frozen=True)
+class Begun:
+    """An attempt that has begun; all of its ranks know the same.
+
+    Attributes:
+        folder: The run.
+        attempt: Its number.
+        checkpoint: What it goes on from.
+    """
+
+    folder: RunFolder
+    attempt: int
+    checkpoint: Path | None
+
+
+def begin(
+    run: RunWriter, resume: str, *, trusted: bool = False, world_size: int = 1, master_port: int | None = None
+) -> Begun:
+    """Choose the checkpoint and write down that an attempt begins.
+
+    Args:
+        run: The run's files; closed, with the reason in them, if there is nothing to go on from.
+        resume: auto, must, never, or the path of a checkpoint.
+        trusted: Whether that path may be of a folder without a manifest.
+        world_size: Processes of the attempt.
+        master_port: Where they meet, if they are several of this machine.
+
+    Raises:
+        NoCheckpointError: There is no usable checkpoint, and one is needed.
+        ConfigError: The path is not that of a checkpoint.
+    """
+    try:
+        checkpoint = _choose(run, resume, trusted=trusted)
+        step = step_of(checkpoint) if checkpoint else 0
+        reason = f"resumed from {checkpoint.name}" if checkpoint else "first start"
+        attempt = run.start_attempt(
+            reason, step=step, checkpoint=checkpoint, world_size=world_size, master_port=master_port
+        )
+    except Exception as error:
+        code = error.exit_code if isinstance(error, HubError) else ExitCode.FAILED
+        run.set_status("failed", reason=str(error), exit_code=int(code))
+        run.close(int(code))
+        raise
+    return Begun(run.folder, attempt, checkpoint)
+
+
+def _choose(run: RunWriter, resume: str, *, trusted: bool) -> Path | None:
+    """Return what to go on from; damaged checkpoints are named and passed over."""
+    if resume == "never":
+        return None
+    if resume not in ("auto", "must"):
+        return chosen(resume, trusted=trusted)
+    found, damaged = newest_whole(run.folder.checkpoints)
+    for error in damaged:
+        print(f"warning: {error}; trying an older one", file=sys.stderr)
+        run.event("damaged checkpoint", path=error.where, reason=error.message)
+    if found is None and (resume == "must" or damaged):
+        remedy = "start a new run, or give --resume auto to begin again" if not damaged else "start a new run"
+        where = str(run.folder.checkpoints)
+        raise NoCheckpointError("there is no checkpoint to go on from", where=where, remedy=remedy)
+    return found

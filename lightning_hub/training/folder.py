@@ -1,0 +1,80 @@
+"""The run folder of a training: made as its recipe and flags say, or opened for a further attempt."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from lightning_hub.config.recipe import Recipe
+from lightning_hub.config.writing import dump
+from lightning_hub.errors import ConfigError
+from lightning_hub.runs.folder import RunFolder, create_run, open_run_dir, runs_root
+from lightning_hub.runs.writer import NewRun, RunWriter
+from lightning_hub.training.options import Options
+
+
+def run_folder(tree: dict[str, Any], options: Options) -> RunFolder:
+    """Make a new run folder, or open the one that was named."""
+    if options.run_dir is not None:
+        return open_run_dir(options.run_dir, resume=options.resume != "never")
+    if options.resume != "never":
+        raise ConfigError(
+            f"--resume {options.resume} does not say which run", where="--resume", remedy="give --run-dir as well"
+        )
+    return create_run(options.run_name or _run_name(tree), runs_root(options.runs_root))
+
+
+def write_run(
+    folder: RunFolder, recipe: Recipe, tree: dict[str, Any], options: Options, verdict: str = "single"
+) -> RunWriter:
+    """Write what a new run is; one that exists is opened as it stands.
+
+    Args:
+        folder: Where.
+        recipe: As given.
+        tree: The same, checked, with its defaults and its number of processes settled.
+        options: The flags beside it.
+        verdict: Who starts the processes, as a plan calls it.
+    """
+    if folder.run_json.exists():
+        return RunWriter(folder)
+    sources = [(source.name, source.text) for source in recipe.sources]
+    return RunWriter.create(folder, _new_run(tree, sources, options, verdict))
+
+
+def _run_name(tree: dict[str, Any]) -> str:
+    model = Path(str(tree["model"]["init_args"].get("model", "model"))).name.lower()
+    name = re.sub(r"[^a-z0-9._-]+", "-", f"{_method(tree)}-{model}")
+    return name[:64].rstrip("-.")
+
+
+def _method(tree: dict[str, Any]) -> str:
+    return str(tree["model"]["class_path"]).rpartition(".")[2].lower()
+
+
+def _new_run(tree: dict[str, Any], sources: list[tuple[str, str]], options: Options, verdict: str) -> NewRun:
+    nnodes, devices = tree["trainer"]["num_nodes"], tree["trainer"]["devices"]
+    nproc_per_node = len(devices) if isinstance(devices, list) else devices
+    shipped = Path(__file__).parents[2] / "configs"
+    presets = [name for name, _ in sources if Path(name).resolve().parent == shipped]
+    return NewRun(
+        name=_run_name(tree),
+        method=_method(tree),
+        model=str(tree["model"]["init_args"].get("model", "")),
+        config=dump(tree),
+        inputs=sources,
+        plan={
+            "verdict": verdict,
+            "nnodes": nnodes,
+            "nproc_per_node": nproc_per_node,
+            "world_size": nnodes * nproc_per_node,
+            "strategy": tree["trainer"]["strategy"],
+            "nodes": [{"argv": [*sys.argv], "env": {}}],
+        },
+        nnodes=nnodes,
+        nproc_per_node=nproc_per_node,
+        preset=Path(presets[0]).stem if presets else None,
+        trust_remote_code=options.trust_remote_code,
+    )

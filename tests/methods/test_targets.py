@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel
+
+from lightning_hub.errors import ConfigError
+from lightning_hub.methods.targets import Matrix, matrices, resolve
+from tests.ops.models import CONFIGS, SHAPE
+
+MIXTRAL = MixtralConfig(**SHAPE, num_local_experts=2, num_experts_per_tok=1)
+
+
+def model(family: str) -> PreTrainedModel:
+    with torch.device("meta"):
+        made: PreTrainedModel = AutoModelForCausalLM.from_config(MIXTRAL if family == "mixtral" else CONFIGS[family])
+    return made
+
+
+def ends(found: list[Matrix]) -> set[str]:
+    return {matrix.name.rpartition(".")[2] for matrix in found}
+
+
+ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+MLP = {"gate_proj", "up_proj", "down_proj"}
+
+
+@pytest.mark.parametrize(
+    ("family", "targets", "names"),
+    [
+        ("llama", "all-linear", ATTENTION | MLP),
+        ("llama", ["attention"], ATTENTION),
+        ("llama", ["mlp"], MLP),
+        ("llama", ["q_proj", "mlp.up_proj"], {"q_proj", "up_proj"}),
+        ("llama", [r".*layers\.1\.self_attn\.[qk]_proj"], {"q_proj", "k_proj"}),
+        ("llama", ["embed_tokens"], {"embed_tokens"}),
+        ("gpt2", "all-linear", {"c_attn", "c_proj", "c_fc"}),
+        ("mixtral", "all-linear", ATTENTION),
+        ("mixtral", ["experts"], {"gate_up_proj", "down_proj"}),
+        ("mixtral", ["router"], {"gate"}),
+        ("gpt-oss, sinks", ["experts"], {"gate_up_proj", "down_proj"}),
+        ("gpt-oss, sinks", ["router"], {"router"}),
+    ],
+)
+def test_targets_mean_what_they_say(family: str, targets: str | list[str], names: set[str]) -> None:
+    assert ends(resolve(model(family), targets)) == names
+
+
+def test_a_pattern_takes_whole_names_only() -> None:
+    (found,) = resolve(model("llama"), [r"model\.layers\.1\.self_attn\.q_proj"])
+    assert found.full_name == "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "nope"], ["experts"], ["(q_proj"], ["q_pro"]])
+def test_an_entry_that_matches_nothing_is_refused_with_the_names_there_are(targets: list[str]) -> None:
+    with pytest.raises(ConfigError) as refused:
+        resolve(model("llama"), targets)
+    if "(" not in targets[0]:
+        assert "attention: q_proj, k_proj, v_proj, o_proj; mlp: gate_proj" in str(refused.value)
+
+
+@pytest.mark.parametrize("family", [*CONFIGS, "mixtral"])
+def test_every_matrix_is_found_once(family: str) -> None:
+    made = model(family)
+    expected = {name for name, parameter in made.named_parameters() if parameter.ndim > 1 and "bias" not in name}
+    found = [matrix.full_name for matrix in matrices(made)]
+    assert len(found) == len(set(found))
+    assert expected <= set(found)
+    assert {matrix.group for matrix in matrices(made) if matrix.module.startswith("model.layers")} <= {
+        "attention",
+        "mlp",
+        "experts",
+        "router",
+    }
+
+
+def test_layers_that_are_stored_transposed_are_known() -> None:
+    assert all(matrix.is_transposed for matrix in resolve(model("gpt2"), "all-linear"))

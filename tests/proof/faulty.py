@@ -1,0 +1,102 @@
+"""An interpreter with a fault in it: ``python tests/proof/faulty.py FAULT -m MODULE ARGUMENTS``.
+
+Each fault is put where it is defined, before the module that runs imports it.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def leak() -> None:
+    """Attention over the whole row, as if it were one document."""
+    from lightning_hub.ops import attention
+
+    module: Any = attention
+    module.pairwise = lambda borders: [(borders[0], borders[-1])]
+
+
+def mean_of_means() -> None:
+    """Each row's mean, averaged over the rows."""
+    from lightning_hub.methods.sft import SFT
+
+    def row_loss(self: SFT, row: Any, step: Any) -> Any:
+        assert self.loss_head is not None
+        return self.loss_head(row) / (len(step.rows) * (row.labels != -100).sum())
+
+    SFT.row_loss = row_loss  # type: ignore[method-assign]
+
+
+def world_forgotten() -> None:
+    """Losses without the factor that cancels the mean over the ranks."""
+    from lightning_hub.methods import sft
+    from lightning_hub.parallel.data_parallel import DataParallel
+
+    sft.data_parallel = lambda strategy: DataParallel()  # type: ignore[attr-defined]
+
+
+def rank_dies() -> None:
+    """Rank 1 raises in its first step, while rank 0 waits for it."""
+    from lightning_hub.proof.training import Watched
+
+    def die(self: Watched, *_: object) -> None:
+        if self.trainer.global_rank == 1:
+            raise RuntimeError("rank 1 has had enough")
+
+    Watched.on_before_optimizer_step = die  # type: ignore[method-assign, assignment]
+
+
+def altered_checkpoint() -> None:
+    """One number of one tensor differs by the smallest step when a checkpoint is read."""
+    import torch
+
+    from lightning_hub.checkpoints.tensors import Part, Stored
+
+    fill, altered_names = Stored.fill, set[str]()
+
+    def altered(self: Stored, name: str, part: Part) -> None:
+        fill(self, name, part)
+        if not altered_names:
+            altered_names.add(name)
+            number = part.data.view(-1)[:1]
+            number.copy_(torch.nextafter(number, number + 1))
+
+    Stored.fill = altered  # type: ignore[method-assign]
+
+
+def random_state_lost() -> None:
+    """Random states are not restored."""
+    from lightning_hub.checkpoints.plugin import Restored
+
+    Restored.restore_random = lambda self, share: None  # type: ignore[method-assign]
+
+
+def altered_export() -> None:
+    """One weight of the exported folder is a thousandth too large."""
+    from safetensors.torch import load_file, save_file
+
+    from lightning_hub.checkpoints import export
+
+    write = export.write_export
+
+    def altered(target: Path, model: Any, weights: Mapping[str, Any], tokenizer: Any) -> None:
+        write(target, model, weights, tokenizer)
+        tensors = load_file(target / "model.safetensors")
+        next(iter(tensors.values())).mul_(1.001)
+        save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+
+    export.write_export = altered
+
+
+ALL = (leak, mean_of_means, world_forgotten, rank_dies, altered_checkpoint, random_state_lost, altered_export)
+FAULTS: dict[str, Callable[[], None]] = {fault.__name__: fault for fault in ALL}
+
+if __name__ == "__main__":
+    fault, _, module, *arguments = sys.argv[1:]
+    sys.argv = [module, *arguments]
+    FAULTS[fault]()
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
