@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from lightning_hub.errors import ConfigError
 from lightning_hub.methods.health import Health
@@ -121,6 +122,12 @@ class SFT(LightningModule):
         if self.neftune_alpha is not None:
             Neftune(self.neftune_alpha).attach(self.model)
         self.loss_head = LossHead(self.model, self.label_smoothing, traits)
+
+    def build(self) -> None:
+        """Build the model in memory of its own, without reading its weights: something else fills them."""
+        with no_init_weights():
+            self.model = self._skeleton()
+        self.model.tie_weights()  # a part of what was left out
 
     def _read(self) -> tuple[PreTrainedModel, Traits]:
         model = self.pretrained.load(dtype=self._load_dtype(), attn_implementation=self.attn_implementation)

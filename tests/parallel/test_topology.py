@@ -12,10 +12,9 @@ from tempfile import mkdtemp
 import pytest
 import torch
 
-from lightning_hub.models.pretrained import Pretrained
 from lightning_hub.parallel.strategies import DDP, FSDP, ModelParallel, strategy_for
 from tests.ops.models import CONFIGS, make
-from tests.parallel.harness import Case, Seen, Topology, launch
+from tests.parallel.harness import Case, Seen, Topology, calm, launch
 
 ONE = Topology("one process", 1, partial(strategy_for, None, 1))
 
@@ -40,22 +39,6 @@ def saved(family: str) -> str:
         make(family, "sdpa").save_pretrained(folder)
     finally:
         config.vocab_size = before
-    return folder
-
-
-@cache
-def calm() -> str:
-    """Return a folder with the embedded model at half of its weights.
-
-    As it was trained it is so sure of its answers that float32 rounding alone moves a gradient by more than 1e-5,
-    also between two ways of packing in one process.
-    """
-    folder = mkdtemp(prefix="calm-")
-    model = Pretrained("demo").load(dtype=torch.float32, attn_implementation="sdpa")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(0.5)
-    model.save_pretrained(folder)
     return folder
 
 
