@@ -22,14 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from benchmarks.framework_cost import largest_difference
 from benchmarks.records import QUIET, child_environment, middle, record, table
 from benchmarks.work import SHAPES, Shape, chat_lengths, make_model, make_rows
-from lightning_hub.checkpoints.plugin import WEIGHTS
-from lightning_hub.checkpoints.tensors import load_tensors
 from lightning_hub.runs.files import Json
 from lightning_hub.runs.folder import RunFolder, list_runs
 from lightning_hub.runs.metrics import as_number, read_metrics
@@ -177,7 +176,7 @@ def exported(plan: Plan, run: RunFolder) -> dict[str, Json]:
     """Load the export with transformers and compare it with the newest checkpoint, weights and logits."""
     model = AutoModelForCausalLM.from_pretrained(run.export, dtype="auto")
     other = AutoModelForCausalLM.from_config(model.config, dtype=model.dtype)
-    weights = load_tensors(run.latest / WEIGHTS)
+    weights = load_file(run.latest / "weights.safetensors")
     other.load_state_dict({name.removeprefix("model."): tensor for name, tensor in weights.items()})
     ids = torch.arange(3, 67, device=plan.device).unsqueeze(0)
     for loaded in (model, other):
@@ -199,7 +198,7 @@ def resumed(plan: Plan) -> dict[str, Json]:
     source = str(straight.checkpoint(half).absolute())
     second = fit(plan, "resumed", RESUME_STEPS, *options, "--resume", source, deterministic=True)
     expected, found = (series(run, "loss")[-half:] for run in (straight, second))
-    weights = [load_tensors(run.checkpoint(RESUME_STEPS) / WEIGHTS) for run in (straight, second)]
+    weights = [load_file(run.checkpoint(RESUME_STEPS) / "weights.safetensors") for run in (straight, second)]
     same = all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
     worst = largest_difference(found, expected)
     print(f"resume: losses differ by {worst:.1e}, relative; weights {'bit-equal' if same else 'NOT BIT-EQUAL'}")

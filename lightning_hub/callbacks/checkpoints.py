@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from torch.optim.lr_scheduler import LambdaLR
 
-from lightning_hub.checkpoints.rng import random_state, restore_random_state
+from lightning_hub.callbacks import live
+from lightning_hub.callbacks.facts import compare
+from lightning_hub.checkpoints.background import Background
+from lightning_hub.checkpoints.crew import Crew
+from lightning_hub.checkpoints.plugin import FolderCheckpointIO
+from lightning_hub.checkpoints.rng import random_state
 from lightning_hub.checkpoints.settings import CheckpointSettings
-from lightning_hub.checkpoints.storage import point_latest, prune, retire
+from lightning_hub.checkpoints.storage import point_latest, prune
 from lightning_hub.errors import ConfigError, ExitCode, HubError
+from lightning_hub.parallel.data_parallel import data_parallel, strategy_word
 from lightning_hub.runs.manifest import committed
 
 Wish: TypeAlias = Literal["checkpoint", "stop"] | None
@@ -38,9 +47,10 @@ class SaveCheckpoints(Checkpoint):
     Args:
         settings: When to save and what to keep.
         folder: The run's folder of checkpoints.
-        facts: What a resume compares with, filled in when the data is known.
+        facts: What a resume compares with; those of the data are added when it is known.
         wish: What somebody asks for now: a checkpoint, a stop after a checkpoint, or nothing.
-        saved: Told the step and path of every committed checkpoint.
+        saved: Told the step and path of every committed checkpoint (rank 0).
+        allow_changed_data: Whether a resume may find other data or batch settings.
     """
 
     def __init__(
@@ -50,19 +60,23 @@ class SaveCheckpoints(Checkpoint):
         facts: dict[str, str],
         wish: Callable[[], Wish],
         saved: Callable[[int, Path], None],
+        *,
+        allow_changed_data: bool = False,
     ) -> None:
         self.settings = settings
         self.folder = folder
         self.facts = facts
         self.wish = wish
         self.saved = saved
+        self.allow_changed_data = allow_changed_data
         self._stopping = False
         self._due = False
         self._saved_step = -1
         self._saved_at = time.monotonic()
         self._scores: dict[int, float] = {}
-        self._resumed_random_state: dict[str, Any] | None = None
-        self._resumed_facts: dict[str, str] = {}
+        self._resumed: dict[str, Any] | None = None
+        self._background = Background() if settings.asynchronous else None
+        self._unmarked: tuple[int, Path] | None = None
 
     # ---- when ------------------------------------------------------------------------------------------------------
 
@@ -70,6 +84,7 @@ class SaveCheckpoints(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         """Save if it is time, unless a validation comes first."""
+        self._mark(wait=False)
         settings, step = self.settings, trainer.global_step
         minutes = (time.monotonic() - self._saved_at) / 60
         self._due = (
@@ -107,24 +122,58 @@ class SaveCheckpoints(Checkpoint):
     # ---- what ------------------------------------------------------------------------------------------------------
 
     def save(self, trainer: Trainer) -> None:
-        """Commit a checkpoint of this step, make it the latest, and remove what need not be kept."""
+        """Commit a checkpoint of this step, make it the latest, and remove what need not be kept.
+
+        Where saves are asynchronous, all but the copy happens later; a stop and the next save wait for it.
+        """
         step = trainer.global_step
-        if step == self._saved_step:
+        if step != self._saved_step:
+            self._mark(wait=True)
+            target = self.folder / f"step-{step}"
+            with self._in_background(trainer.strategy.checkpoint_io):
+                trainer.save_checkpoint(target)
+            self._saved_step, self._saved_at, self._due = step, time.monotonic(), False
+            self._unmarked = step, target
+            self._mark(wait=self._background is None or self._stopping)
+            if self._stopping:
+                remedy = f"go on with: lightning-hub runs resume {self.folder.parent}"
+                raise StopRun(f"on request, after step {step}; its checkpoint is {target}", remedy=remedy)
+
+    @contextmanager
+    def _in_background(self, checkpoint_io: CheckpointIO) -> Iterator[None]:
+        """Let a save be written in the background, if it is to be; those of others are not."""
+        if not isinstance(checkpoint_io, FolderCheckpointIO):
+            yield
             return
-        target = self.folder / f"step-{step}"
-        if trainer.is_global_zero:
-            retire(target)  # an earlier attempt came this far, and this one began before it
-        trainer.save_checkpoint(target)
-        self._saved_step, self._saved_at, self._due = step, time.monotonic(), False
-        if trainer.is_global_zero:
-            point_latest(target)
-            self.saved(step, target)
-            # Later steps are of an attempt that this one did not go on from: they are given up, not counted as newest.
-            newest = [path for saved, path in committed(self.folder) if saved <= step][: self.settings.keep]
-            prune(self.folder, {*newest, *(self.folder / f"step-{best}" for best in self._best_steps())})
-        if self._stopping:
-            remedy = f"go on with: lightning-hub runs resume {self.folder.parent}"
-            raise StopRun(f"on request, after step {step}; its checkpoint is {target}", remedy=remedy)
+        checkpoint_io.background = self._background
+        try:
+            yield
+        finally:
+            checkpoint_io.background = None
+
+    def _mark(self, *, wait: bool) -> None:
+        """Once the last save is whole on every rank, make it known.
+
+        Raises:
+            Exception: What went wrong in it, the same on every rank.
+        """
+        if self._unmarked is None or not (self._background is None or self._background.ended(wait=wait)):
+            return
+        step, target = self._unmarked
+        self._unmarked = None
+        Crew().on_first(lambda: self._committed(step, target))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Wait for the last save."""
+        self._mark(wait=True)
+
+    def _committed(self, step: int, target: Path) -> None:
+        """Make a committed checkpoint the latest, say so, and remove what need not be kept."""
+        point_latest(target)
+        self.saved(step, target)
+        # Later steps are of an attempt that this one did not go on from: they are given up, not counted as newest.
+        newest = [path for saved, path in committed(self.folder) if saved <= step][: self.settings.keep]
+        prune(self.folder, {*newest, *(self.folder / f"step-{best}" for best in self._best_steps())})
 
     def _best_steps(self) -> list[int]:
         best = self.settings.best
@@ -132,38 +181,62 @@ class SaveCheckpoints(Checkpoint):
             return []
         return sorted(self._scores, key=lambda step: self._scores[step], reverse=best.mode == "max")[: best.keep]
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note what a resume of this run must find unchanged."""
-        data = trainer.datamodule  # type: ignore[attr-defined]  # Lightning types its trainer without one
-        self.facts.update(data.facts())
-        self._refuse_changes()
-
-    def _refuse_changes(self) -> None:
-        for name, before in self._resumed_facts.items():
-            if before != self.facts.get(name, before):
-                raise ConfigError(
-                    f"{name} has changed since the checkpoint: it was {before} and is {self.facts[name]}",
-                    where="--resume",
-                    remedy="go on with the same data and batch settings, or start a new run",
-                )
-
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Bring the loops into their one form, and add the random state."""
+        """Bring everything into the form that any topology can go on from.
+
+        Tensors go by name, in the parts that this rank holds; loops have their one form; of the schedule only the
+        step is kept.
+        """
         checkpoint["loops"]["fit_loop"].update(_finished_steps(trainer, checkpoint["loops"]["fit_loop"]))
-        checkpoint["random_state"] = random_state()
+        checkpoint["state_dict"] = live.weights(pl_module)
+        checkpoint["optimizer_states"] = live.optimizer_state(pl_module, trainer.optimizers)
+        checkpoint["lr_schedulers"] = []
+        checkpoint["schedule_steps"] = [config.scheduler.last_epoch for config in trainer.lr_scheduler_configs]
+        checkpoint["random_state"] = (data_parallel(trainer.strategy).rank, random_state())
+        checkpoint["world_size"], checkpoint["strategy"] = trainer.world_size, strategy_word(trainer.strategy)
         checkpoint["facts"] = dict(self.facts)
 
+    # ---- going on --------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Tell Lightning that weights do not come to it: they are filled in place, each rank's part by itself."""
+        pl_module.strict_loading = False
+
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keep the random state until training starts: set-up draws random numbers of its own."""
-        self._resumed_random_state = checkpoint["random_state"]
-        self._resumed_facts = dict(checkpoint["facts"])
+        """Fill the weights, and keep the rest until there is an optimizer, and training starts."""
+        if "facts" not in checkpoint:
+            raise ConfigError(
+                "this checkpoint holds weights only", where="--resume", remedy="resume from one that holds everything"
+            )
+        live.fill_weights(pl_module, checkpoint["restored"].weights)
+        self._resumed = checkpoint
         self._saved_step = checkpoint["global_step"]
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note what a resume of this run must find unchanged, and fill the optimizer from the checkpoint."""
+        binding = trainer.datamodule.facts()  # type: ignore[attr-defined]  # Lightning types its trainer without one
+        self.facts.update(binding)
+        self.facts["processes"] = f"{trainer.world_size} ({strategy_word(trainer.strategy)})"
+        if self._resumed is None:
+            return
+        compare(
+            self._resumed["facts"],
+            self.facts,
+            binding,
+            allowed=self.allow_changed_data,
+            speak=trainer.is_global_zero,
+        )
+        for optimizer in trainer.optimizers:
+            live.fill_optimizer(pl_module, optimizer, self._resumed["restored"].optimizer)
+        for config, step in zip(trainer.lr_scheduler_configs, self._resumed["schedule_steps"], strict=True):
+            assert isinstance(config.scheduler, LambdaLR), "learning rates are a function of the step"
+            live.set_schedule(config.scheduler, step)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go on with the random numbers where the checkpoint left off."""
-        if self._resumed_random_state is not None:
-            restore_random_state(self._resumed_random_state)
-            self._resumed_random_state = None
+        """Go on with the random numbers where the checkpoint left off: set-up draws random numbers of its own."""
+        if self._resumed is not None:
+            self._resumed["restored"].restore_random(data_parallel(trainer.strategy).rank)
+            self._resumed = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the scores of the best checkpoints."""

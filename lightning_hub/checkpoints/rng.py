@@ -1,4 +1,4 @@
-"""The random state of a rank: without it a resumed run draws another dropout."""
+"""The random state of a process: without it a resumed run draws another dropout."""
 
 from __future__ import annotations
 
@@ -29,3 +29,11 @@ def restore_random_state(state: dict[str, Any]) -> None:
     np.random.set_state((name, keys.numpy().astype(np.uint32), place, has_gauss, cached))
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
+
+
+def seed_anew(share: int) -> None:
+    """Seed all generators for a share of the data that had none, from where the generators stand."""
+    seed = (int(torch.randint(2**31, ())) + share) % 2**31
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)

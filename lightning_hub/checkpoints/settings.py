@@ -33,6 +33,7 @@ class CheckpointSettings:
         every_minutes: Save when so many minutes have passed since the last save; not by time if null.
         keep: How many of the newest checkpoints are kept, at least 2: a run must survive a damaged one.
         best: Keep the best by a metric as well; none if null.
+        asynchronous: Copy the state to host memory and write it while training goes on.
     """
 
     every_n_steps: int | None = None
@@ -40,6 +41,7 @@ class CheckpointSettings:
     every_minutes: float | None = None
     keep: int = 2
     best: Best | None = None
+    asynchronous: bool = False
 
     def __post_init__(self) -> None:
         if self.keep < 2:

@@ -2,22 +2,31 @@
 
 A checkpoint is built beside its final place, on the same file system, flushed to disk, described by a manifest that
 is written last, and renamed. A folder without a valid manifest does not exist; a folder with one can be trusted byte
-by byte, because the manifest knows the size and the hash of every file.
+by byte, because the manifest knows the size and the hash of every file. Several processes build one folder together:
+each writes and hashes files of its own, rank 0 does the rest.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TypeAlias, TypeVar
 
+from lightning_hub.checkpoints.crew import Crew
 from lightning_hub.errors import HubError
-from lightning_hub.runs.manifest import MANIFEST, Manifest, committed, file_hash
+from lightning_hub.runs.manifest import MANIFEST, Manifest, committed
+
+T = TypeVar("T")
 
 LATEST = "latest"
+
+Files: TypeAlias = dict[str, tuple[int, str]]
+"""Size in bytes and sha256 of files, by their names in a folder."""
 
 
 class DiskFullError(HubError):
@@ -26,48 +35,86 @@ class DiskFullError(HubError):
     kind = "disk"
 
 
-def commit(target: Path, manifest: Manifest, write: Callable[[Path], None], needed_bytes: int = 0) -> Manifest:
-    """Build a folder and put it in place.
+def write_file(path: Path, blocks: Iterable[bytes | memoryview]) -> Files:
+    """Write a new file block by block, hash it on the way, and flush it to disk."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("xb") as stream:
+        os.fchmod(stream.fileno(), 0o600)
+        for block in blocks:
+            stream.write(block)
+            digest.update(block)
+            size += memoryview(block).nbytes
+        stream.flush()
+        os.fsync(stream.fileno())
+    return {path.name: (size, digest.hexdigest())}
+
+
+def commit(
+    target: Path, manifest: Manifest, write: Callable[[Path], Files], needed_bytes: int = 0, crew: Crew | None = None
+) -> Manifest:
+    """Build a folder and put it in place; every process of the crew must call this.
 
     Args:
-        target: The final path; it must not exist.
+        target: The final path. What lies there is replaced once the new folder is whole.
         manifest: What is known before the files are written; their sizes and hashes are filled in.
-        write: Writes the files into the folder it is given.
-        needed_bytes: What it will take on disk, checked before anything is written.
+        write: Writes this process's files into the folder it is given, with `write_file`.
+        needed_bytes: What this process's files will take on disk, checked before anything is written.
+        crew: The processes that build it; this one alone if None.
 
     Returns:
         The manifest as written.
 
     Raises:
         DiskFullError: There is no room, before or while writing; nothing is left behind.
+        HubError: Whatever went wrong in one process, in all of them.
     """
-    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    free = shutil.disk_usage(target.parent).free
-    if free < needed_bytes * 1.05:
-        raise _no_room(target, f"{needed_bytes / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free")
+    crew = crew or Crew(alone=True)
     building = target.with_name(target.name + ".tmp")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(mode=0o700)
-    try:
-        write(building)
-        files = {path.name: (path.stat().st_size, file_hash(path)) for path in sorted(building.iterdir())}
-        for name in files:
-            (building / name).chmod(0o600)
-            _flush(building / name)
-        whole = Manifest(**{**asdict(manifest), "files": files})
-        (building / MANIFEST).write_text(json.dumps(asdict(whole), indent=1) + "\n")
-        (building / MANIFEST).chmod(0o600)
-        _flush(building / MANIFEST)
+    needed = sum(crew.exchange(needed_bytes))
+
+    def put_in_place(parts: list[Files]) -> Manifest:
+        whole = replace(manifest, files={name: entry for files in parts for name, entry in sorted(files.items())})
+        _check_shared(building, whole)
+        write_file(building / MANIFEST, [json.dumps(asdict(whole), indent=1).encode() + b"\n"])
         _flush(building)
+        retire(target)
         building.rename(target)
-    except OSError as error:
-        shutil.rmtree(building, ignore_errors=True)
-        raise _no_room(target, str(error)) from error
+        _flush(target.parent)
+        return whole
+
+    try:
+        crew.on_first(lambda: _on_disk(target, lambda: _prepare(target, building, needed)))
+        parts = crew.together(lambda: _on_disk(target, lambda: write(building)))
+        return crew.on_first(lambda: _on_disk(target, lambda: put_in_place(parts)))
     except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
+        if crew.rank == 0:
+            shutil.rmtree(building, ignore_errors=True)
         raise
-    _flush(target.parent)
-    return whole
+
+
+def _prepare(target: Path, building: Path, needed: int) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    shutil.rmtree(building, ignore_errors=True)
+    free = shutil.disk_usage(target.parent).free
+    if free < needed * 1.05:
+        raise _no_room(target, f"{needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free")
+    building.mkdir(mode=0o700)
+
+
+def _check_shared(building: Path, manifest: Manifest) -> None:
+    """Refuse a folder in which rank 0 does not see what the others wrote: their nodes have a disk of their own."""
+    for name, (size, _) in manifest.files.items():
+        if not (building / name).is_file() or (building / name).stat().st_size != size:
+            message = f"rank 0 does not see {name}, which another rank has written"
+            raise HubError(message, where=str(building), remedy="keep runs on a file system that all nodes share")
+
+
+def _on_disk(target: Path, work: Callable[[], T]) -> T:
+    """Do something, and say in one sentence what the file system has against it."""
+    try:
+        return work()
+    except OSError as error:
+        raise _no_room(target, str(error)) from error
 
 
 def point_latest(target: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -17,6 +20,9 @@ from lightning_hub.data.steps import Batching, Position, StepLoader, StepPlan
 from lightning_hub.errors import DataError
 from lightning_hub.models.pretrained import Pretrained
 from lightning_hub.parallel.data_parallel import data_parallel
+
+RECIPE_NAMES = {"max_tokens": "max_tokens_per_gpu"}
+"""What a recipe calls batch settings, where it calls them otherwise."""
 
 SAMPLES_PER_STEP = 32
 """The effective batch size where a recipe names neither it nor ``tokens_per_step``."""
@@ -155,7 +161,12 @@ class ChatData(LightningDataModule):
 
     def facts(self) -> dict[str, str]:
         """Return what decides the order and content of the steps: a resumed run must have the same."""
-        return {"data": self.prepared.train.fingerprint, "batching": str(self.batching)}
+        batching = asdict(self.batching)
+        return {
+            "data": self.prepared.train.fingerprint,
+            "tokenizer": tokenizer_hash(self.tokenizer),
+            **{f"data.init_args.{RECIPE_NAMES.get(name, name)}": str(value) for name, value in batching.items()},
+        }
 
     def packing_report(self) -> dict[str, float]:
         """Return how full the rows are and how many steps make an epoch, for the data report."""
@@ -197,3 +208,10 @@ class ChatData(LightningDataModule):
         if getattr(self.trainer, "overfit_batches", 0):  # the same steps again and again
             return 0, 0
         return self.trainer.current_epoch, self.trainer.fit_loop.epoch_loop.batch_progress.current.completed
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Return a hash of what a tokenizer makes of a text; how it was last asked to cut and pad is no part of that."""
+    parts = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+    words = json.dumps([parts, tokenizer.chat_template], sort_keys=True)
+    return hashlib.sha256(words.encode()).hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -10,8 +11,10 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.initialization import no_init_weights
 
+from lightning_hub.checkpoints.export import write_export
 from lightning_hub.errors import ConfigError
 from lightning_hub.methods.health import Health
 from lightning_hub.methods.neftune import Neftune
@@ -121,6 +124,16 @@ class SFT(LightningModule):
         if self.neftune_alpha is not None:
             Neftune(self.neftune_alpha).attach(self.model)
         self.loss_head = LossHead(self.model, self.label_smoothing, traits)
+
+    def describe(self) -> list[str]:
+        """Return lines about what trains, for the announcement of a run; a method adds its own."""
+        return []
+
+    def build(self) -> None:
+        """Build the model in memory of its own, without reading its weights: something else fills them."""
+        with no_init_weights():
+            self.model = self._skeleton()
+        self.model.tie_weights()  # a part of what was left out
 
     def _read(self) -> tuple[PreTrainedModel, Traits]:
         model = self.pretrained.load(dtype=self._load_dtype(), attn_implementation=self.attn_implementation)
@@ -252,6 +265,17 @@ class SFT(LightningModule):
         return complete(self.model, self.pretrained.tokenizer, prompts)
 
     # ---- what is kept ----------------------------------------------------------------------------------------------
+
+    def kept_state(self) -> dict[str, Tensor]:
+        """Return the live tensors that a checkpoint holds, each under all of its names."""
+        state: dict[str, Tensor] = self.state_dict(keep_vars=True)
+        return state
+
+    def export(self, target: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Write the result to a folder, checked; every rank must call this, and rank 0 writes."""
+        model, weights = self.export_state()
+        if weights:
+            write_export(target, model, weights, tokenizer)
 
     def export_state(self) -> tuple[PreTrainedModel, dict[str, Tensor]]:
         """Return the model to export and its whole weights, so that an exporter needs to know no method.

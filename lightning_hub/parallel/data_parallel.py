@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch.distributed
 from lightning.pytorch.strategies import ParallelStrategy, Strategy
@@ -39,8 +41,31 @@ class DataParallel:
         return self.sum(tensor) / self.size
 
 
+@runtime_checkable
+class SavesTogether(Protocol):
+    """A checkpoint format that every rank writes its own part of."""
+
+    def save_together(self, checkpoint: dict[str, Any], path: str | Path) -> None:
+        """Save what this rank holds; all ranks call this."""
+
+
 class Placing(ParallelStrategy):
-    """A strategy of ours: it starts models from one reading, and knows the data-parallel ranks."""
+    """A strategy of ours: it starts models from one reading, and knows the data-parallel ranks.
+
+    A checkpoint is saved by all ranks, where its format can do that, and restored as soon as the model is there.
+    """
+
+    word: ClassVar[str]
+    """What a checkpoint calls the strategy."""
+
+    restore_checkpoint_after_setup = False
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: object = None) -> None:
+        """Let every rank write its part to the path that rank 0 has chosen."""
+        if isinstance(self.checkpoint_io, SavesTogether):
+            self.checkpoint_io.save_together(checkpoint, self.broadcast(filepath))
+        else:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
 
     @property
     def data_parallel(self) -> DataParallel:
@@ -71,6 +96,13 @@ def data_parallel(strategy: Strategy) -> DataParallel:
     if isinstance(strategy, ParallelStrategy):
         return DataParallel(strategy.global_rank, strategy.world_size)
     return DataParallel()
+
+
+def strategy_word(strategy: Strategy) -> str:
+    """Return what a checkpoint calls a strategy."""
+    if isinstance(strategy, Placing):
+        return strategy.word
+    return type(strategy).__name__ if isinstance(strategy, ParallelStrategy) else "single"
 
 
 def accumulation(strategy: Strategy) -> AbstractContextManager[None]:

@@ -15,21 +15,29 @@ def own_part(tensor: Tensor) -> Tensor:
 
 
 def part_of(whole: Tensor, target: Tensor) -> Tensor:
-    """Return the part of a whole tensor that this rank holds of ``target``.
+    """Return the part of a whole tensor that this rank holds of ``target``."""
+    starts = offsets(target)
+    ends = [start + size for start, size in zip(starts, own_part(target).shape, strict=True)]
+    return whole[tuple(slice(start, end) for start, end in zip(starts, ends, strict=True))]
+
+
+def offsets(tensor: Tensor) -> tuple[int, ...]:
+    """Return where in the whole tensor the part of this rank begins, for each dimension.
 
     Inner axes are cut first: full sharding comes after the tensor-parallel split and cuts what that has left.
     """
-    if not isinstance(target, DTensor):
-        return whole
-    mesh = target.device_mesh
-    for axis in reversed(range(mesh.ndim)):
-        placement = target.placements[axis]
-        if not placement.is_replicate():
-            dim: int = placement.dim  # type: ignore[attr-defined]  # the two kinds of shard share no base class
-            chunks = whole.chunk(mesh.size(axis), dim)
-            place = mesh.get_local_rank(axis)
-            whole = chunks[place] if place < len(chunks) else whole.narrow(dim, 0, 0)
-    return whole
+    starts, sizes = [0] * tensor.ndim, list(tensor.shape)
+    if isinstance(tensor, DTensor):
+        mesh = tensor.device_mesh
+        for axis in reversed(range(mesh.ndim)):
+            placement = tensor.placements[axis]
+            if not placement.is_replicate():
+                dim: int = placement.dim  # type: ignore[attr-defined]  # the two kinds of shard share no base class
+                length = -(-sizes[dim] // mesh.size(axis))
+                before = min(mesh.get_local_rank(axis) * length, sizes[dim])
+                starts[dim] += before
+                sizes[dim] = min(length, sizes[dim] - before)
+    return tuple(starts)
 
 
 def by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:

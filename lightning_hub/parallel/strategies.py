@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from lightning_hub.errors import ConfigError
 from lightning_hub.launch.meshes import STRATEGY, check_mesh, check_replicas, read_mesh
 from lightning_hub.launch.topology import mesh_of
-from lightning_hub.parallel.data_parallel import DataParallel, Placing
+from lightning_hub.parallel.data_parallel import DataParallel, Placing, SavesTogether
 from lightning_hub.parallel.sharding import Sharding
 from lightning_hub.parallel.tensor_parallel import split
 
 
-class DDP(DDPStrategy, Placing):
+class DDP(Placing, DDPStrategy):
     """A whole model on every rank; gradients are averaged after the last row of a step.
 
     Gradients live in the buckets they travel in, which saves one copy of them. Buffers are not sent before each step:
@@ -25,12 +29,14 @@ class DDP(DDPStrategy, Placing):
     rows, and so of uses of a weight, differs from step to step.
     """
 
+    word = "ddp"
+
     def __init__(self) -> None:
         # Every rank has been filled by the start: weights need not be sent once more.
         super().__init__(gradient_as_bucket_view=True, broadcast_buffers=False, init_sync=False)
 
 
-class MeshStrategy(ModelParallelStrategy, Placing):
+class MeshStrategy(Placing, ModelParallelStrategy):
     """What the strategies with cut weights share: a mesh of named axes, made when the processes know each other.
 
     Args:
@@ -97,6 +103,34 @@ class MeshStrategy(ModelParallelStrategy, Placing):
         if not self.sharding.cpu_offload:
             super().model_to_device()
 
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Return this rank's own weights, as they lie; nothing is gathered."""
+        assert self.lightning_module is not None
+        return self.lightning_module.state_dict()
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return nothing: who saves takes the optimizer's state by the names of the weights."""
+        return {}
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: object = None) -> None:
+        """Let every rank write its part.
+
+        Raises:
+            ConfigError: The checkpoint format is one that rank 0 writes alone.
+        """
+        if not isinstance(self.checkpoint_io, SavesTogether):
+            message = f"{type(self.checkpoint_io).__name__} cannot save a model whose parts lie on several ranks"
+            raise ConfigError(message, where="trainer.plugins", remedy="use FolderCheckpointIO")
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint as its format does."""
+        return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Load weights, or refuse a checkpoint that does not bring them, as every other strategy does."""
+        Strategy.load_model_state_dict(self, checkpoint, strict)
+
     def accumulation(self) -> AbstractContextManager[None]:
         """Return a context in which gradients stay on this rank."""
         return nullcontext() if self._placed is None else self.sharding.accumulation(self._placed)
@@ -115,6 +149,8 @@ class FSDP(MeshStrategy):
         prefetch: How many blocks are gathered ahead in the forward.
         replicas: Ranks form so many groups, each with a whole model between its members (hybrid sharding).
     """
+
+    word = "fsdp"
 
     def __init__(
         self,
@@ -145,6 +181,8 @@ class ModelParallel(MeshStrategy):
         cpu_offload: As for FSDP.
         prefetch: As for FSDP.
     """
+
+    word = "model_parallel"
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lightning_hub.errors import ExitCode, HubError, NoCheckpointError
 from lightning_hub.runs.folder import RunFolder
-from lightning_hub.runs.manifest import newest_whole, read_manifest
+from lightning_hub.runs.manifest import chosen, newest_whole, step_of
 from lightning_hub.runs.writer import RunWriter
 
 
@@ -27,21 +27,25 @@ class Begun:
     checkpoint: Path | None
 
 
-def begin(run: RunWriter, resume: str, *, world_size: int = 1, master_port: int | None = None) -> Begun:
+def begin(
+    run: RunWriter, resume: str, *, trusted: bool = False, world_size: int = 1, master_port: int | None = None
+) -> Begun:
     """Choose the checkpoint and write down that an attempt begins.
 
     Args:
         run: The run's files; closed, with the reason in them, if there is nothing to go on from.
         resume: auto, must, never, or the path of a checkpoint.
+        trusted: Whether that path may be of a folder without a manifest.
         world_size: Processes of the attempt.
         master_port: Where they meet, if they are several of this machine.
 
     Raises:
         NoCheckpointError: There is no usable checkpoint, and one is needed.
+        ConfigError: The path is not that of a checkpoint.
     """
     try:
-        checkpoint = _choose(run, resume)
-        step = read_manifest(checkpoint).step if checkpoint else 0
+        checkpoint = _choose(run, resume, trusted=trusted)
+        step = step_of(checkpoint) if checkpoint else 0
         reason = f"resumed from {checkpoint.name}" if checkpoint else "first start"
         attempt = run.start_attempt(
             reason, step=step, checkpoint=checkpoint, world_size=world_size, master_port=master_port
@@ -54,12 +58,12 @@ def begin(run: RunWriter, resume: str, *, world_size: int = 1, master_port: int 
     return Begun(run.folder, attempt, checkpoint)
 
 
-def _choose(run: RunWriter, resume: str) -> Path | None:
+def _choose(run: RunWriter, resume: str, *, trusted: bool) -> Path | None:
     """Return what to go on from; damaged checkpoints are named and passed over."""
     if resume == "never":
         return None
     if resume not in ("auto", "must"):
-        return Path(resume).resolve()
+        return chosen(resume, trusted=trusted)
     found, damaged = newest_whole(run.folder.checkpoints)
     for error in damaged:
         print(f"warning: {error}; trying an older one", file=sys.stderr)

@@ -56,7 +56,7 @@ def start(recipe: Recipe, tree: dict[str, Any], options: Options) -> int:
 
         return as_rank(place, recipe, tree, options)
     run = write_run(run_folder(tree, options), recipe, tree, options)
-    begun = begin(run, options.resume)
+    begun = begin(run, options.resume, trusted=options.trust_checkpoint)
     return _told(run, lambda: train(tree, begun, run, options))
 
 
@@ -64,7 +64,7 @@ def train(tree: dict[str, Any], begun: Begun, run: StatusWriter, options: Option
     """Train in this process alone."""
     from lightning_hub.training.session import Session  # 4 s: torch, lightning and transformers
 
-    return Session(tree, begun, run, trust_remote_code=options.trust_remote_code).fit()
+    return Session(tree, begun, run, options=options).fit()
 
 
 def _start_ranks(recipe: Recipe, tree: dict[str, Any], options: Options, topology: Topology) -> int:
@@ -72,11 +72,12 @@ def _start_ranks(recipe: Recipe, tree: dict[str, Any], options: Options, topolog
     with open_listener() as listener:
         run = write_run(run_folder(tree, options), recipe, tree, options)
         port = int(listener.getsockname()[1])
-        begun = begin(run, options.resume, world_size=topology.world_size, master_port=port)
+        trusted, world_size = options.trust_checkpoint, topology.world_size
+        begun = begin(run, options.resume, trusted=trusted, world_size=world_size, master_port=port)
         config = _config_of_attempt(run, begun, tree)
         flags = ["--resume", str(begun.checkpoint)] if begun.checkpoint else []
         argv = rank_command(config, *flags, *options.permissions())
-        group = Group(begun.folder, begun.attempt, topology.world_size, argv, listener)
+        group = Group(begun.folder, begun.attempt, world_size, argv, listener)
         return _told(run, lambda: supervise(run, group))
 
 

@@ -21,6 +21,8 @@ class Options:
         runs_root: Where new run folders are made.
         run_name: The first part of a new folder's name.
         resume: auto, must, never, or the path of a checkpoint.
+        allow_changed_data: Whether a resume may find other data or batch settings.
+        trust_checkpoint: Whether a checkpoint without a manifest may be resumed from.
         trust_remote_code: Whether Python files of the model may run.
         allow_class: Prefixes of further classes that a recipe may name.
         print_config: Whether to print the whole recipe instead of running it.
@@ -30,6 +32,8 @@ class Options:
     runs_root: Path | None = None
     run_name: str | None = None
     resume: str = "never"
+    allow_changed_data: bool = False
+    trust_checkpoint: bool = False
     trust_remote_code: bool = False
     allow_class: tuple[str, ...] = ()
     print_config: bool = False
@@ -37,7 +41,12 @@ class Options:
     def permissions(self) -> list[str]:
         """Return the flags that no file may give, for the ranks of this run."""
         classes = [word for prefix in self.allow_class for word in ("--allow-class", prefix)]
-        return [*classes, *(["--trust-remote-code"] if self.trust_remote_code else [])]
+        allowed = {
+            "--allow-changed-data": self.allow_changed_data,
+            "--trust-checkpoint": self.trust_checkpoint,
+            "--trust-remote-code": self.trust_remote_code,
+        }
+        return [*classes, *(flag for flag, given in allowed.items() if given)]
 
 
 class _Parser(ArgumentParser):
@@ -52,6 +61,8 @@ FLAGS = (
     ("--runs-root", "make run folders here (default: runs, or LIGHTNING_HUB_RUNS)"),
     ("--run-name", "first part of the run folder's name"),
     ("--resume", "auto, must, never (default) or the path of a checkpoint"),
+    ("--allow-changed-data", "resume although data, tokenizer or batch settings have changed"),
+    ("--trust-checkpoint", "resume from a folder without a manifest of ours; no code in it is run"),
     ("--allow-class", "allow classes below this prefix in a recipe; may be repeated"),
     ("--trust-remote-code", "let Python files of the model run"),
     ("--print_config", "print the whole recipe and stop"),
@@ -77,7 +88,7 @@ def parse(verb: str, argv: Sequence[str], extra: Sequence[str] = ()) -> tuple[Co
         parser.add_argument(flag)
     parser.add_argument("--resume", default="never")
     parser.add_argument("--allow-class", action="append", default=[])
-    for flag in ("--trust-remote-code", "--print_config"):
+    for flag in ("--allow-changed-data", "--trust-checkpoint", "--trust-remote-code", "--print_config"):
         parser.add_argument(flag, action="store_true")
     for flag in extra:
         parser.add_argument(flag)
@@ -90,6 +101,8 @@ def parse(verb: str, argv: Sequence[str], extra: Sequence[str] = ()) -> tuple[Co
         runs_root=Path(given.runs_root) if given.runs_root else None,
         run_name=given.run_name,
         resume=given.resume,
+        allow_changed_data=given.allow_changed_data,
+        trust_checkpoint=given.trust_checkpoint,
         trust_remote_code=given.trust_remote_code,
         allow_class=tuple(given.allow_class),
         print_config=given.print_config,

@@ -92,7 +92,7 @@ def _train_and_keep(
 
     def make() -> Begun:
         kept.append(write_run(run_folder(tree, options), recipe, tree, options, place.launcher))
-        return begin(kept[0], options.resume, world_size=place.world_size)
+        return begin(kept[0], options.resume, trusted=options.trust_checkpoint, world_size=place.world_size)
 
     begun = from_rank_zero(make)
     code: int = ExitCode.FAILED
@@ -114,8 +114,7 @@ def _train(
     environment: GivenPlace | None,
     options: Options,
 ) -> int:
-    session = Session(tree, begun, status, environment=environment, trust_remote_code=options.trust_remote_code)
-    return session.fit()
+    return Session(tree, begun, status, environment=environment, options=options).fit()
 
 
 def _leave_word(place: Place, error: Exception) -> None:

@@ -13,14 +13,13 @@ from typing import Any
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from lightning_hub.callbacks import live
 from lightning_hub.callbacks.checkpoints import SaveCheckpoints, StopRun, Wish
 from lightning_hub.callbacks.progress import ProgressLine
 from lightning_hub.callbacks.recorder import Recorder
 from lightning_hub.callbacks.samples import GenerateSamples
-from lightning_hub.checkpoints.export import write_export
-from lightning_hub.checkpoints.plugin import WEIGHTS, FolderCheckpointIO
+from lightning_hub.checkpoints.plugin import FolderCheckpointIO
 from lightning_hub.checkpoints.settings import CheckpointSettings
-from lightning_hub.checkpoints.tensors import load_tensors
 from lightning_hub.errors import ExitCode, HubError, NoCheckpointError
 from lightning_hub.launch.place import Place
 from lightning_hub.parallel.joining import GivenPlace
@@ -31,6 +30,8 @@ from lightning_hub.runs.samples import SamplesWriter
 from lightning_hub.runs.writer import StatusWriter
 from lightning_hub.training.announcement import Announcement
 from lightning_hub.training.attempt import Begun
+from lightning_hub.training.facts import recipe_facts
+from lightning_hub.training.options import Options
 from lightning_hub.training.parser import RecipeCLI
 from lightning_hub.training.wishes import Asked, HardStop, Wishes, keep_lightning_out, requeue
 
@@ -43,7 +44,7 @@ class Session:
         begun: The attempt.
         status: Where the run's state is told; on rank 0 only.
         environment: This process among the others that it has joined; None if it is alone.
-        trust_remote_code: Whether Python files of the model may run.
+        options: What a person allows.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class Session:
         status: StatusWriter | None,
         *,
         environment: GivenPlace | None = None,
-        trust_remote_code: bool = False,
+        options: Options | None = None,
     ) -> None:
         self.tree = tree
         self.begun = begun
@@ -61,7 +62,7 @@ class Session:
         self.status = status
         self.environment = environment
         self.place = environment.place if environment else Place()
-        self.trust_remote_code = trust_remote_code
+        self.options = options or Options()
         self.wishes = Wishes(hard=self.place.is_alone)
         self.rank = RankWriter(
             begun.folder,
@@ -96,15 +97,21 @@ class Session:
 
     def _train(self) -> int:
         trial = bool(self.tree["trainer"].get("fast_dev_run"))
-        facts: dict[str, str] = {}
+        facts, options = recipe_facts(self.tree), self.options
 
         def ours(settings: CheckpointSettings) -> list[Callback]:
-            saver = SaveCheckpoints(settings, self.folder.checkpoints, facts, wish=self._wish, saved=self._saved)
+            saver = SaveCheckpoints(
+                settings,
+                self.folder.checkpoints,
+                facts,
+                wish=self._wish,
+                saved=self._saved,
+                allow_changed_data=options.allow_changed_data,
+            )
             return [self.recorder, Announcement(), ProgressLine(self.recorder), *([] if trial else [saver])]
 
-        cli = build(
-            self.tree, self.folder.path, ours, FolderCheckpointIO(facts), self.trust_remote_code, self.environment
-        )
+        checkpoint_io = FolderCheckpointIO(facts, trusted=options.trust_checkpoint)
+        cli = build(self.tree, self.folder.path, ours, checkpoint_io, options.trust_remote_code, self.environment)
         module, data, trainer = cli.model, cli.datamodule, cli.trainer
         keep_lightning_out(trainer)
         with SamplesWriter(self.folder.samples) as samples:
@@ -114,9 +121,7 @@ class Session:
             trainer.fit(module, data, ckpt_path=self.begun.checkpoint)
         if not trial:
             self.rank.pulse.do("export")
-            model, weights = module.export_state()
-            if self.status is not None:
-                write_export(self.folder.export, model, weights, data.tokenizer)
+            module.export(self.folder.export, data.tokenizer)
         if self.status is not None:
             self.status.set_status("finished", step=trainer.global_step, exit_code=0)
         return ExitCode.DONE
@@ -178,7 +183,9 @@ def build(
 
 
 def export(tree: dict[str, Any], folder: RunFolder, target: Path, *, trust_remote_code: bool = False) -> None:
-    """Write the export of a run from its newest whole checkpoint.
+    """Write the export of a run from its newest whole checkpoint, in one process, whatever wrote it.
+
+    The model is built once, empty, and filled tensor by tensor.
 
     Raises:
         NoCheckpointError: The run has none.
@@ -190,11 +197,12 @@ def export(tree: dict[str, Any], folder: RunFolder, target: Path, *, trust_remot
     cli = build(tree, trust_remote_code=trust_remote_code)
     module, data = cli.model, cli.datamodule
     module.trainer = cli.trainer
-    module.configure_model()
-    module.load_state_dict(load_tensors(found / WEIGHTS))
+    module.build()
+    checkpoint = FolderCheckpointIO().load_checkpoint(found)
+    module.on_load_checkpoint(checkpoint)
+    live.fill_weights(module, checkpoint["restored"].weights)
     data.open(module.pretrained)
-    model, weights = module.export_state()
-    write_export(target, model, weights, data.tokenizer)
+    module.export(target, data.tokenizer)
 
 
 def measure(

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from lightning_hub.checkpoints.storage import DiskFullError, commit, point_latest, prune
+from lightning_hub.checkpoints.storage import DiskFullError, Files, commit, point_latest, prune, write_file
 from lightning_hub.runs.manifest import DamagedError, Manifest, committed, newest_whole, verify
 
 
-def write_two(folder: Path) -> None:
-    (folder / "a.bin").write_bytes(os.urandom(5000))
-    (folder / "b.bin").write_bytes(b"b" * 100)
+def write_two(folder: Path) -> Files:
+    return write_file(folder / "a.bin", [os.urandom(4000), os.urandom(1000)]) | write_file(
+        folder / "b.bin", [b"b" * 100]
+    )
 
 
 def make(root: Path, step: int) -> Path:
@@ -66,7 +67,7 @@ def test_damage_is_named_and_the_next_older_used(tmp_path: Path, damage: str) ->
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
-    def fail(folder: Path) -> None:
+    def fail(folder: Path) -> Files:
         write_two(folder)
         raise OSError(28, "No space left on device")
 
@@ -92,12 +93,11 @@ def test_prune_and_latest(tmp_path: Path) -> None:
 WRITER = """
 import os, sys
 from pathlib import Path
-from lightning_hub.checkpoints.storage import commit, point_latest, prune
+from lightning_hub.checkpoints.storage import commit, point_latest, prune, write_file
 from lightning_hub.runs.manifest import Manifest, committed
 root = Path(sys.argv[1])
 def write(folder):
-    for name in "abc":
-        (folder / name).write_bytes(os.urandom(200_000))
+    return {k: v for name in "abc" for k, v in write_file(folder / name, [os.urandom(200_000)]).items()}
 step = max((n for n, _ in committed(root)), default=0)
 print("ready", flush=True)
 while True:

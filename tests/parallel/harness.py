@@ -10,7 +10,9 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, partial
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any, TypeVar
 
 import torch
@@ -94,6 +96,24 @@ def plan() -> StepPlan:
     return StepPlan(Samples.from_pairs(pairs, "test"), Batching(96, 8, None, shuffle=False, seed=0))
 
 
+@cache
+def calm() -> str:
+    """Return a folder with the embedded model at half of its weights.
+
+    As it was trained it is so sure of its answers that float32 rounding alone moves a gradient by more than 1e-5,
+    also between two ways of packing in one process.
+    """
+    folder = mkdtemp(prefix="calm-")
+    demo = Pretrained("demo")
+    model = demo.load(dtype=torch.float32, attn_implementation="sdpa")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+    model.save_pretrained(folder)
+    demo.tokenizer.save_pretrained(folder)
+    return folder
+
+
 def _ids(rendered: object) -> list[int]:
     """Narrow what a template may return to token ids."""
     assert isinstance(rendered, list)
@@ -101,21 +121,19 @@ def _ids(rendered: object) -> list[int]:
 
 
 def make_trainer(topology: Topology, **options: Any) -> Trainer:
-    """Return a quiet trainer for one epoch."""
-    return Trainer(
-        accelerator="cpu",
-        devices=topology.world_size,
-        strategy=topology.strategy(),
-        max_epochs=1,
-        use_distributed_sampler=False,
-        log_every_n_steps=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        **options,
-    )
+    """Return a quiet trainer, for one epoch where nothing else is said."""
+    quiet: dict[str, Any] = {
+        "max_epochs": 1,
+        "use_distributed_sampler": False,
+        "log_every_n_steps": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+    }
+    chosen = {"accelerator": "cpu", "devices": topology.world_size, "strategy": topology.strategy()}
+    return Trainer(**{**quiet, **chosen, **options})
 
 
 def trained(case: Case, topology: Topology) -> Seen:
@@ -196,23 +214,28 @@ def processes(world_size: int, work: Callable[[], T], folder: Path) -> list[T]:
         work: What each does; it must be importable.
         folder: Where results travel.
     """
+    end = time.monotonic() + TIME_LIMIT
+    ranks = started(world_size, work, folder)
+    try:
+        for process in ranks:
+            process.join(max(0.0, end - time.monotonic()))
+        hung = [rank for rank, process in enumerate(ranks) if process.is_alive()]
+    finally:  # no daemons, which may not start loader workers
+        for process in ranks:
+            process.kill()
+    assert not hung, f"ranks {hung} did not end within {TIME_LIMIT} s"
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
+
+
+def started(world_size: int, work: Callable[[], object], folder: Path) -> list[ForkServerProcess]:
+    """Return the processes that run a function as every rank of a world; the caller ends them."""
     context = multiprocessing.get_context("forkserver")  # one import of torch for all processes of all topologies
     context.set_forkserver_preload(["tests.parallel.harness"])
     port = _free_port()
-    ranks = [
-        context.Process(target=_rank, args=(rank, world_size, port, work, folder), daemon=True)
-        for rank in range(world_size)
-    ]
+    ranks = [context.Process(target=_rank, args=(rank, world_size, port, work, folder)) for rank in range(world_size)]
     for process in ranks:
         process.start()
-    end = time.monotonic() + TIME_LIMIT
-    for process in ranks:
-        process.join(max(0.0, end - time.monotonic()))
-    hung = [rank for rank, process in enumerate(ranks) if process.is_alive()]
-    for process in ranks:
-        process.kill()
-    assert not hung, f"ranks {hung} did not end within {TIME_LIMIT} s"
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
+    return ranks
 
 
 def _rank(rank: int, world_size: int, port: int, work: Callable[[], object], folder: Path) -> None:

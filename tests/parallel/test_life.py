@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import time
-from bisect import bisect_right
 from functools import partial
 from pathlib import Path
-from threading import Event, Thread
 
 import pytest
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lightning_hub.checkpoints.export import write_export
 from lightning_hub.errors import ConfigError
@@ -17,6 +14,7 @@ from lightning_hub.methods.sft import SFT
 from lightning_hub.models.generation import Messages
 from lightning_hub.parallel.strategies import FSDP, ModelParallel
 from tests.parallel.harness import Shares, Topology, make_trainer, processes
+from tests.parallel.weighing import Samples, heaviest_moment, save_heavy_model, weighed
 
 TOPOLOGIES = {
     "one": Topology("one", 1, partial(str, "auto")),
@@ -69,29 +67,13 @@ def test_a_model_that_rank_0_cannot_read_ends_every_rank(tmp_path: Path) -> None
     assert "cannot read the weights" in first
 
 
-Samples = list[tuple[float, int]]
-"""Times and bytes."""
-
-
 class Weighed(SFT):
     """Weighs this process while the model starts."""
 
     def configure_model(self) -> None:
         self.samples: Samples = []
-        done = Event()
-        scale = Thread(target=self._weigh, args=(done,))
-        scale.start()
-        super().configure_model()
-        done.set()
-        scale.join()
-
-    def _weigh(self, done: Event) -> None:
-        """Note what the process holds beyond its start; pages mapped from files are the system's to drop."""
-        before = 0
-        while not done.wait(0.002):
-            held = 1024 * int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0])
-            before = before or held
-            self.samples.append((time.monotonic(), held - before))
+        with weighed(self.samples):
+            super().configure_model()
 
 
 def weigh(model: str) -> Samples:
@@ -101,24 +83,8 @@ def weigh(model: str) -> Samples:
     return module.samples
 
 
-def heaviest_moment(ranks: list[Samples]) -> int:
-    """Return the most that all processes held at one time."""
-    moments = sorted(moment for samples in ranks for moment, _ in samples)
-    places = [[bisect_right(samples, (moment, 1 << 62)) for moment in moments] for samples in ranks]
-    held = [
-        [samples[place - 1][1] if place else 0 for place in row] for samples, row in zip(ranks, places, strict=True)
-    ]
-    return max(map(sum, zip(*held, strict=True)))
-
-
 @pytest.mark.slow
 def test_a_start_takes_little_more_than_one_model(tmp_path: Path) -> None:
-    # Weights of 36 MB as large models have them: freed blocks of a few MB linger in the heap.
-    config = LlamaConfig(
-        vocab_size=264, hidden_size=1024, intermediate_size=8704, num_hidden_layers=4, tie_word_embeddings=True
-    )
-    model = LlamaForCausalLM(config)
-    size = sum(parameter.nbytes for parameter in model.parameters())
-    model.bfloat16().save_pretrained(tmp_path / "model")  # read as float32: a copy of its own in memory
+    size = save_heavy_model(tmp_path / "model", layers=4)
     ranks = processes(2, partial(weigh, str(tmp_path / "model")), tmp_path)
     assert 0.9 * size <= heaviest_moment(ranks) <= 1.3 * size

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,19 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+from lightning_hub.callbacks import live
+from lightning_hub.checkpoints.plugin import FolderCheckpointIO
 from lightning_hub.parallel.gathering import full_state
 from lightning_hub.parallel.parts import own_part, part_of
 from tests.parallel.harness import processes
 
 
-def cut_and_gather() -> tuple[list[bool], bool]:
-    """Cut two layers over 3 x 2 ranks, unevenly, and say whether parts and what is gathered are what they must be."""
+def cut_and_gather(folder: Path) -> tuple[list[bool], bool, list[bool]]:
+    """Cut two layers over 3 x 2 ranks, unevenly.
+
+    Returns:
+        Whether parts, what is gathered, and what is saved by all and filled again are what they must be.
+    """
     torch.distributed.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (3, 2), mesh_dim_names=("fsdp", "tp"))
     torch.manual_seed(0)
@@ -26,9 +33,19 @@ def cut_and_gather() -> tuple[list[bool], bool]:
     parts = [own_part(cut.detach()).equal(part_of(whole[name], cut)) for name, cut in model.named_parameters()]
     gathered = full_state(model)
     rank_0 = torch.distributed.get_rank() == 0
-    return parts, all(gathered[name].equal(whole[name]) for name in whole) if rank_0 else gathered == {}
+    found = all(gathered[name].equal(whole[name]) for name in whole) if rank_0 else gathered == {}
+    FolderCheckpointIO().save_together({"global_step": 1, "state_dict": live.weights(model)}, folder / "step-1")
+    stored = FolderCheckpointIO().load_checkpoint(folder / "step-1")["restored"].weights
+    again = nn.Sequential(nn.Linear(10, 8), nn.Linear(8, 10))
+    live.fill_weights(again, stored)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.zero_()
+    live.fill_weights(model, stored)
+    filled = [own_part(cut.detach()).equal(part_of(whole[name], cut)) for name, cut in model.named_parameters()]
+    return parts, found, filled + [again.state_dict()[name].equal(tensor) for name, tensor in whole.items()]
 
 
 @pytest.mark.slow
 def test_uneven_parts_of_two_axes(tmp_path: Path) -> None:
-    assert processes(6, cut_and_gather, tmp_path) == [([True] * 4, True)] * 6
+    assert processes(6, partial(cut_and_gather, tmp_path), tmp_path) == [([True] * 4, True, [True] * 8)] * 6

@@ -54,24 +54,25 @@ def altered_checkpoint() -> None:
     """One number of one tensor differs by the smallest step when a checkpoint is read."""
     import torch
 
-    from lightning_hub.checkpoints import tensors as files
+    from lightning_hub.checkpoints.tensors import Part, Stored
 
-    read = files.load_tensors
+    fill, altered_names = Stored.fill, set[str]()
 
-    def altered(path: Path) -> dict[str, Any]:
-        tensors = read(path)
-        number = next(iter(tensors.values())).view(-1)[:1]
-        number.copy_(torch.nextafter(number, number + 1))
-        return tensors
+    def altered(self: Stored, name: str, part: Part) -> None:
+        fill(self, name, part)
+        if not altered_names:
+            altered_names.add(name)
+            number = part.data.view(-1)[:1]
+            number.copy_(torch.nextafter(number, number + 1))
 
-    files.load_tensors = altered
+    Stored.fill = altered  # type: ignore[method-assign]
 
 
 def random_state_lost() -> None:
     """Random states are not restored."""
-    from lightning_hub.checkpoints import rng
+    from lightning_hub.checkpoints.plugin import Restored
 
-    rng.restore_random_state = lambda state: None
+    Restored.restore_random = lambda self, share: None  # type: ignore[method-assign]
 
 
 def altered_export() -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from lightning_hub.checkpoints.tensors import load_tensors
 from lightning_hub.cli import run
 from lightning_hub.runs.folder import RunFolder
 from lightning_hub.runs.manifest import committed, verify
@@ -32,7 +32,7 @@ def losses(folder: RunFolder) -> list[tuple[object, object, object]]:
 
 def assert_same_end(straight: RunFolder, resumed: RunFolder) -> None:
     assert losses(resumed) == losses(straight)
-    ours, theirs = (load_tensors(folder.export / "model.safetensors") for folder in (resumed, straight))
+    ours, theirs = (load_file(folder.export / "model.safetensors") for folder in (resumed, straight))
     assert all(torch.equal(theirs[name], tensor) for name, tensor in ours.items())
 
 
@@ -102,12 +102,60 @@ def test_going_on_from_an_older_checkpoint_gives_up_the_newer_ones(fit: Fit) -> 
 
 
 @pytest.mark.fault("F24")
-def test_changed_data_is_refused(fit: Fit, write_rows: WriteRows, capsys: pytest.CaptureFixture[str]) -> None:
-    _, folder = fit(*EVERY_STEP, "--trainer.max_steps", "2")
+def test_changed_data_is_refused_unless_allowed(
+    fit: Fit, write_rows: WriteRows, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, folder = fit(*EVERY_STEP, "--trainer.max_steps", "3")
     write_rows(41)
-    assert run(["runs", "resume", str(folder.path), "--trainer.max_steps", "4"]) == 2
-    assert "data has changed since the checkpoint" in capsys.readouterr().err
+    again = ["runs", "resume", str(folder.path), "--trainer.max_steps", "5", "--data.effective_batch_size", "16"]
+    assert run(again) == 2
+    error = capsys.readouterr().err
+    assert "changed since the checkpoint: data was " in error
+    assert "; data.init_args.effective_batch_size was 8 and is 16; " in error
+    assert "pass --allow-changed-data" in error
     assert json.loads(folder.status.read_text())["state"] == "failed"
+    assert run([*again, "--allow-changed-data"]) == 0
+    assert "note: data.init_args.effective_batch_size was 8 and is 16 since the checkpoint" in capsys.readouterr().err
+    assert verify(folder.latest.resolve()).step == 5
+    epochs = [line["epoch"] for line in read_metrics(folder) if "loss" in line]
+    assert epochs == [0, 0, 0, 1, 1], "where epochs have 2 steps, one with 3 finished is over"
+
+
+@pytest.mark.fault("F24")
+def test_other_changes_are_named_and_take_effect(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+    constant = ("--model.lr_scheduler", "constant", *EVERY_STEP)
+    _, folder = fit(*constant, "--trainer.max_steps", "2")
+    capsys.readouterr()
+    changes = ["--model.learning_rate", "5e-4", "--trainer.gradient_clip_val", "0.5", "--seed_everything", "7"]
+    assert run(["runs", "resume", str(folder.path), "--trainer.max_steps", "3", *changes]) == 0
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.endswith("since the checkpoint")]
+    assert notes == [
+        "note: seed_everything was 42 and is 7 since the checkpoint",
+        "note: trainer.gradient_clip_val was None and is 0.5 since the checkpoint",
+        "note: model.init_args.learning_rate was 0.001 and is 0.0005 since the checkpoint",
+    ]
+    assert [line["lr"] for line in read_metrics(folder)] == [1e-3, 1e-3, 5e-4]
+
+
+@pytest.mark.security("S1")
+@pytest.mark.parametrize("name", ["address", "file", "no manifest"])
+def test_what_is_no_checkpoint_of_ours_is_refused(
+    fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    _, folder = fit(*EVERY_STEP, "--trainer.max_steps", "1")
+    foreign = shutil.copytree(folder.checkpoint(1), tmp_path / "foreign")
+    (foreign / "manifest.json").unlink()
+    (foreign / ".metadata").write_bytes(b"never opened")
+    path, sentence = {
+        "address": ("https://example.com/step-1", "is an address"),
+        "file": (str(foreign / "state.pt"), "is no checkpoint folder"),
+        "no manifest": (str(foreign), "pass --trust-checkpoint"),
+    }[name]
+    code, _ = fit("--resume", path, "--trainer.max_steps", "2", folder="second")
+    assert code == 2
+    assert sentence in capsys.readouterr().err
+    if name == "no manifest":
+        assert fit("--resume", path, "--trust-checkpoint", "--trainer.max_steps", "2", folder="third")[0] == 0
 
 
 MEANWHILE = """
@@ -182,3 +230,45 @@ def test_a_wish_for_a_checkpoint(fit: Fit, tmp_path: Path) -> None:
     events = [json.loads(line) for line in folder.events.read_text().splitlines()]
     assert not folder.control_checkpoint.exists()
     assert any(event["event"] == "checkpoint" and event["step"] == 3 for event in events)
+
+
+FULL_DISK = """
+import os, subprocess, sys
+from pathlib import Path
+from lightning_hub.cli import run
+folder = Path(sys.argv[1])
+(folder / "checkpoints").mkdir(parents=True)
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder / "checkpoints")], check=True)
+code = run(sys.argv[2:])
+print("left", sorted(os.listdir(folder / "checkpoints")), file=sys.stderr)
+sys.exit(code)
+"""
+"""A process that trains where there is room for one checkpoint and not for two."""
+
+
+@pytest.mark.slow
+@pytest.mark.fault("F18")
+def test_a_full_disk_ends_the_run_and_leaves_the_old_checkpoint(fit: Fit, tmp_path: Path) -> None:
+    if subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "tmpfs", str(tmp_path)], check=False).returncode:
+        pytest.skip("this user may not mount a small disk")
+    _, straight = fit("--trainer.max_steps", "2")
+    folder = RunFolder(tmp_path / "full")
+    arguments = [
+        "fit",
+        "--config",
+        str(straight.config),
+        "--run-dir",
+        str(folder.path),
+        "--resume",
+        "auto",
+        *EVERY_STEP,
+    ]
+    command = ["unshare", "-m", sys.executable, "-c", FULL_DISK, str(folder.path), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert "left ['latest', 'step-1']" in done.stderr
+    assert "are needed and" in done.stderr
+    assert "free space and resume" in done.stderr
+    assert json.loads(folder.status.read_text())["state"] == "failed"
+    record = json.loads((folder.path / json.loads(folder.status.read_text())["error"]).read_text())
+    assert record["class"] == "disk"

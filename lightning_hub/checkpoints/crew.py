@@ -1,0 +1,64 @@
+"""The processes that work on one checkpoint together: none waits for another that has failed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch.distributed
+from torch.distributed import ProcessGroup
+
+from lightning_hub.errors import HubError
+
+T = TypeVar("T")
+
+
+class Crew:
+    """This process and those that save or load the same checkpoint with it.
+
+    Args:
+        alone: Whether this process works by itself, although others may exist.
+        group: Through which the processes talk; that of the whole run if None.
+    """
+
+    def __init__(self, *, alone: bool = False, group: ProcessGroup | None = None) -> None:
+        single = alone or not torch.distributed.is_initialized()
+        self.group = group
+        self.rank = 0 if single else torch.distributed.get_rank(group)
+        self.size = 1 if single else torch.distributed.get_world_size(group)
+
+    def exchange(self, item: T) -> list[T]:
+        """Return what every process gave, in the order of their ranks."""
+        if self.size == 1:
+            return [item]
+        items: list[T | None] = [None] * self.size
+        torch.distributed.all_gather_object(items, item, group=self.group)
+        return items  # type: ignore[return-value]  # every place is filled
+
+    def together(self, work: Callable[[], T]) -> list[T]:
+        """Do something in every process and return what each has got.
+
+        Raises:
+            Exception: What the first rank that failed has raised, the same sentence in every process.
+        """
+        result: T | None = None
+        fault: Exception | None = None
+        try:
+            result = work()
+        except Exception as error:  # it travels to the other ranks, which would wait for ever, and is raised on all
+            fault = error
+        outcomes = self.exchange((result, None if fault is None else self._portable(fault)))
+        first = next((error for _, error in outcomes if error is not None), None)
+        if first is not None:
+            raise first from fault
+        return [outcome for outcome, _ in outcomes]  # type: ignore[misc]  # nobody failed
+
+    def on_first(self, work: Callable[[], T]) -> T:
+        """Do something on rank 0 and return what it has got, to all."""
+        return self.together(lambda: work() if self.rank == 0 else None)[0]  # type: ignore[return-value]
+
+    def _portable(self, error: Exception) -> Exception:
+        """Return an error that can travel: one of ours as it is, another by its words."""
+        if self.size == 1 or isinstance(error, HubError):
+            return error
+        return HubError(f"{type(error).__name__}: {error}", where=f"rank {self.rank}")

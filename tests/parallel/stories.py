@@ -1,0 +1,118 @@
+"""Trainings that save and go on, as one rank runs them: several in one start of the processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor
+
+from lightning_hub.callbacks.checkpoints import SaveCheckpoints
+from lightning_hub.checkpoints.plugin import FolderCheckpointIO
+from lightning_hub.checkpoints.settings import CheckpointSettings
+from lightning_hub.data.module import ChatData
+from lightning_hub.methods.sft import SFT
+from lightning_hub.ops.rows import IGNORED, Step
+from lightning_hub.parallel.strategies import DDP, FSDP, ModelParallel
+from tests.parallel.harness import Topology, make_trainer
+
+TOPOLOGIES = {
+    "single": Topology("single", 1, partial(str, "auto")),
+    "ddp": Topology("ddp", 2, DDP),
+    "fsdp": Topology("fsdp", 2, FSDP),
+    "tp": Topology("tp", 2, partial(ModelParallel, ([1, 2], ["fsdp", "tp"]))),
+    "ddp x 4": Topology("ddp x 4", 4, DDP),
+    "fsdp 2 x tp 2": Topology("fsdp 2 x tp 2", 4, partial(ModelParallel, ([2, 2], ["fsdp", "tp"]))),
+}
+
+
+@dataclass(frozen=True)
+class Story:
+    """One training with checkpoints.
+
+    Attributes:
+        topology: How it is spread.
+        data: The rows it trains on.
+        folder: Where it saves.
+        model: What it trains.
+        resume: The checkpoint that it goes on from.
+        workers: Loader workers.
+        method: Further options of the method.
+        trainer: Further options of the trainer.
+        settings: When it saves.
+    """
+
+    topology: str
+    data: Path
+    folder: Path
+    model: str = "demo"
+    resume: Path | None = None
+    workers: int = 0
+    method: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=partial(dict, every_n_steps=1, keep=99))
+
+
+@dataclass
+class Told:
+    """What one rank has seen of a story, by step.
+
+    Attributes:
+        weights: Final weights (rank 0).
+    """
+
+    losses: dict[int, float] = field(default_factory=dict)
+    samples: dict[int, list[int]] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Watch(Callback):
+    """Notes losses and samples."""
+
+    def __init__(self) -> None:
+        self.told = Told()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: object, batch: Step, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        self.told.losses[step] = float(pl_module.step_loss)
+        trained = [row for row in batch.rows if bool((row.labels != IGNORED).any())]
+        self.told.samples[step] = [sample for row in trained for sample in row.sample_ids]
+
+
+def prepare(story: Story, *callbacks: Callback) -> tuple[Trainer, SFT, ChatData]:
+    """Return what a story needs to run."""
+    facts: dict[str, str] = {}
+    saver = SaveCheckpoints(
+        CheckpointSettings(**story.settings), story.folder, facts, wish=lambda: None, saved=lambda step, path: None
+    )
+    trainer = make_trainer(
+        TOPOLOGIES[story.topology],
+        enable_checkpointing=True,
+        plugins=[FolderCheckpointIO(facts)],
+        callbacks=[*callbacks, saver],
+        **{"max_epochs": 2, **story.trainer},
+    )
+    torch.manual_seed(0)
+    module = SFT(story.model, **{"learning_rate": 3e-4, **story.method})
+    data = ChatData(str(story.data), val=0.2, max_seq_len=64, effective_batch_size=8, num_workers=story.workers, seed=1)
+    return trainer, module, data
+
+
+def tell(story: Story, *callbacks: Callback) -> Told:
+    """Train a story in this process, which is one rank of its topology."""
+    watch = Watch()
+    trainer, module, data = prepare(story, watch, *callbacks)
+    trainer.fit(module, data, ckpt_path=story.resume)
+    watch.told.weights = {name: tensor.clone() for name, tensor in module.export_state()[1].items()}
+    return watch.told
+
+
+def tell_all(stories: list[Story]) -> list[Told]:
+    """Train one story after another."""
+    return [tell(story) for story in stories]
