@@ -91,6 +91,9 @@ def adapt(model: PreTrainedModel, settings: Settings, base: str) -> LoraConfig:
         except (ValueError, TypeError, NotImplementedError) as error:
             reason = " ".join(str(error).split())
             raise ConfigError(f"peft cannot adapt this model so ({reason})", where="model.init_args") from error
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # steps of adapters are too small for bfloat16
     config.modules_to_save = trained or None
     config.init_lora_weights = True  # whoever reads the adapter needs no other start
     for name in trained:
