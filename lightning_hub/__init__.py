@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lightning_hub.callbacks.samples import GenerateSamples
     from lightning_hub.data.module import ChatData
+    from lightning_hub.methods.osft import OSFT
     from lightning_hub.methods.sft import SFT
 
 __version__ = "0.1.0"
 
-__all__ = ["SFT", "ChatData", "GenerateSamples", "__version__"]
+__all__ = ["OSFT", "SFT", "ChatData", "GenerateSamples", "__version__"]
 
 _HOMES = {
+    "OSFT": "lightning_hub.methods.osft",
     "SFT": "lightning_hub.methods.sft",
     "ChatData": "lightning_hub.data.module",
     "GenerateSamples": "lightning_hub.callbacks.samples",

@@ -16,6 +16,7 @@ CLASSES: dict[str, str] = {
     "lightning.pytorch.Trainer": "trainer",
     "lightning_hub.checkpoints.settings.CheckpointSettings": "checkpoint",
     "lightning_hub.methods.sft.SFT": "model",
+    "lightning_hub.methods.osft.OSFT": "model",
     "lightning_hub.data.module.ChatData": "data",
     "lightning_hub.callbacks.samples.GenerateSamples": "callback",
     _CALLBACKS + "DeviceStatsMonitor": "callback",
