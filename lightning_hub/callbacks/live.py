@@ -57,6 +57,8 @@ def fill_weights(module: nn.Module, stored: Stored) -> None:
     Raises:
         HubError: What is stored are not the weights of this model.
     """
+    for name in set(stored.names()) - _state(module).keys():
+        _make_room(module, name, stored)
     state = _state(module)
     unknown = sorted(set(stored.names()) - state.keys())
     if unknown:
@@ -64,6 +66,17 @@ def fill_weights(module: nn.Module, stored: Stored) -> None:
         raise ConfigError(message, where="--resume", remedy="resume with the model that the checkpoint is of")
     for name, tensor in {id(tensor): (name, tensor) for name, tensor in state.items()}.values():
         stored.fill(name, part(tensor))
+
+
+def _make_room(module: nn.Module, name: str, stored: Stored) -> None:
+    """Give a buffer that a module may have or not the memory for what is stored of it."""
+    path, _, leaf = name.rpartition(".")
+    try:
+        owner = module.get_submodule(path)
+    except AttributeError:  # the checkpoint is of another model
+        return
+    if leaf in owner._buffers and owner._buffers[leaf] is None:
+        owner._buffers[leaf] = torch.empty(stored.shape(name))
 
 
 def fill_optimizer(module: nn.Module, optimizer: Optimizer, stored: Stored) -> None:

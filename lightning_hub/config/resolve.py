@@ -39,6 +39,21 @@ def fill_defaults(recipe: Recipe, schema: Schema | None = None) -> dict[str, Pla
     return tree
 
 
+def with_class_paths(tree: Plain, schema: Schema | None = None) -> Plain:
+    """Return a tree in which classes of the catalogue stand under their full paths.
+
+    The parser knows short names only of classes that somebody has imported already.
+    """
+    catalogue = schema or shipped_schema()
+    if isinstance(tree, list):
+        return [with_class_paths(item, catalogue) for item in tree]
+    if not isinstance(tree, dict):
+        return tree
+    full = {key: with_class_paths(value, catalogue) for key, value in tree.items()}
+    info = catalogue.find(str(tree.get("class_path")))
+    return full | {"class_path": info.path} if info else full
+
+
 def _class_form(value: Plain, schema: Schema) -> Plain:
     spec: Plain = {"class_path": value} if isinstance(value, str) else value
     if not isinstance(spec, dict):

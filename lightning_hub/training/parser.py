@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
@@ -12,6 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lightning_hub.checkpoints.plugin import FolderCheckpointIO
 from lightning_hub.checkpoints.settings import CheckpointSettings
+from lightning_hub.config.resolve import with_class_paths
 from lightning_hub.data.module import ChatData
 from lightning_hub.errors import ConfigError, HubError
 from lightning_hub.methods.sft import SFT
@@ -50,7 +51,7 @@ class RecipeCLI(LightningCLI):
                 subclass_mode_model=True,
                 subclass_mode_data=True,
                 run=False,
-                args=recipe,
+                args=cast("dict[str, Any]", with_class_paths(recipe)),
                 seed_everything_default=42,
                 auto_configure_optimizers=False,
                 save_config_callback=None,

@@ -12,7 +12,7 @@ from tempfile import mkdtemp
 import pytest
 import torch
 
-from lightning_hub.methods.lora.module import LoRA
+from lightning_hub.methods.lora import LoRA
 from lightning_hub.parallel.strategies import DDP, FSDP, ModelParallel, strategy_for
 from tests.ops.models import CONFIGS, make
 from tests.parallel.harness import Case, Seen, Topology, calm, launch

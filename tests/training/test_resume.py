@@ -184,19 +184,19 @@ def fit_until(event: str, straight: RunFolder, to: Path) -> tuple[int, RunFolder
 @pytest.mark.slow
 @pytest.mark.fault("F25")
 @pytest.mark.parametrize(
-    "event",
+    ("event", "state"),
     [
-        "os.kill(os.getpid(), signal.SIGTERM)",
-        "os.kill(os.getpid(), signal.SIGINT)",
-        "self.run.folder.control_stop.touch()",
+        ("os.kill(os.getpid(), signal.SIGTERM)", "preempted"),
+        ("os.kill(os.getpid(), signal.SIGINT)", "stopped"),
+        ("self.run.folder.control_stop.touch()", "stopped"),
     ],
 )
-def test_a_stop_saves_and_the_run_goes_on(fit: Fit, tmp_path: Path, event: str) -> None:
+def test_a_stop_saves_and_the_run_goes_on(fit: Fit, tmp_path: Path, event: str, state: str) -> None:
     _, straight = fit(*LONG)
     code, folder, error = fit_until(event, straight, tmp_path / "stopped")
     assert code == 75, error
     status = json.loads(folder.status.read_text())
-    assert (status["state"], status["step"], status["exit_code"]) == ("stopped", 3, 75)
+    assert (status["state"], status["step"], status["exit_code"]) == (state, 3, 75)
     assert "Traceback" not in error
     assert run(["runs", "resume", str(folder.path)]) == 0
     assert_same_end(straight, folder)

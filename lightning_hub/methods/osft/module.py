@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from lightning_hub.errors import ConfigError
 from lightning_hub.methods.osft.bases import BasesCache, fill_bases
-from lightning_hub.methods.osft.delta import Complement
+from lightning_hub.methods.osft.delta import Complement, Delta
 from lightning_hub.methods.osft.surgery import Site, add_changes, merged_name, sites
 from lightning_hub.methods.sft import SFT
 from lightning_hub.methods.targets import Matrix, matrices, resolve
@@ -135,7 +135,7 @@ def _merge(site: Site, state: dict[str, Tensor]) -> None:
     state[f"{prefix}.original"] = torch.where(change == 0, weight, (weight + change).to(weight.dtype))
 
 
-def _call(delta: nn.Module, tensors: dict[str, Tensor], weight: Tensor) -> Tensor:
+def _call(delta: Delta, tensors: dict[str, Tensor], weight: Tensor) -> Tensor:
     """Compute a change from whole tensors, whatever its module holds."""
 
     class Change(nn.Module):
@@ -144,8 +144,7 @@ def _call(delta: nn.Module, tensors: dict[str, Tensor], weight: Tensor) -> Tenso
             self.inner = delta
 
         def forward(self, weight: Tensor) -> Tensor:
-            change: Tensor = self.inner.change(weight)
-            return change
+            return delta.change(weight)
 
     named = {f"inner.{name}": tensor for name, tensor in tensors.items()}
     result: Tensor = torch.func.functional_call(Change(), named, (weight,))
