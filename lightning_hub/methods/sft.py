@@ -277,6 +277,18 @@ class SFT(LightningModule):
         if weights:
             write_export(target, model, weights, tokenizer)
 
+    def export_merged(self, target: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype | None) -> str:
+        """Write what is exported beside a base as a plain model; here everything is one already.
+
+        Raises:
+            ConfigError: There is nothing to merge.
+        """
+        raise ConfigError(
+            f"a run of {type(self).__name__} has nothing to merge",
+            where="--merge",
+            remedy="its export is a plain model folder already",
+        )
+
     def export_state(self) -> tuple[PreTrainedModel, dict[str, Tensor]]:
         """Return the model to export and its whole weights, so that an exporter needs to know no method.
 

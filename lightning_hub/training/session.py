@@ -182,10 +182,29 @@ def build(
     return cli
 
 
-def export(tree: dict[str, Any], folder: RunFolder, target: Path, *, trust_remote_code: bool = False) -> None:
+def export(
+    tree: dict[str, Any],
+    folder: RunFolder,
+    target: Path,
+    *,
+    merge: bool = False,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+) -> str:
     """Write the export of a run from its newest whole checkpoint, in one process, whatever wrote it.
 
     The model is built once, empty, and filled tensor by tensor.
+
+    Args:
+        tree: The run's recipe.
+        folder: The run.
+        target: The folder to write.
+        merge: Whether an adapter is merged into its base.
+        dtype: Of merged weights: float32 or bfloat16; that of the base if None.
+        trust_remote_code: Whether Python files of the model may run.
+
+    Returns:
+        What there is to say about it.
 
     Raises:
         NoCheckpointError: The run has none.
@@ -202,7 +221,10 @@ def export(tree: dict[str, Any], folder: RunFolder, target: Path, *, trust_remot
     module.on_load_checkpoint(checkpoint)
     live.fill_weights(module, checkpoint["restored"].weights)
     data.open(module.pretrained)
+    if merge:
+        return module.export_merged(target, data.tokenizer, getattr(torch, dtype) if dtype else None)
     module.export(target, data.tokenizer)
+    return ""
 
 
 def measure(
@@ -245,4 +267,5 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
     warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")  # Lightning's own use of torch
     warnings.filterwarnings("ignore", ".*broadcast_buffers. is deprecated.*")  # its successor syncs at the start
+    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing. is deprecated.*")  # peft asks for it by this name
     warnings.filterwarnings("ignore", ".*sync_dist=True.*")  # what is logged is the same on every rank already

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -24,6 +25,7 @@ from lightning_hub.methods.lora.adapters import (
 )
 from lightning_hub.methods.lora.folder import fill_from, finished, read_config, write_adapter
 from lightning_hub.methods.lora.health import DeadAdapterError, Pulse
+from lightning_hub.methods.lora.merge import write_merged
 from lightning_hub.methods.sft import SFT
 from lightning_hub.ops.rows import Step
 from lightning_hub.parallel.agreement import from_rank_zero
@@ -199,6 +201,13 @@ class LoRA(SFT):
             assert not unexpected, f"the live names are those of a fresh model: {unexpected[:1]}"
 
         write_adapter(target, adapter, tokenizer, self.pretrained, as_trained)
+
+    def export_merged(self, target: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype | None) -> str:
+        """Write a plain model, in the dtype of the base on disk if None; return what of the change has survived."""
+        kept = dtype or self.pretrained.config.dtype or torch.float32
+        with TemporaryDirectory(dir=target.parent) as scratch:
+            self.export(Path(scratch) / "adapter", tokenizer)
+            return write_merged(target, Path(scratch) / "adapter", self.pretrained, tokenizer, kept)
 
 
 def _check_alive(state: dict[str, Tensor]) -> None:

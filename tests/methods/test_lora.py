@@ -1,0 +1,51 @@
+"""LoRA beside peft itself: the same training, folders that peft reads, and merges that are the same model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from lightning_hub.checkpoints.plugin import FolderCheckpointIO
+from lightning_hub.cli import run
+from lightning_hub.errors import ConfigError, HubError
+from lightning_hub.methods.lora import LoRA
+from lightning_hub.methods.lora.adapters import base_hash
+from lightning_hub.methods.lora.folder import check_loaded, probe
+from lightning_hub.methods.lora.health import DeadAdapterError
+from lightning_hub.models.pretrained import EMBEDDED_FOLDER, Pretrained
+from lightning_hub.ops.attention import PACKED
+from lightning_hub.ops.loss import LossHead
+from lightning_hub.runs.folder import RunFolder
+from tests.conftest import WriteRows
+from tests.parallel.harness import ONE, Case, Seen, plan, trained
+from tests.parallel.test_topology import saved
+
+SMALL: dict[str, Any] = {"r": 4, "alpha": 8.0, "learning_rate": 1e-2, "lr_scheduler": "constant"}
+
+
+def peft_loop(model: PreTrainedModel, config: LoraConfig) -> tuple[list[float], dict[str, Tensor]]:
+    """Train the same rows with peft, AdamW and a loop that anyone would write."""
+    torch.manual_seed(0)
+    adapted = get_peft_model(model, config)
+    loss_of = LossHead(adapted.get_base_model())
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], 1e-2, (0.9, 0.95), weight_decay=0)
+    losses = []
+    for index in range(len(plan())):
+        rows, num_trained = plan().step(0, index)
+        optimizer.zero_grad()
+        loss = torch.stack([loss_of(row) for row in rows]).sum() / num_trained
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, {name: p.detach() for name, p in adapted.named_parameters() if p.requires_grad}
