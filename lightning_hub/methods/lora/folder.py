@@ -160,9 +160,9 @@ def probe(model: torch.nn.Module) -> Tensor:
 def _fresh(base: Pretrained) -> PreTrainedModel:
     """Read the base in float32, or in bfloat16 where this machine has no room for that."""
     with torch.device("meta"):
-        needed = 4 * base.skeleton(dtype=torch.float32, attn_implementation="sdpa").num_parameters()
+        needed = 4 * base.skeleton(dtype=torch.float32, attn_implementation="eager").num_parameters()
     dtype = torch.float32 if needed * 1.2 < psutil.virtual_memory().available else torch.bfloat16
-    return base.load(dtype=dtype, attn_implementation="sdpa")
+    return base.load(dtype=dtype, attn_implementation="eager")
 
 
 def read_config(folder: Path, settings: Settings) -> None:

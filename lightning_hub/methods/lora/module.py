@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -70,7 +70,9 @@ class LoRA(SFT):
         super().__init__(model, learning_rate, **options)
         if is_shifting(init) and (use_dora or adapter):
             other = "use_dora" if use_dora else "adapter"
-            raise ConfigError(f"{other} does not go with init {init}", where="model.init_args.init", remedy="leave it out")
+            raise ConfigError(
+                f"{other} does not go with init {init}", where="model.init_args.init", remedy="leave it out"
+            )
         self.settings = Settings(r, alpha, dropout, targets, modules_to_save or [], use_rslora, use_dora, init)
         self.adapter = Path(adapter).expanduser() if adapter else None
         if self.adapter is not None:
@@ -197,8 +199,8 @@ class LoRA(SFT):
 
         def as_trained(fresh: PreTrainedModel) -> None:
             adapt(fresh, self.settings, self.source)
-            missing, unexpected = fresh.load_state_dict(state, strict=False)
-            assert not unexpected, f"the live names are those of a fresh model: {unexpected[:1]}"
+            found = fresh.load_state_dict(state, strict=False)
+            assert not found.unexpected_keys, f"live names are those of a fresh model: {found.unexpected_keys[:1]}"
 
         write_adapter(target, adapter, tokenizer, self.pretrained, as_trained)
 
