@@ -37,7 +37,7 @@ def saved(family: str) -> str:
     config = CONFIGS[family]
     before, config.vocab_size = config.vocab_size, 265  # odd: shards of unequal size
     try:
-        make(family, "sdpa").save_pretrained(folder)
+        make(family, "eager").save_pretrained(folder)
     finally:
         config.vocab_size = before
     return folder
@@ -56,10 +56,27 @@ def cases() -> list[Case]:
         Case("sft, biases", model=saved("qwen2"), options={"weight_decay": 0.1}, trainer=clip),
         Case("sft, head not linear", model=saved("granite, scaled logits"), trainer=clip),
         Case("lora", method=LoRA, model=calm(), options=lora, trainer=clip),
-        Case("lora, attention, recomputed", method=LoRA, model=saved("qwen2"), trainer=clip, options={
-            "targets": ["attention"], "modules_to_save": ["embed_tokens"], "use_rslora": True, "r": 3,
-            "gradient_checkpointing": True, "learning_rate": 1e-2}),
-        Case("lora, pissa", method=LoRA, model=saved("qwen3"), options={**lora, "init": "pissa", "learning_rate": 1e-3}, trainer=clip),
+        Case(
+            "lora, attention, recomputed",
+            method=LoRA,
+            model=saved("qwen2"),
+            trainer=clip,
+            options={
+                "targets": ["attention"],
+                "modules_to_save": ["embed_tokens"],
+                "use_rslora": True,
+                "r": 3,
+                "gradient_checkpointing": True,
+                "learning_rate": 1e-2,
+            },
+        ),
+        Case(
+            "lora, pissa",
+            method=LoRA,
+            model=saved("qwen3"),
+            options={**lora, "init": "pissa", "learning_rate": 1e-3},
+            trainer=clip,
+        ),
         Case("sft, bf16-mixed", model=saved("qwen2"), trainer={"precision": "bf16-mixed", **clip}, tolerance=1e-2),
     ]
 
@@ -81,6 +98,19 @@ def test_the_numbers_are_those_of_one_process(topology: Topology, tmp_path: Path
             assert isinstance(found, Seen), f"{case.name}, rank {rank}: {found}"
             faults += [f"{case.name}, rank {rank}: {fault}" for fault in differences(found, expected, case)]
     assert not faults, "\n".join(faults)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", TOPOLOGIES[:2], ids=lambda topology: topology.name)
+def test_adapters_of_experts_are_those_of_one_process(topology: Topology, tmp_path: Path) -> None:
+    options = {"r": 4, "learning_rate": 1e-2, "eps": 1e-6, "targets": ["experts", "attention"]}
+    case = Case("experts", method=LoRA, model=saved("gpt-oss, sinks"), options=options)
+    expected = launch(ONE, [case], Path())[0][case.name]
+    for seen in launch(topology, [case], tmp_path):
+        found = seen[case.name]
+        assert isinstance(expected, Seen)
+        assert isinstance(found, Seen), found
+        assert not differences(found, expected, case)
 
 
 def differences(found: Seen, expected: Seen, case: Case) -> list[str]:
