@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from lightning.pytorch import Trainer
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -19,7 +20,6 @@ from lightning_hub.checkpoints.plugin import FolderCheckpointIO
 from lightning_hub.cli import run
 from lightning_hub.errors import ConfigError, HubError
 from lightning_hub.methods.lora import LoRA
-from lightning_hub.methods.lora import folder as room
 from lightning_hub.methods.lora.folder import probe
 from lightning_hub.methods.lora.health import DeadAdapterError
 from lightning_hub.models.pretrained import EMBEDDED_FOLDER, Pretrained
@@ -37,7 +37,7 @@ def peft_loop(model: PreTrainedModel, config: LoraConfig) -> tuple[list[float], 
     """Train the same rows with peft, AdamW and a loop that anyone would write."""
     torch.manual_seed(0)
     adapted = get_peft_model(model, config)
-    loss_of = LossHead(adapted.get_base_model())
+    loss_of = LossHead(model)  # whose layers peft has replaced
     optimizer = torch.optim.AdamW(
         [p for p in adapted.parameters() if p.requires_grad], 1e-2, (0.9, 0.95), weight_decay=0
     )
@@ -101,6 +101,7 @@ def adapted(folder: str, **options: Any) -> LoRA:
         ({"targets": ["lm_head"]}, ["'lm_head' is one weight for model.embed_tokens and lm_head"]),
         ({"targets": ["embed_tokens"]}, ["'embed_tokens' is one weight for"]),
         ({"adapter": "/nowhere"}, ["holds no adapter"]),
+        ({"quantization": "nf4"}, ["nf4 weights need the library bitsandbytes", "lightning-hub[gpu]"]),
         ({"use_dora": True, "init": "pissa"}, ["use_dora does not go with init pissa"]),
     ],
     ids=str,
@@ -207,8 +208,8 @@ FAULTS: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
 def test_a_faulty_adapter_file_is_noticed_when_it_is_written(
     fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = room.save_file
-    monkeypatch.setattr(room, "save_file", lambda found, *rest: real(FAULTS[fault](found), *rest))
+    real = safetensors.torch.save_file
+    monkeypatch.setattr(safetensors.torch, "save_file", lambda found, *rest: real(FAULTS[fault](found), *rest))
     with pytest.raises(HubError, match="of the adapter are not what was trained"):
         train("demo", tmp_path)
     assert not (tmp_path / "adapter").exists()

@@ -19,7 +19,6 @@ from lightning_hub.methods.lora.adapters import layers_of
 from lightning_hub.methods.lora.folder import check_answers, probe
 from lightning_hub.models.pretrained import Pretrained
 
-
 LARGE = 0.1
 """Share of a change that a cast may lose without a word about it."""
 
