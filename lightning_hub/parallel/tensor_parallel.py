@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+from torch.nn.utils.parametrize import is_parametrized
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lightning_hub.errors import ConfigError
 from lightning_hub.launch.meshes import STRATEGY, check_divisible
+from lightning_hub.parallel.changed import ChangedColumns, ChangedRows
 
 
 class SumGradients(ParallelStyle):
@@ -44,14 +46,23 @@ STYLES: dict[str, type[ParallelStyle]] = {
 }
 """The words of plans that are offered."""
 
+STYLES_OF_CHANGED: dict[str, type[ParallelStyle]] = {**STYLES, "colwise": ChangedColumns, "rowwise": ChangedRows}
+"""The same for layers whose weight has a change under it."""
+
 HEADS = ("colwise_rep", "colwise_gather_output", "embedding_rowwise", "embedding_colwise")
 """Words for embeddings and output layers, which stay whole: the loss needs the weights themselves."""
 
 
 def split(model: PreTrainedModel, mesh: DeviceMesh) -> None:
     """Cut the layers of a model over the ranks of a one-dimensional mesh, as the model's own plan says."""
-    styles: dict[str, Any] = {name: STYLES[word]() for name, word in layer_styles(model, mesh.size()).items()}
+    words = layer_styles(model, mesh.size())
+    styles: dict[str, Any] = {name: _style(model.get_submodule(name), word) for name, word in words.items()}
     parallelize_module(model, mesh, styles, src_data_rank=None)
+
+
+def _style(layer: nn.Module, word: str) -> ParallelStyle:
+    """Return how a layer is cut; one with a change under its weight is cut together with that."""
+    return (STYLES_OF_CHANGED if is_parametrized(layer) else STYLES)[word]()
 
 
 def layer_styles(model: PreTrainedModel, tp: int) -> dict[str, str]:
