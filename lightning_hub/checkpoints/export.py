@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import safe_open
@@ -30,12 +31,19 @@ def write_export(
     Raises:
         HubError: A written tensor differs from the one in memory.
     """
+    with whole_or_absent(target) as building:
+        model.save_pretrained(building, state_dict=dict(weights))
+        tokenizer.save_pretrained(building)
+        _compare(building, model, weights)
+
+
+@contextmanager
+def whole_or_absent(target: Path) -> Iterator[Path]:
+    """Give a folder to write and check; it gets its name, in the place of an older one, when that has gone well."""
     building = target.with_name(target.name + ".tmp")
     shutil.rmtree(building, ignore_errors=True)
-    model.save_pretrained(building, state_dict=dict(weights))
-    tokenizer.save_pretrained(building)
-    _compare(building, model, weights)
-    building.chmod(0o700)
+    building.mkdir(parents=True, mode=0o700)
+    yield building
     for file in building.iterdir():
         file.chmod(0o600)
     old = target.with_name(target.name + ".old")
