@@ -124,14 +124,39 @@ class Delta(nn.Module):
         Args:
             weight: ``W0`` as it is stored.
         """
+        left, right = self.factors(weight)
+        return left if right is None else left @ right
+
+    def factors(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return two matrices whose product is the change, ``(out, r)`` and ``(r, in)``; with all trained, one."""
         delta = _with_whole_gradient(self.delta)
         if self.side == "all":
-            return delta
+            return delta, None
         if self.side == "both":
-            return self.u_low.to(delta.dtype) @ (delta @ self.v_low.to(delta.dtype))
+            return self.u_low.to(delta.dtype), delta @ self.v_low.to(delta.dtype)
         if self.side == "left":
-            return (delta - self._protected_left(weight.to(delta.dtype), delta)) @ self.v_low.to(delta.dtype)
-        return self.u_low.to(delta.dtype) @ (delta - self._protected_right(weight.to(delta.dtype), delta))
+            return delta - self._protected_left(weight.to(delta.dtype), delta), self.v_low.to(delta.dtype)
+        return self.u_low.to(delta.dtype), delta - self._protected_right(weight.to(delta.dtype), delta)
+
+    def leaks(self, weight: Tensor, change: Tensor) -> tuple[float, float]:
+        """Return the share of any change of the weight that lies in its protected columns, and in its protected rows.
+
+        Args:
+            weight: ``W0`` as it is stored.
+            change: For example what is left of a change after rounding.
+        """
+        norm = float(change.norm()) or 1.0
+        exact, own = weight.to(change.dtype), {name: getattr(self, name).to(change.dtype) for name in self.basis_names}
+        left = right = torch.zeros((), dtype=change.dtype)
+        if self.side == "left":
+            left = self._protected_left(exact, change)
+        elif "u_low" in own:
+            left = change - own["u_low"] @ (own["u_low"].mT @ change)
+        if self.side == "right":
+            right = self._protected_right(exact, change)
+        elif "v_low" in own:
+            right = change - (change @ own["v_low"].mT) @ own["v_low"]
+        return float(left.norm()) / norm, float(right.norm()) / norm
 
     def cut(self, axis: int) -> dict[str, int]:
         """Return which parameters are cut, and along which axis, when the weight is cut along ``axis``.
