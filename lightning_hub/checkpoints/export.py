@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +19,7 @@ def write_export(
     model: PreTrainedModel,
     weights: Mapping[str, Tensor],
     tokenizer: PreTrainedTokenizerBase,
+    beside: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Write weights, configuration, tokenizer, chat template and generation config to a folder.
 
@@ -27,6 +28,7 @@ def write_export(
         model: The model whose classes write the files.
         weights: What is written, by the model's own names.
         tokenizer: The tokenizer that made the training data, with its chat template.
+        beside: Writes what else belongs into the folder.
 
     Raises:
         HubError: A written tensor differs from the one in memory.
@@ -35,6 +37,7 @@ def write_export(
         model.save_pretrained(building, state_dict=dict(weights))
         tokenizer.save_pretrained(building)
         _compare(building, model, weights)
+        beside(building)
 
 
 @contextmanager

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+from torch.nn.utils.parametrize import is_parametrized
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lightning_hub.errors import ConfigError
 from lightning_hub.launch.meshes import STRATEGY, check_divisible
+from lightning_hub.parallel.changed import ChangedColumns, ChangedRows
 
 
 class SumGradients(ParallelStyle):
@@ -44,6 +46,9 @@ STYLES: dict[str, type[ParallelStyle]] = {
 }
 """The words of plans that are offered."""
 
+STYLES_OF_CHANGED: dict[str, type[ParallelStyle]] = {**STYLES, "colwise": ChangedColumns, "rowwise": ChangedRows}
+"""The same for layers whose weight has a change under it."""
+
 HEADS = ("colwise_rep", "colwise_gather_output", "embedding_rowwise", "embedding_colwise")
 """Words for embeddings and output layers, which stay whole: the loss needs the weights themselves."""
 
@@ -55,7 +60,7 @@ def split(model: PreTrainedModel, mesh: DeviceMesh) -> None:
         for name, style in layer_styles(model, mesh.size()).items()
         for part, word in _parts(name, model.get_submodule(name), style).items()
     }
-    styles: dict[str, Any] = {name: STYLES[word]() for name, word in words.items()}
+    styles: dict[str, Any] = {name: _style(model.get_submodule(name), word) for name, word in words.items()}
     parallelize_module(model, mesh, styles, src_data_rank=None)
 
 
@@ -70,6 +75,11 @@ def _parts(name: str, layer: nn.Module, style: str) -> dict[str, str]:
     cut = {"colwise": "lora_B", "rowwise": "lora_A"}.get(style)
     adapters = [] if cut is None else [f"{name}.{cut}.{adapter}" for adapter in getattr(layer, cut)]
     return {f"{name}.base_layer": style, **dict.fromkeys(adapters, style)}
+
+
+def _style(layer: nn.Module, word: str) -> ParallelStyle:
+    """Return how a layer is cut; one with a change under its weight is cut together with that."""
+    return (STYLES_OF_CHANGED if is_parametrized(layer) else STYLES)[word]()
 
 
 def layer_styles(model: PreTrainedModel, tp: int) -> dict[str, str]:

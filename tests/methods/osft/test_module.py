@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -16,6 +17,7 @@ from lightning_hub.errors import ConfigError
 from lightning_hub.methods.osft import OSFT
 from lightning_hub.methods.osft.bases import BasesCache, decompose, fill_bases, share_out
 from lightning_hub.methods.osft.delta import Delta
+from lightning_hub.methods.osft.product import DELTA_FILE
 from lightning_hub.methods.osft.split import split
 from lightning_hub.methods.osft.surgery import Site, add_changes, sites
 from lightning_hub.methods.targets import resolve
@@ -174,6 +176,34 @@ def test_the_learning_rate_of_the_changes_is_scaled(train: Callable[..., OSFT]) 
     module = train(lr_scale=0.5, train_other="norms")
     rates = {group["initial_lr"] for group in module.trainer.optimizers[0].param_groups}
     assert rates == {1e-3, 5e-4}
+
+
+def test_the_exact_changes_stand_beside_the_export(train: Callable[..., OSFT], tmp_path: Path) -> None:
+    module = train()
+    target = tmp_path / "export"
+    module.export(target, module.pretrained.tokenizer)
+    changes, exported = load_file(target / DELTA_FILE), load_file(target / "model.safetensors")
+    plain = module.pretrained.load(dtype=torch.float32, attn_implementation="sdpa").state_dict()
+    for site in module.sites():
+        name = site.matrix.full_name
+        assert (plain[name] + changes[f"{name}.left"] @ changes[f"{name}.right"]).equal(exported[name])
+    ids = torch.arange(3, 30)[None]
+    loaded = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+    assert loaded(ids).logits.isfinite().all()
+
+
+def test_what_rounding_does_to_a_change_is_said(train: Callable[..., OSFT], tmp_path: Path) -> None:
+    module = train(steps=10)
+    said = module.export_merged(tmp_path / "merged", module.pretrained.tokenizer, torch.bfloat16)
+    rounded = load_file(tmp_path / "merged" / "model.safetensors")
+    plain = module.pretrained.load(dtype=torch.float32, attn_implementation="sdpa").state_dict()
+    worst = 0.0
+    for site in module.sites():
+        exact = split(site.original, site.delta.rank)
+        change = rounded[site.matrix.full_name].float() - plain[site.matrix.full_name]
+        worst = max(worst, *leaks(change, exact.u[:, : exact.protected], exact.v[: exact.protected]))
+    assert f"up to {worst:.1%} of it lies in protected directions" in said
+    assert worst > 0.01
 
 
 @pytest.mark.parametrize(
