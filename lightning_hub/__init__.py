@@ -12,16 +12,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lightning_hub.callbacks.samples import GenerateSamples
     from lightning_hub.data.module import ChatData
+    from lightning_hub.methods.lora import LoRA
     from lightning_hub.methods.osft import OSFT
     from lightning_hub.methods.sft import SFT
 
 __version__ = "0.1.0"
 
-__all__ = ["OSFT", "SFT", "ChatData", "GenerateSamples", "__version__"]
+__all__ = ["OSFT", "SFT", "ChatData", "GenerateSamples", "LoRA", "__version__"]
 
 _HOMES = {
     "OSFT": "lightning_hub.methods.osft",
     "SFT": "lightning_hub.methods.sft",
+    "LoRA": "lightning_hub.methods.lora",
     "ChatData": "lightning_hub.data.module",
     "GenerateSamples": "lightning_hub.callbacks.samples",
 }

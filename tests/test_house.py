@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import subprocess
 import sys
 import typing
@@ -15,6 +16,7 @@ import pytest
 
 import lightning_hub
 from lightning_hub.config.registry import CLASSES
+from lightning_hub.config.schema import SCHEMA_FILE
 
 ROOT = Path(__file__).parents[1]
 HEAVY = {"torch", "lightning", "transformers", "peft", "numpy", "jsonargparse", "datasets"}
@@ -51,20 +53,33 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
 
 
 def test_the_public_classes_are_those_of_recipes() -> None:
+    listed = [named(name) for name in CLASSES if name.startswith("lightning_hub.")]
     for name in lightning_hub.__all__:
         if not name.startswith("__"):
-            made = getattr(lightning_hub, name)
-            assert f"{made.__module__}.{made.__name__}" in CLASSES
+            assert getattr(lightning_hub, name) in listed
+
+
+def named(path: str) -> type:
+    module, _, name = path.rpartition(".")
+    made: type = getattr(import_module(module), name)
+    return made
 
 
 @pytest.mark.security("S4")
 @pytest.mark.parametrize("name", [name for name in CLASSES if name.startswith("lightning_hub.")])
 def test_no_parameter_that_a_recipe_reaches_is_untyped(name: str) -> None:
-    module, _, cls = name.rpartition(".")
-    made = getattr(import_module(module), cls)
-    hints = typing.get_type_hints(made.__init__)
-    for parameter in inspect.signature(made).parameters:
-        assert not forbidden(hints[parameter]), f"{name}.{parameter}: {hints[parameter]}"
+    owners = [owner for owner in named(name).__mro__ if owner.__module__.startswith("lightning_hub.")]
+    for owner in owners:
+        hints = typing.get_type_hints(owner.__init__)  # type: ignore[misc]  # of this very class
+        for parameter in inspect.signature(owner).parameters.values():
+            if parameter.kind is not parameter.VAR_KEYWORD:  # goes on to the next class, whose options are looked at
+                assert not forbidden(hints[parameter.name]), f"{name}.{parameter.name}: {hints[parameter.name]}"
+    assert "open" not in next(record for record in records() if record["path"] == name), "no other key passes"
+
+
+def records() -> list[dict[str, object]]:
+    listed: list[dict[str, object]] = json.loads(SCHEMA_FILE.read_text())["classes"]
+    return listed
 
 
 def forbidden(hint: object) -> bool:

@@ -7,6 +7,7 @@ and the schedule come from the recipe; of the schedule only the step is kept.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from lightning_hub.checkpoints.tensors import Part, Stored
 from lightning_hub.errors import ConfigError
 from lightning_hub.parallel.parts import offsets, own_part
+
+
+@runtime_checkable
+class KeepsState(Protocol):
+    """A module that says which of its tensors a checkpoint holds; of another it holds all."""
+
+    def kept_state(self) -> dict[str, Tensor]:
+        """Return live tensors, each under all of its names."""
 
 
 def weights(module: nn.Module) -> dict[str, Part]:
@@ -95,7 +104,9 @@ def set_schedule(scheduler: LambdaLR, step: int) -> None:
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:
-    """Return the live tensors; asking for them makes full sharding let go of gathered weights."""
+    """Return the live tensors that are kept; asking for them makes full sharding let go of gathered weights."""
+    if isinstance(module, KeepsState):
+        return module.kept_state()
     state: dict[str, Tensor] = module.state_dict(keep_vars=True)
     return state
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import safe_open
@@ -18,6 +19,7 @@ def write_export(
     model: PreTrainedModel,
     weights: Mapping[str, Tensor],
     tokenizer: PreTrainedTokenizerBase,
+    beside: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Write weights, configuration, tokenizer, chat template and generation config to a folder.
 
@@ -26,16 +28,25 @@ def write_export(
         model: The model whose classes write the files.
         weights: What is written, by the model's own names.
         tokenizer: The tokenizer that made the training data, with its chat template.
+        beside: Writes what else belongs into the folder.
 
     Raises:
         HubError: A written tensor differs from the one in memory.
     """
+    with whole_or_absent(target) as building:
+        model.save_pretrained(building, state_dict=dict(weights))
+        tokenizer.save_pretrained(building)
+        _compare(building, model, weights)
+        beside(building)
+
+
+@contextmanager
+def whole_or_absent(target: Path) -> Iterator[Path]:
+    """Give a folder to write and check; it gets its name, in the place of an older one, when that has gone well."""
     building = target.with_name(target.name + ".tmp")
     shutil.rmtree(building, ignore_errors=True)
-    model.save_pretrained(building, state_dict=dict(weights))
-    tokenizer.save_pretrained(building)
-    _compare(building, model, weights)
-    building.chmod(0o700)
+    building.mkdir(parents=True, mode=0o700)
+    yield building
     for file in building.iterdir():
         file.chmod(0o600)
     old = target.with_name(target.name + ".old")

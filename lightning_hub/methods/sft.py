@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -10,9 +11,10 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
+from lightning_hub.checkpoints.export import write_export
 from lightning_hub.errors import ConfigError
 from lightning_hub.methods.health import Health
 from lightning_hub.methods.neftune import Neftune
@@ -122,6 +124,10 @@ class SFT(LightningModule):
         if self.neftune_alpha is not None:
             Neftune(self.neftune_alpha).attach(self.model)
         self.loss_head = LossHead(self.model, self.label_smoothing, traits)
+
+    def describe(self) -> list[str]:
+        """Return lines about what trains, for the announcement of a run; a method adds its own."""
+        return []
 
     def build(self) -> None:
         """Build the model in memory of its own, without reading its weights: something else fills them."""
@@ -259,6 +265,29 @@ class SFT(LightningModule):
         return complete(self.model, self.pretrained.tokenizer, prompts)
 
     # ---- what is kept ----------------------------------------------------------------------------------------------
+
+    def kept_state(self) -> dict[str, Tensor]:
+        """Return the live tensors that a checkpoint holds, each under all of its names."""
+        state: dict[str, Tensor] = self.state_dict(keep_vars=True)
+        return state
+
+    def export(self, target: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Write the result to a folder, checked; every rank must call this, and rank 0 writes."""
+        model, weights = self.export_state()
+        if weights:
+            write_export(target, model, weights, tokenizer)
+
+    def export_merged(self, target: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype | None) -> str:
+        """Write what is exported beside a base as a plain model; here everything is one already.
+
+        Raises:
+            ConfigError: There is nothing to merge.
+        """
+        raise ConfigError(
+            f"a run of {type(self).__name__} has nothing to merge",
+            where="--merge",
+            remedy="its export is a plain model folder already",
+        )
 
     def export_state(self) -> tuple[PreTrainedModel, dict[str, Tensor]]:
         """Return the model to export and its whole weights, so that an exporter needs to know no method.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,6 +34,9 @@ EMBEDDED = "demo"
 
 EMBEDDED_FOLDER = Path(__file__).with_name("embedded")
 
+ADAPTER = "adapter_config.json"
+"""The file that makes a folder an adapter's."""
+
 KEY = "model.init_args.model"
 """Where a recipe names its model; errors point there."""
 
@@ -55,7 +59,7 @@ class Pretrained:
             raise ConfigError(f"{self.source} is an address", where=KEY, remedy="give a hub id or a local folder")
         if looks_local and not self.path.is_dir():
             raise ConfigError(f"no such folder: {self.source}", where=KEY, remedy="give a local folder or a hub id")
-        if self.path.is_dir() and not (self.path / "config.json").is_file():
+        if self.path.is_dir() and not (self.path / "config.json").is_file() and self.base is None:
             remedy = "give a folder that AutoModelForCausalLM can load"
             raise ConfigError(f"{self.source} holds no config.json", where=KEY, remedy=remedy)
 
@@ -65,13 +69,27 @@ class Pretrained:
         path = Path(self.source).expanduser()
         return EMBEDDED_FOLDER if self.source == EMBEDDED and not path.is_dir() else path
 
+    @cached_property
+    def base(self) -> Pretrained | None:
+        """The model that the source is an adapter for; None if it is a model itself."""
+        file = self.path / ADAPTER
+        if not file.is_file() or (self.path / "config.json").is_file():
+            return None
+        try:
+            return Pretrained(json.loads(file.read_text())["base_model_name_or_path"], self.trust_remote_code)
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ConfigError(f"{file} names no base model", where=KEY, remedy="give a model folder") from error
+
     @property
-    def _name(self) -> str:
+    def name(self) -> str:
+        """What transformers calls it: a local path or a hub id."""
         return str(self.path) if self.path.is_dir() else self.source
 
     @cached_property
     def config(self) -> PretrainedConfig:
         """The model's configuration; no weight is read."""
+        if self.base is not None:
+            return self.base.config
         config: PretrainedConfig = self._open("configuration", AutoConfig.from_pretrained)
         remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
         if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not (remote and self.trust_remote_code):
@@ -92,8 +110,10 @@ class Pretrained:
     @cached_property
     def generation_config(self) -> GenerationConfig:
         """What ends a generation and how it is sampled; derived from the configuration where there is no file."""
+        if self.base is not None:
+            return self.base.generation_config
         try:
-            return GenerationConfig.from_pretrained(self._name)
+            return GenerationConfig.from_pretrained(self.name)
         except OSError:
             return GenerationConfig.from_model_config(self.config)
 
@@ -107,12 +127,14 @@ class Pretrained:
         return tuple(dict.fromkeys(ids))
 
     def load(self, *, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel:
-        """Read the weights.
+        """Read the weights; an adapter is merged into its base in float32, and cast then.
 
         Args:
             dtype: The dtype of the weights in memory.
             attn_implementation: A name that transformers knows, ours included.
         """
+        if self.base is not None:
+            return self._merged(self.base.load(dtype=torch.float32, attn_implementation=attn_implementation), dtype)
         model: PreTrainedModel = self._open(
             "weights",
             lambda name, **options: AutoModelForCausalLM.from_pretrained(
@@ -120,6 +142,15 @@ class Pretrained:
             ),
         )
         model.generation_config = self.generation_config
+        return model
+
+    def _merged(self, base: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+        from peft import PeftModel  # half a second, for adapters only
+
+        adapted = self._open("adapter", lambda name, **_: PeftModel.from_pretrained(base, name))
+        model: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
         return model
 
     def skeleton(self, *, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel:
@@ -136,7 +167,7 @@ class Pretrained:
     def _open(self, what: str, reader: Callable[..., T]) -> T:
         """Call a reader of transformers and say its failure in one sentence."""
         try:
-            return reader(self._name, trust_remote_code=self.trust_remote_code)
+            return reader(self.name, trust_remote_code=self.trust_remote_code)
         except (OSError, ValueError, ImportError, SafetensorError) as error:
             reason = " ".join(str(error).split())
             remedy = "check the folder or hub id, and that this machine can reach the hub"

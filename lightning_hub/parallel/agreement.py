@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -42,6 +42,15 @@ def largest(vote: int) -> int:
     votes = torch.tensor(vote)
     torch.distributed.all_reduce(votes, op=torch.distributed.ReduceOp.MAX)
     return int(votes)
+
+
+def any_rank(flags: Sequence[bool]) -> list[bool]:
+    """Return which flags are set on some rank; every rank must call this with as many."""
+    if not is_several():
+        return list(flags)
+    votes = torch.tensor(flags, dtype=torch.int32)
+    torch.distributed.all_reduce(votes, op=torch.distributed.ReduceOp.MAX)
+    return [bool(vote) for vote in votes.tolist()]
 
 
 def is_several() -> bool:

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+from torch.nn.utils.parametrize import is_parametrized
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lightning_hub.errors import ConfigError
 from lightning_hub.launch.meshes import STRATEGY, check_divisible
+from lightning_hub.parallel.changed import ChangedColumns, ChangedRows
 
 
 class SumGradients(ParallelStyle):
@@ -44,14 +46,40 @@ STYLES: dict[str, type[ParallelStyle]] = {
 }
 """The words of plans that are offered."""
 
+STYLES_OF_CHANGED: dict[str, type[ParallelStyle]] = {**STYLES, "colwise": ChangedColumns, "rowwise": ChangedRows}
+"""The same for layers whose weight has a change under it."""
+
 HEADS = ("colwise_rep", "colwise_gather_output", "embedding_rowwise", "embedding_colwise")
 """Words for embeddings and output layers, which stay whole: the loss needs the weights themselves."""
 
 
 def split(model: PreTrainedModel, mesh: DeviceMesh) -> None:
     """Cut the layers of a model over the ranks of a one-dimensional mesh, as the model's own plan says."""
-    styles: dict[str, Any] = {name: STYLES[word]() for name, word in layer_styles(model, mesh.size()).items()}
+    words = {
+        part: word
+        for name, style in layer_styles(model, mesh.size()).items()
+        for part, word in _parts(name, model.get_submodule(name), style).items()
+    }
+    styles: dict[str, Any] = {name: _style(model.get_submodule(name), word) for name, word in words.items()}
     parallelize_module(model, mesh, styles, src_data_rank=None)
+
+
+def _parts(name: str, layer: nn.Module, style: str) -> dict[str, str]:
+    """Return what of a layer is cut, and how; a layer with adapters beside it has parts of its own.
+
+    An adapter gives ``B(A(x))``. Beside columns, ``B`` gives the columns of its rank, and every rank has all of ``A``.
+    Beside rows, ``A`` takes the inputs of its rank and its short outputs are summed; every rank has all of ``B``.
+    """
+    if not hasattr(layer, "base_layer"):
+        return {name: style}
+    cut = {"colwise": "lora_B", "rowwise": "lora_A"}.get(style)
+    adapters = [] if cut is None else [f"{name}.{cut}.{adapter}" for adapter in getattr(layer, cut)]
+    return {f"{name}.base_layer": style, **dict.fromkeys(adapters, style)}
+
+
+def _style(layer: nn.Module, word: str) -> ParallelStyle:
+    """Return how a layer is cut; one with a change under its weight is cut together with that."""
+    return (STYLES_OF_CHANGED if is_parametrized(layer) else STYLES)[word]()
 
 
 def layer_styles(model: PreTrainedModel, tp: int) -> dict[str, str]:

@@ -159,8 +159,13 @@ class RunFolder:
 
     @property
     def export(self) -> Path:
-        """The result as a plain model folder."""
+        """The result as a plain model folder, or as an adapter."""
         return self.path / "export"
+
+    @property
+    def export_merged(self) -> Path:
+        """An adapter and its base as a plain model folder."""
+        return self.path / "export-merged"
 
     @property
     def control(self) -> Path:

@@ -18,7 +18,8 @@ class Announcement(Callback):
         if trainer.is_global_zero:
             data = cast("ChatData", trainer.datamodule)  # type: ignore[attr-defined]  # typed without one
             module = cast("SFT", pl_module)
-            print("\n".join([_model(module), *_kernels(module), *_data(data), _steps(trainer, data)]), flush=True)
+            lines = [_model(module), *module.describe(), *_kernels(module), *_data(data), _steps(trainer, data)]
+            print("\n".join(lines), flush=True)
 
 
 def _model(module: SFT) -> str:

@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _source(name: str, root: str | None) -> str:
     """Return the model to talk to: a run's export, or what was named."""
-    if (Path(name) / "config.json").is_file():
+    if any((Path(name) / file).is_file() for file in ("config.json", "adapter_config.json")):
         return name
     try:
         folder = find_run(name, runs_root(root))

@@ -1,4 +1,4 @@
-"""``lightning-hub export``: a run's newest checkpoint as a plain Hugging Face folder."""
+"""``lightning-hub export``: a run's newest checkpoint as a plain Hugging Face folder, or as an adapter."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning_hub.config.recipe import recipe_from_text
 from lightning_hub.config.resolve import fill_defaults
-from lightning_hub.errors import ExitCode
+from lightning_hub.errors import ConfigError, ExitCode
 from lightning_hub.launch.topology import settle_alone
 from lightning_hub.runs.folder import find_run, runs_root
 
@@ -18,10 +18,14 @@ def main(argv: Sequence[str]) -> int:
     """Write the export of a run."""
     parser = argparse.ArgumentParser(prog="lightning-hub export", description=__doc__)
     parser.add_argument("run", metavar="RUN", help="an id, a unique beginning of one, or a path")
-    parser.add_argument("--to", type=Path, help="the folder to write (default: RUN/export)")
+    parser.add_argument("--to", type=Path, help="the folder to write (default: RUN/export, RUN/export-merged)")
+    parser.add_argument("--merge", action="store_true", help="merge an adapter into its base: a plain model folder")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of merged weights (default: the base's own)")
     parser.add_argument("--runs-root", help="where runs are kept (LIGHTNING_HUB_RUNS, else runs/)")
     parser.add_argument("--trust-remote-code", action="store_true", help="let Python files of the model run")
     given = parser.parse_args(argv)
+    if given.dtype and not given.merge:
+        raise ConfigError("weights that are not merged keep their dtype", where="--dtype", remedy="add --merge")
     folder = find_run(given.run, runs_root(given.runs_root))
     tree: dict[str, Any] = fill_defaults(
         recipe_from_text(folder.config.read_text(encoding="utf-8"), str(folder.config))
@@ -29,7 +33,8 @@ def main(argv: Sequence[str]) -> int:
     settle_alone(tree["trainer"])
     from lightning_hub.training.session import export  # 4 s: torch, lightning and transformers
 
-    target = given.to or folder.export
-    export(tree, folder, target, trust_remote_code=given.trust_remote_code)
-    print(target)
+    target = given.to or (folder.export_merged if given.merge else folder.export)
+    allowed = given.trust_remote_code
+    said = export(tree, folder, target, merge=given.merge, dtype=given.dtype, trust_remote_code=allowed)
+    print(f"{said}\n{target}" if said else target)
     return ExitCode.DONE

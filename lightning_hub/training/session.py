@@ -18,7 +18,6 @@ from lightning_hub.callbacks.checkpoints import SaveCheckpoints, StopRun, Wish
 from lightning_hub.callbacks.progress import ProgressLine
 from lightning_hub.callbacks.recorder import Recorder
 from lightning_hub.callbacks.samples import GenerateSamples
-from lightning_hub.checkpoints.export import write_export
 from lightning_hub.checkpoints.plugin import FolderCheckpointIO
 from lightning_hub.checkpoints.settings import CheckpointSettings
 from lightning_hub.errors import ExitCode, HubError, NoCheckpointError
@@ -122,9 +121,7 @@ class Session:
             trainer.fit(module, data, ckpt_path=self.begun.checkpoint)
         if not trial:
             self.rank.pulse.do("export")
-            model, weights = module.export_state()
-            if self.status is not None:
-                write_export(self.folder.export, model, weights, data.tokenizer)
+            module.export(self.folder.export, data.tokenizer)
         if self.status is not None:
             self.status.set_status("finished", step=trainer.global_step, exit_code=0)
         return ExitCode.DONE
@@ -185,10 +182,29 @@ def build(
     return cli
 
 
-def export(tree: dict[str, Any], folder: RunFolder, target: Path, *, trust_remote_code: bool = False) -> None:
+def export(
+    tree: dict[str, Any],
+    folder: RunFolder,
+    target: Path,
+    *,
+    merge: bool = False,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+) -> str:
     """Write the export of a run from its newest whole checkpoint, in one process, whatever wrote it.
 
     The model is built once, empty, and filled tensor by tensor.
+
+    Args:
+        tree: The run's recipe.
+        folder: The run.
+        target: The folder to write.
+        merge: Whether an adapter is merged into its base.
+        dtype: Of merged weights: float32 or bfloat16; that of the base if None.
+        trust_remote_code: Whether Python files of the model may run.
+
+    Returns:
+        What there is to say about it.
 
     Raises:
         NoCheckpointError: The run has none.
@@ -201,10 +217,14 @@ def export(tree: dict[str, Any], folder: RunFolder, target: Path, *, trust_remot
     module, data = cli.model, cli.datamodule
     module.trainer = cli.trainer
     module.build()
-    live.fill_weights(module, FolderCheckpointIO().load_checkpoint(found)["restored"].weights)
+    checkpoint = FolderCheckpointIO().load_checkpoint(found)
+    module.on_load_checkpoint(checkpoint)
+    live.fill_weights(module, checkpoint["restored"].weights)
     data.open(module.pretrained)
-    model, weights = module.export_state()
-    write_export(target, model, weights, data.tokenizer)
+    if merge:
+        return module.export_merged(target, data.tokenizer, getattr(torch, dtype) if dtype else None)
+    module.export(target, data.tokenizer)
+    return ""
 
 
 def measure(
@@ -247,4 +267,5 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
     warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")  # Lightning's own use of torch
     warnings.filterwarnings("ignore", ".*broadcast_buffers. is deprecated.*")  # its successor syncs at the start
+    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing. is deprecated.*")  # peft asks for it by this name
     warnings.filterwarnings("ignore", ".*sync_dist=True.*")  # what is logged is the same on every rank already

@@ -12,6 +12,8 @@ from tempfile import mkdtemp
 import pytest
 import torch
 
+from lightning_hub.methods.lora import LoRA
+from lightning_hub.methods.osft import OSFT
 from lightning_hub.parallel.strategies import DDP, FSDP, ModelParallel, strategy_for
 from tests.ops.models import CONFIGS, make
 from tests.parallel.harness import Case, Seen, Topology, calm, launch
@@ -44,6 +46,8 @@ def saved(family: str) -> str:
 
 def cases() -> list[Case]:
     clip = {"gradient_clip_val": 1.0}
+    osft = {"unfreeze_rank_ratio": 0.25, "learning_rate": 1e-3}
+    lora = {"r": 4, "alpha": 8, "learning_rate": 1e-2, "eps": 1e-6}  # without it, rounding decides tiny steps
     by_value = {"gradient_clip_val": 0.001, "gradient_clip_algorithm": "value"}
     return [
         Case("sft, tied embeddings, clipped by norm", model=calm(), trainer=clip),
@@ -53,6 +57,36 @@ def cases() -> list[Case]:
         Case("sft, norms of heads, untied", model=saved("qwen3"), trainer=clip),
         Case("sft, biases", model=saved("qwen2"), options={"weight_decay": 0.1}, trainer=clip),
         Case("sft, head not linear", model=saved("granite, scaled logits"), trainer=clip),
+        Case("osft, square, tall and wide", method=OSFT, model=calm(), options=osft, trainer=clip),
+        Case("osft, untied", method=OSFT, model=saved("qwen3"), options=osft, trainer=clip),
+        Case(
+            "osft, thin and norms, biases",
+            method=OSFT,
+            model=saved("qwen2"),
+            options=osft | {"complement": "thin", "train_other": "norms"},
+        ),
+        Case("lora", method=LoRA, model=calm(), options=lora, trainer=clip),
+        Case(
+            "lora, attention, recomputed",
+            method=LoRA,
+            model=saved("qwen2"),
+            trainer=clip,
+            options={
+                "targets": ["attention"],
+                "modules_to_save": ["embed_tokens"],
+                "use_rslora": True,
+                "r": 3,
+                "gradient_checkpointing": True,
+                "learning_rate": 1e-2,
+            },
+        ),
+        Case(
+            "lora, pissa",
+            method=LoRA,
+            model=saved("qwen3"),
+            options={**lora, "init": "pissa", "learning_rate": 1e-3},
+            trainer=clip,
+        ),
         Case("sft, bf16-mixed", model=saved("qwen2"), trainer={"precision": "bf16-mixed", **clip}, tolerance=1e-2),
     ]
 

@@ -62,6 +62,18 @@ def test_resume_from_every_step_is_exact(fit: Fit, tmp_path: Path, workers: str)
         assert_same_end(straight, resumed)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", ["1", "2"])
+def test_osft_goes_on_exactly(fit: Fit, tmp_path: Path, devices: str, capfd: pytest.CaptureFixture[str]) -> None:
+    shape = ("--trainer.accelerator", "cpu", "--trainer.devices", devices, "--trainer.strategy", "fsdp")
+    code, straight = fit(*LONG, *EVERY_STEP, *shape, "--model.unfreeze_rank_ratio", "0.3", method="OSFT")
+    assert code == 0, capfd.readouterr().err
+    for step in (3, 4, 9):
+        resumed = cut_after(straight, step, tmp_path / f"from-{step}")
+        assert run(["runs", "resume", str(resumed.path)]) == 0
+        assert_same_end(straight, resumed)
+
+
 def test_a_finished_run_is_extended(fit: Fit) -> None:
     _, folder = fit("--trainer.max_epochs", "1", "--model.lr_scheduler", "constant")
     _, longer = fit("--trainer.max_epochs", "2", "--model.lr_scheduler", "constant", folder="longer")

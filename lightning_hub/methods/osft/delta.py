@@ -25,6 +25,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
 
 from lightning_hub.methods.osft.split import Split, trained_rank
 
@@ -123,26 +124,70 @@ class Delta(nn.Module):
         Args:
             weight: ``W0`` as it is stored.
         """
-        delta = self.delta
+        left, right = self.factors(weight)
+        return left if right is None else left @ right
+
+    def factors(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return two matrices whose product is the change, ``(out, r)`` and ``(r, in)``; with all trained, one."""
+        delta = _with_whole_gradient(self.delta)
         if self.side == "all":
-            return delta
+            return delta, None
         if self.side == "both":
-            return self.u_low.to(delta.dtype) @ (delta @ self.v_low.to(delta.dtype))
+            return self.u_low.to(delta.dtype), delta @ self.v_low.to(delta.dtype)
         if self.side == "left":
-            return (delta - self._protected_left(weight.to(delta.dtype), delta)) @ self.v_low.to(delta.dtype)
-        return self.u_low.to(delta.dtype) @ (delta - self._protected_right(weight.to(delta.dtype), delta))
+            return delta - self._protected_left(weight.to(delta.dtype), delta), self.v_low.to(delta.dtype)
+        return self.u_low.to(delta.dtype), delta - self._protected_right(weight.to(delta.dtype), delta)
+
+    def leaks(self, weight: Tensor, change: Tensor) -> tuple[float, float]:
+        """Return the share of any change of the weight that lies in its protected columns, and in its protected rows.
+
+        Args:
+            weight: ``W0`` as it is stored.
+            change: For example what is left of a change after rounding.
+        """
+        norm = float(change.norm()) or 1.0
+        exact, own = weight.to(change.dtype), {name: getattr(self, name).to(change.dtype) for name in self.basis_names}
+        left = right = torch.zeros((), dtype=change.dtype)
+        if self.side == "left":
+            left = self._protected_left(exact, change)
+        elif "u_low" in own:
+            left = change - own["u_low"] @ (own["u_low"].mT @ change)
+        if self.side == "right":
+            right = self._protected_right(exact, change)
+        elif "v_low" in own:
+            right = change - (change @ own["v_low"].mT) @ own["v_low"]
+        return float(left.norm()) / norm, float(right.norm()) / norm
+
+    def cut(self, axis: int) -> dict[str, int]:
+        """Return which parameters are cut, and along which axis, when the weight is cut along ``axis``.
+
+        Left bases and what is trained in the rows of the weight follow a cut of its rows, right ones one of columns.
+        """
+        names = {0: ("u_low", "u_high"), 1: ("v_low", "v_high")}[axis]
+        cuts = {name: axis for name in self.basis_names if name in names}
+        if self.side in ("all", "left" if axis == 0 else "right"):
+            cuts["delta"] = axis
+        return cuts
+
+    def _kept(self, like: Tensor) -> Tensor | None:
+        """Return the kept basis, in the form in which it goes with ``like``."""
+        if isinstance(like, DTensor) and self.kept is not None and not isinstance(self.kept, DTensor):
+            return DTensor.from_local(self.kept, like.device_mesh, [Replicate()] * like.device_mesh.ndim)
+        return self.kept
 
     def _protected_left(self, weight: Tensor, delta: Tensor) -> Tensor:
         """Return the part of the columns of ``delta`` that lies in the span of ``U_h``."""
-        if self.kept is not None:
-            return self.kept @ (self.kept.mT @ delta)
+        kept = self._kept(delta)
+        if kept is not None:
+            return kept @ (kept.mT @ delta)
         v_high = self.v_high.to(delta.dtype)
         return weight @ (v_high.mT @ (self.inverse_squares * (v_high @ (weight.mT @ delta))))
 
     def _protected_right(self, weight: Tensor, delta: Tensor) -> Tensor:
         """Return the part of the rows of ``delta`` that lies in the span of ``V_h``."""
-        if self.kept is not None:
-            return (delta @ self.kept.mT) @ self.kept
+        kept = self._kept(delta)
+        if kept is not None:
+            return (delta @ kept.mT) @ kept
         u_high = self.u_high.to(delta.dtype)
         return ((((delta @ weight.mT) @ u_high) * self.inverse_squares.mT) @ u_high.mT) @ weight
 
@@ -150,6 +195,11 @@ class Delta(nn.Module):
         """Return the weight with its change, in the weight's dtype; without a change, the weight bit by bit."""
         with torch.autocast(weight.device.type, enabled=False):
             return (weight + self.change(weight)).to(weight.dtype)
+
+
+def _with_whole_gradient(tensor: Tensor) -> Tensor:
+    """Return a tensor whose gradient arrives summed over the ranks that hold it, not as one term on each."""
+    return tensor.redistribute(placements=tensor.placements) if isinstance(tensor, DTensor) else tensor
 
 
 def _side(out: int, into: int, complement: Complement, protected: int) -> Side:

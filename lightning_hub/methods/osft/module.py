@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_hub.checkpoints.export import write_export
 from lightning_hub.errors import ConfigError
 from lightning_hub.methods.osft.bases import BasesCache, fill_bases
-from lightning_hub.methods.osft.delta import Complement, Delta
+from lightning_hub.methods.osft.delta import Complement
+from lightning_hub.methods.osft.product import DELTA_FILE, Rounding, merged, merged_state, write_changes
 from lightning_hub.methods.osft.surgery import Site, add_changes, merged_name, sites
 from lightning_hub.methods.sft import SFT
-from lightning_hub.methods.targets import Matrix, matrices, resolve
+from lightning_hub.methods.targets import Matrix, describe, matrices, resolve
 from lightning_hub.parallel.gathering import full_state
 from lightning_hub.runs.folder import default_cache_dir
 
@@ -110,42 +113,64 @@ class OSFT(SFT):
             if params
         ]
 
+    def describe(self) -> list[str]:
+        """Return what trains, by shape, and what no target names."""
+        found: dict[tuple[int, ...], list[Site]] = {}
+        for site in self.sites():
+            found.setdefault(site.matrix.shape, []).append(site)
+        lines = [
+            f"osft   {len(same)} weights of {' x '.join(map(str, shape))}: {same[0].delta.rank} of "
+            f"{same[0].delta.rank + same[0].delta.protected} directions train"
+            for shape, same in found.items()
+        ]
+        named = {matrix.full_name for matrix in self._chosen}
+        changed = {site.matrix.full_name for site in self.sites()}
+        assert self.model is not None, "configure_model has run"
+        left = [matrix for matrix in matrices(self.model) if self._name_before(matrix) not in named]
+        others = [matrix for matrix in left if ".parametrizations." not in matrix.full_name]
+        how = "also train" if self.train_other == "all" else "stay as they are"
+        lines += [f"osft   no rank is left for {name}: it stays" for name in sorted(named - changed)]
+        return lines + [f"osft   {how}: {describe(others)}"] * bool(others)
+
+    @staticmethod
+    def _name_before(matrix: Matrix) -> str | None:
+        return merged_name(matrix.full_name)
+
     # ---- what is kept ------------------------------------------------------------------------------------------------
 
     def export_state(self) -> tuple[PreTrainedModel, dict[str, Tensor]]:
         """Return the model and its weights with their changes, under the names that they had before."""
         assert self.model is not None, "configure_model has run"
         state = full_state(self.model)
-        if not state:  # rank 0 has gathered
-            return self.model, {}
-        for site in self.sites():
-            _merge(site, state)
-        return self.model, {name: state[key] for key in state if (name := merged_name(key)) is not None}
+        return self.model, merged_state(self.sites(), state) if state else {}  # rank 0 has gathered
 
+    def export(self, target: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Write the weights with their changes, and the exact changes beside them."""
+        assert self.model is not None, "configure_model has run"
+        state = full_state(self.model)
+        if state:
+            self._write(target, tokenizer, state, merged_state(self.sites(), state))
 
-@torch.no_grad()
-def _merge(site: Site, state: dict[str, Tensor]) -> None:
-    """Put the weight with its change in the place of the weight; entries that do not change keep their bits."""
-    prefix = f"{site.matrix.module}.parametrizations.{site.matrix.parameter}"
-    names = [name for name, _ in site.delta.named_parameters()]
-    parts = {name: state[f"{prefix}.0.{name}"] for name in names}
-    kept = {} if site.delta.kept is None else {"kept": site.delta.kept.cpu()}
-    weight = state[f"{prefix}.original"]
-    change = _call(site.delta, {**parts, **kept}, weight)
-    state[f"{prefix}.original"] = torch.where(change == 0, weight, (weight + change).to(weight.dtype))
+    def export_merged(self, target: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype | None) -> str:
+        """Write a plain model in a dtype (that of the base on disk if None); return what rounding did to the change."""
+        assert self.model is not None, "configure_model has run"
+        on_disk = self.pretrained.config.dtype
+        wanted = dtype or (on_disk if isinstance(on_disk, torch.dtype) else torch.float32)
+        state = full_state(self.model)
+        rounding = Rounding()
+        for site, one in zip(self.sites(), merged(self.sites(), state), strict=True):
+            rounding.add(one, site.delta, wanted)
+        weights = {name: tensor.to(wanted) for name, tensor in merged_state(self.sites(), state).items()}
+        self._write(target, tokenizer, state, weights)
+        return rounding.describe(wanted)
 
+    def _write(
+        self, target: Path, tokenizer: PreTrainedTokenizerBase, state: dict[str, Tensor], weights: dict[str, Tensor]
+    ) -> None:
+        assert self.model is not None, "configure_model has run"
+        settings = {"unfreeze_rank_ratio": self.unfreeze_rank_ratio, "complement": self.complement}
 
-def _call(delta: Delta, tensors: dict[str, Tensor], weight: Tensor) -> Tensor:
-    """Compute a change from whole tensors, whatever its module holds."""
+        def changes(folder: Path) -> None:
+            write_changes(folder / DELTA_FILE, merged(self.sites(), state), settings)
 
-    class Change(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = delta
-
-        def forward(self, weight: Tensor) -> Tensor:
-            return delta.change(weight)
-
-    named = {f"inner.{name}": tensor for name, tensor in tensors.items()}
-    result: Tensor = torch.func.functional_call(Change(), named, (weight,))
-    return result
+        write_export(target, self.model, weights, tokenizer, changes)

@@ -1,0 +1,219 @@
+"""Adapters beside the layers of a model: where they are put, what they start from, and how they are told."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lightning_hub.errors import ConfigError
+from lightning_hub.methods.targets import Matrix, describe, matrices, resolve
+
+Init = Literal["default", "gaussian", "orthogonal", "pissa", "pissa_niter_4", "pissa_niter_16", "olora"]
+
+SHIFTING = ("pissa", "olora")
+"""Beginnings of the inits whose adapters are no zero at the start: as much is taken out of the frozen weights."""
+
+ADAPTER = "default"
+"""What peft calls an adapter that nobody has named."""
+
+PREFIX = "base_model.model."
+"""What peft puts before the names of a model in adapter files."""
+
+SAMPLED = 64
+"""Numbers of each tensor that the hash of a base looks at."""
+
+INIT_SEED = 0
+"""Seed of an approximate decomposition, which has to come out the same at a resume."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What adapters are, as a recipe says it.
+
+    Attributes:
+        r: Rank.
+        alpha: Strength: an adapter's output is scaled by ``alpha / r``, or ``alpha / sqrt(r)`` with ``use_rslora``.
+        dropout: Share of an adapter's inputs that is left out while training.
+        targets: Which layers are adapted, as `resolve` takes them.
+        modules_to_save: Modules that are trained whole.
+        use_rslora: Scale by the root of the rank.
+        use_dora: Train the length of each weight column apart from its direction.
+        init: What adapters start from.
+    """
+
+    r: int
+    alpha: float
+    dropout: float
+    targets: str | Sequence[str]
+    modules_to_save: Sequence[str]
+    use_rslora: bool
+    use_dora: bool
+    init: Init
+
+
+def adapt(model: PreTrainedModel, settings: Settings, base: str) -> LoraConfig:
+    """Freeze a model, put adapters beside its target layers, and return how peft describes them.
+
+    The layers are replaced in place: class, names outside of the layers, forward and generation of the model stay
+    what they were, so nothing above has to know of adapters. On the meta device nothing is computed: the values come
+    from the process that has read the weights. Random numbers are drawn from a copy of the generator's state, so that
+    a process that draws them goes on like one that does not.
+
+    Args:
+        model: A model, with or without memory.
+        settings: What the adapters are.
+        base: Name of the model, for the files of the adapter.
+
+    Raises:
+        ConfigError: A name matches nothing, or the wishes do not go together; the model is as it was.
+    """
+    trained = whole_modules(model, settings.modules_to_save)
+    _check_tied(model, settings.targets)
+    found = [matrix for matrix in resolve(model, settings.targets) if matrix.module not in trained]
+    config = _config(model, found, settings, trained, base)
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.filterwarnings("ignore", ".*fan_in_fan_out.*")
+        if settings.init.startswith("pissa_niter"):
+            torch.manual_seed(INIT_SEED)
+        try:
+            inject_adapter_in_model(config, model, ADAPTER)
+        except (ValueError, TypeError, NotImplementedError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"peft cannot adapt this model so ({reason})", where="model.init_args") from error
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # steps of adapters are too small for bfloat16
+    config.modules_to_save = trained or None
+    config.init_lora_weights = True  # whoever reads the adapter needs no other start
+    for name in trained:
+        model.get_submodule(name).requires_grad_(True)
+    if is_shifting(settings.init):
+        _remember_start(model)
+    return config
+
+
+def is_shifting(init: str) -> bool:
+    """Say whether an init takes the adapters' start out of the frozen weights."""
+    return init.startswith(SHIFTING)
+
+
+def whole_modules(model: PreTrainedModel, entries: Sequence[str]) -> list[str]:
+    """Return the modules that ``modules_to_save`` names, and those that share their weights.
+
+    Raises:
+        ConfigError: An entry names no module that has weights.
+    """
+    owners = {name: module for name, module in model.named_modules() if next(module.parameters(), None) is not None}
+    chosen: list[str] = []
+    for entry in entries:
+        found = [name for name in owners if name == entry or name.endswith(f".{entry}")]
+        if not entry or not found:
+            raise ConfigError(
+                f"{entry!r} names no module of this model",
+                where="model.init_args.modules_to_save",
+                remedy=f"it has {describe(matrices(model))}",
+            )
+        chosen += found
+    weights = {id(parameter) for name in chosen for parameter in owners[name].parameters()}
+    tied = [name for name, module in owners.items() if weights & {id(own) for own in module.parameters(recurse=False)}]
+    inside = tuple(f"{name}." for name in chosen)
+    return [name for name in owners if name in chosen or (name in tied and not name.startswith(inside))]
+
+
+def _check_tied(model: PreTrainedModel, targets: str | Sequence[str]) -> None:
+    """Refuse layers that share their weights with others: merged, an adapter would change those too."""
+    holders: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        holders.setdefault(id(parameter), []).append(name.rpartition(".")[0])
+    shared = [names for names in holders.values() if len(names) > 1]
+    for entry in [targets] if isinstance(targets, str) else targets:
+        for names in shared:
+            if any(name == entry or name.endswith(f".{entry}") for name in names):
+                raise ConfigError(
+                    f"{entry!r} is one weight for {' and '.join(names)}, and an adapter beside one would not change "
+                    "the other",
+                    where="model.init_args.targets",
+                    remedy="leave it out, or train it whole with modules_to_save",
+                )
+
+
+def _config(
+    model: PreTrainedModel, found: Sequence[Matrix], settings: Settings, trained: Sequence[str], base: str
+) -> LoraConfig:
+    layers = [matrix for matrix in found if isinstance(model.get_submodule(matrix.module), (nn.Linear, Conv1D))]
+    others = [matrix for matrix in found if matrix not in layers]
+    embeddings = [matrix for matrix in others if isinstance(model.get_submodule(matrix.module), nn.Embedding)]
+    on_meta = next(model.parameters()).is_meta
+    start = {"default": True}.get(settings.init, settings.init)
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base,
+        r=settings.r,
+        lora_alpha=cast("int", settings.alpha),  # typed as a whole number, used as any
+        lora_dropout=settings.dropout,
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
+        init_lora_weights=False if on_meta else start,  # type: ignore[arg-type]  # one of the words it knows
+        target_modules=[matrix.module for matrix in [*layers, *embeddings]],
+        target_parameters=[matrix.full_name for matrix in others if matrix not in embeddings] or None,
+        fan_in_fan_out=bool(layers) and all(matrix.is_transposed for matrix in layers),
+    )
+
+
+def layers_of(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
+    """Yield the adapted layers of a model with their names."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            yield name, module
+
+
+def trained_names(model: nn.Module) -> list[str]:
+    """Return the names of what is trained, in the model's order, tied weights under all their names."""
+    return [name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad]
+
+
+def _remember_start(model: nn.Module) -> None:
+    """Keep what the adapters start from: the frozen weights lack it, so an adapter for the whole ones needs it."""
+    for _, layer in layers_of(model):
+        for key in ("A", "B"):
+            weight: Tensor = getattr(layer, f"lora_{key}")[ADAPTER].weight
+            layer.register_buffer(f"start_{key}", weight.detach().clone(), persistent=False)
+
+
+def base_hash(model: nn.Module) -> str:
+    """Return a hash of a model as it was read: names, shapes, and numbers from all over each tensor.
+
+    Numbers are rounded to bfloat16 first, so that the hash is the same in whichever precision a model was read.
+    """
+    found = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        places = torch.linspace(0, max(0, flat.numel() - 1), min(SAMPLED, flat.numel()), dtype=torch.float64).long()
+        sample = flat[places.to(flat.device)].to(torch.bfloat16).cpu()
+        found.update(f"{name} {tuple(parameter.shape)}".encode())
+        found.update(sample.view(torch.int16).numpy().tobytes())
+    return found.hexdigest()
+
+
+def describe_adapters(model: nn.Module, settings: Settings, trained: Sequence[str]) -> list[str]:
+    """Return lines about what is adapted: how many layers of which name and shape."""
+    kinds: Counter[str] = Counter()
+    for name, layer in layers_of(model):
+        shape = f"{layer.in_features} -> {layer.out_features}"
+        kinds[f"{name.removesuffix('.base_layer').rpartition('.')[2]} ({shape})"] += 1
+    listed = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
+    scale = f"{settings.alpha:g} / {'sqrt ' if settings.use_rslora else ''}{settings.r}"
+    variant = " (DoRA)" if settings.use_dora else ""
+    lines = [f"lora   rank {settings.r}, scaled by {scale}{variant}, beside {listed}"]
+    return lines + [f"       trained whole: {', '.join(trained)}"] * bool(trained)

@@ -1,0 +1,220 @@
+"""LoRA: what is trained are low-rank adapters; the step, the data and the loss are those of SFT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import Tensor
+from torch.optim import Optimizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lightning_hub.checkpoints.rng import seed_anew
+from lightning_hub.errors import ConfigError
+from lightning_hub.methods.lora.adapters import (
+    Init,
+    Settings,
+    adapt,
+    base_hash,
+    describe_adapters,
+    is_shifting,
+    layers_of,
+)
+from lightning_hub.methods.lora.folder import fill_from, finished, read_config, write_adapter
+from lightning_hub.methods.lora.health import DeadAdapterError, Pulse
+from lightning_hub.methods.lora.merge import write_merged
+from lightning_hub.methods.sft import SFT
+from lightning_hub.ops.rows import Step
+from lightning_hub.parallel.agreement import from_rank_zero
+from lightning_hub.parallel.data_parallel import data_parallel
+from lightning_hub.parallel.gathering import full_tensors
+
+
+class LoRA(SFT):
+    """Low-rank adapters beside frozen layers (Hu et al. 2021, arXiv 2106.09685), through peft.
+
+    Args:
+        model: Local folder or hub id of the model to adapt.
+        learning_rate: Peak learning rate of AdamW; adapters want about ten times that of full training.
+        r: Rank of the adapters.
+        alpha: Their strength: outputs are scaled by alpha / r.
+        dropout: Share of an adapter's inputs that is left out while training.
+        targets: Which layers are adapted: all-linear, or groups (attention, mlp, experts, router), names and regular
+            expressions.
+        modules_to_save: Modules that are trained whole beside the adapters, as embed_tokens for new tokens.
+        use_rslora: Scale by alpha / sqrt(r), which keeps high ranks alive (arXiv 2312.03732).
+        use_dora: Train the length of each weight column apart from its direction (arXiv 2402.09353).
+        init: What adapters start from; pissa and olora decompose the weights, and the others start at no change.
+        adapter: Folder of an adapter to go on from, made for this model with the same r, alpha, targets and variant.
+        **options: SFT's.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        learning_rate: float = 2e-4,
+        r: int = 16,
+        alpha: float = 32.0,
+        dropout: float = 0.0,
+        targets: str | list[str] = "all-linear",
+        modules_to_save: list[str] | None = None,
+        use_rslora: bool = False,
+        use_dora: bool = False,
+        init: Init = "default",
+        adapter: str | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, learning_rate, **options)
+        if is_shifting(init) and (use_dora or adapter):
+            other = "use_dora" if use_dora else "adapter"
+            raise ConfigError(
+                f"{other} does not go with init {init}", where="model.init_args.init", remedy="leave it out"
+            )
+        self.settings = Settings(r, alpha, dropout, targets, modules_to_save or [], use_rslora, use_dora, init)
+        self.adapter = Path(adapter).expanduser() if adapter else None
+        if self.adapter is not None:
+            read_config(self.adapter, self.settings)
+        self.adapter_config: LoraConfig | None = None
+        self.base_hash = ""
+        self.pulse: Pulse | None = None
+
+    # ---- what trains -------------------------------------------------------------------------------------------------
+
+    def choose_trainable(self, model: PreTrainedModel) -> None:
+        """Freeze everything, and put adapters beside the target layers."""
+        is_read = not next(model.parameters()).is_meta
+        if is_read:
+            self.base_hash = base_hash(model)
+        self.adapter_config = adapt(model, self.settings, self.pretrained.name)
+        if is_read and self.adapter is not None:
+            fill_from(self.adapter, model, self.base_hash)
+
+    def configure_model(self) -> None:
+        """Read the weights; tell every rank which base it is; draw other random numbers for other rows."""
+        if self.model is not None:
+            return
+        super().configure_model()
+        assert self.model is not None, "the call before has made it"
+        self.base_hash = from_rank_zero(lambda: self.base_hash)
+        if share := data_parallel(self.trainer.strategy).rank:
+            seed_anew(share)
+        if "mixed" in str(self.trainer.precision):
+            for _, layer in layers_of(self.model):
+                layer.cast_input_dtype_enabled = False  # autocast casts the small adapters, not the activations
+
+    def _load_dtype(self) -> torch.dtype:
+        """Frozen weights need no more than the precision that is computed in, unless some train or are decomposed."""
+        shifting = is_shifting(self.settings.init)
+        dtype = super()._load_dtype()
+        if shifting and dtype != torch.float32:
+            raise ConfigError(
+                f"init {self.settings.init} takes a part out of the weights, which loses digits in bfloat16",
+                where="model.init_args.init",
+                remedy="read the base in float32: precision bf16-mixed or 32-true, dtype auto or float32",
+            )
+        is_frozen = not self.settings.modules_to_save and not shifting
+        is_bf16 = str(self.trainer.precision).startswith("bf16")
+        return torch.bfloat16 if self.weights_dtype == "auto" and is_frozen and is_bf16 else dtype
+
+    def to(self, *args: Any, **kwargs: Any) -> LoRA:
+        """Move, but keep every dtype: the trainer would cast the adapters with the rest, and they stay in float32."""
+        device, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        return self if device is None else super().to(device)
+
+    def describe(self) -> list[str]:
+        """Return what is adapted."""
+        assert self.model is not None, "configure_model has run"
+        assert self.adapter_config is not None, "so adapters are in place"
+        begun = [f"       going on from {self.adapter}"] if self.adapter else []
+        trained = list(self.adapter_config.modules_to_save or [])
+        return describe_adapters(self.model, self.settings, trained) + begun
+
+    # ---- that it learns ----------------------------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        """Begin to watch."""
+        assert self.model is not None, "configure_model has run"
+        self.pulse = Pulse(self.model)
+        self.pulse.check(self.trainer.optimizers)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Remember the weights before the first steps."""
+        assert self.pulse is not None, "training has started"
+        self.pulse.before_step(optimizer)
+
+    def on_train_batch_end(self, outputs: object, batch: Step, batch_idx: int) -> None:
+        """See whether they have moved."""
+        assert self.pulse is not None, "training has started"
+        self.pulse.after_step(counts=batch.num_trained > 0 and not self.is_skipped)
+
+    # ---- what is kept ------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep which base the adapters belong to: the base itself is not saved."""
+        super().on_save_checkpoint(checkpoint)
+        if self.pulse is not None:
+            self.pulse.check(self.trainer.optimizers)
+        checkpoint["base"] = self.base_hash
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse adapters of another base.
+
+        Raises:
+            ConfigError: The checkpoint's base is not this run's.
+        """
+        if checkpoint.get("base") != self.base_hash:
+            raise ConfigError(
+                f"the checkpoint's adapters belong to another model than {self.source}",
+                where="model.init_args.model",
+                remedy="resume with the model that they were trained on",
+            )
+
+    def kept_state(self) -> dict[str, Tensor]:
+        """Return what trains: frozen weights are read again from where they came."""
+        return {name: tensor for name, tensor in super().kept_state().items() if tensor.requires_grad}
+
+    def build(self) -> None:
+        """Read the base: what is written is compared with it."""
+        self.model, _ = self._read()
+
+    def export(self, target: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Write the adapter, and check it by loading it into a fresh base.
+
+        Raises:
+            DeadAdapterError: Some layers have learnt, and others nothing at all.
+            HubError: What was written does not answer as what was trained.
+        """
+        assert self.model is not None, "configure_model has run"
+        assert self.adapter_config is not None, "so adapters are in place"
+        state = full_tensors(self.kept_state())
+        if not state:
+            return
+        state = {name.removeprefix("model."): tensor.cpu() for name, tensor in state.items()}
+        _check_alive(state)
+        shifted = is_shifting(self.settings.init)
+        adapter = finished(self.model, state, self.adapter_config, self.base_hash, is_shifted=shifted)
+
+        def as_trained(fresh: PreTrainedModel) -> None:
+            adapt(fresh, self.settings, self.source)
+            missing, unexpected = fresh.load_state_dict(state, strict=False)
+            assert not unexpected, f"the live names are those of a fresh model: {unexpected[:1]}"
+
+        write_adapter(target, adapter, tokenizer, self.pretrained, as_trained)
+
+    def export_merged(self, target: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype | None) -> str:
+        """Write a plain model, in the dtype of the base on disk if None; return what of the change has survived."""
+        kept = dtype or self.pretrained.config.dtype or torch.float32
+        with TemporaryDirectory(dir=target.parent) as scratch:
+            self.export(Path(scratch) / "adapter", tokenizer)
+            return write_merged(target, Path(scratch) / "adapter", self.pretrained, tokenizer, kept)
+
+
+def _check_alive(state: dict[str, Tensor]) -> None:
+    """Refuse an adapter of which some layers have learnt and others nothing; untrained as a whole it may be."""
+    ends = {name: bool(tensor.any()) for name, tensor in state.items() if ".lora_B." in name and "expert" not in name}
+    dead = [name for name, moved in ends.items() if not moved]
+    if dead and len(dead) < len(ends):
+        raise DeadAdapterError("are zero after the training", dead, len(state))

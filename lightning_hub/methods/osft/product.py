@@ -1,0 +1,143 @@
+"""What OSFT leaves behind: the weights with their changes, the exact changes, and what rounding does to them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lightning_hub.methods.osft.delta import Delta
+from lightning_hub.methods.osft.surgery import Site, merged_name
+
+DELTA_FILE = "osft_delta.safetensors"
+"""The exact changes, float32: ``<weight>.left`` times ``<weight>.right``; only ``left`` where everything trained."""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """One weight and its change, whole.
+
+    Attributes:
+        name: The weight's own name.
+        weight: ``W0``.
+        left: First factor of the change, or all of it.
+        right: Second factor, if there is one.
+    """
+
+    name: str
+    weight: Tensor
+    left: Tensor
+    right: Tensor | None
+
+    @property
+    def change(self) -> Tensor:
+        """The change, float32."""
+        return self.left if self.right is None else self.left @ self.right
+
+    def apply(self) -> Tensor:
+        """Return the weight with its change, in its dtype; numbers that do not change keep their bits."""
+        change = self.change
+        return torch.where(change == 0, self.weight, (self.weight + change).to(self.weight.dtype))
+
+
+@torch.no_grad()
+def merged(sites: Iterable[Site], state: Mapping[str, Tensor]) -> Iterator[Merged]:
+    """Yield each weight that has a change, from whole tensors.
+
+    Args:
+        sites: The changes of a model.
+        state: The model's whole tensors by name; those of the changes lie on several ranks otherwise.
+    """
+    for site in sites:
+        prefix = f"{site.matrix.module}.parametrizations.{site.matrix.parameter}"
+        tensors = {f"inner.{name}": state[f"{prefix}.0.{name}"] for name, _ in site.delta.named_parameters()}
+        if site.delta.kept is not None:
+            tensors["inner.kept"] = site.delta.kept.cpu()
+        weight = state[f"{prefix}.original"]
+        left, right = torch.func.functional_call(_Factors(site.delta), tensors, (weight,))
+        yield Merged(site.matrix.full_name, weight, left, right)
+
+
+class _Factors(nn.Module):
+    """Computes the factors of a change from tensors that are handed to it."""
+
+    def __init__(self, delta: Delta) -> None:
+        super().__init__()
+        self.inner = delta
+
+    def forward(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.inner.factors(weight)
+
+
+def merged_state(sites: Iterable[Site], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a model's weights with their changes, under the names that they had before."""
+    changed = {found.name: found.apply() for found in merged(sites, state)}
+    names = {key: merged_name(key) for key in state}
+    return {name: changed.get(name, state[key]) for key, name in names.items() if name is not None}
+
+
+def write_changes(path: Path, found: Iterable[Merged], settings: Mapping[str, object]) -> None:
+    """Write the exact changes, each with the hash of the weight that it belongs to.
+
+    Args:
+        path: The file.
+        found: The changes.
+        settings: Of the method, for whoever reads the file.
+    """
+    tensors: dict[str, Tensor] = {}
+    hashes: dict[str, str] = {}
+    for one in found:
+        tensors[f"{one.name}.left"] = one.left.contiguous()
+        if one.right is not None:
+            tensors[f"{one.name}.right"] = one.right.contiguous()
+        bits = one.weight.contiguous().view(torch.uint8).numpy().tobytes()
+        hashes[one.name] = hashlib.sha256(bits).hexdigest()
+    about = json.dumps({"settings": dict(settings), "weights": hashes}, default=str)
+    save_file(tensors, path, metadata={"format": "pt", "osft": about})
+
+
+@dataclass
+class Rounding:
+    """What a cast of the weights does to their changes.
+
+    Attributes:
+        change: Sum of squares of the change.
+        lost: Sum of squares of what the cast has done to it.
+        numbers: How many numbers are changed.
+        moved: How many of them differ from the base's after the cast.
+        leaks: For each weight, the larger share of the cast change in protected columns or rows.
+    """
+
+    change: float = 0.0
+    lost: float = 0.0
+    numbers: int = 0
+    moved: int = 0
+    leaks: dict[str, float] = field(default_factory=dict)
+
+    def add(self, one: Merged, delta: Delta, dtype: torch.dtype) -> None:
+        """Count one weight."""
+        change = one.change
+        cast = one.apply().to(dtype)
+        kept = cast.float() - one.weight.float()
+        self.change += float(change.square().sum())
+        self.lost += float((kept - change).square().sum())
+        self.numbers += int((change != 0).sum())
+        self.moved += int(((change != 0) & (cast != one.weight.to(dtype))).sum())
+        self.leaks[one.name] = max(delta.leaks(one.weight, kept)) if change.any() else 0.0
+
+    def describe(self, dtype: torch.dtype) -> str:
+        """Return a line for a person."""
+        word = str(dtype).removeprefix("torch.")
+        error = (self.lost / self.change) ** 0.5 if self.change else 0.0
+        worst = max(self.leaks, key=lambda name: self.leaks[name], default="")
+        return (
+            f"merge  in {word} {self.moved / max(1, self.numbers):.1%} of the changed numbers differ from the base's; "
+            f"the change is off by {error:.1%}, and up to {self.leaks.get(worst, 0.0):.1%} of it lies in protected "
+            f"directions ({worst}); the exact one is {DELTA_FILE}"
+        )

@@ -1,0 +1,229 @@
+"""OSFT on models: nothing changes before a step, nothing else changes after it, and what is protected stays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from lightning_hub.errors import ConfigError
+from lightning_hub.methods.osft import OSFT
+from lightning_hub.methods.osft.bases import BasesCache, decompose, fill_bases, share_out
+from lightning_hub.methods.osft.delta import Delta
+from lightning_hub.methods.osft.product import DELTA_FILE
+from lightning_hub.methods.osft.split import split
+from lightning_hub.methods.osft.surgery import Site, add_changes, sites
+from lightning_hub.methods.targets import resolve
+from lightning_hub.parallel.strategies import strategy_for
+from tests.methods.test_targets import MIXTRAL
+from tests.ops.models import CONFIGS, VOCABULARY
+from tests.parallel.harness import Shares, Topology, make_trainer
+
+FAMILIES = ["llama", "qwen3", "gpt2", "gpt-oss, sinks", "mixtral"]
+
+
+def random_model(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = deepcopy(MIXTRAL if family == "mixtral" else CONFIGS[family])
+    made: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    return made.bfloat16() if dtype == torch.bfloat16 else made
+
+
+def changed(model: PreTrainedModel, folder: Path, ratio: float = 0.25, **options: str) -> list[Site]:
+    groups = [group for group in ("attention", "mlp", "experts") if group != "experts" or has_experts(model)]
+    targets = resolve(model, [group for group in groups if group != "mlp" or not has_experts(model)])
+    add_changes(model, targets, ratio, "full")
+    found = list(sites(model, targets))
+    fill_bases(found, BasesCache(folder))
+    return found
+
+
+def has_experts(model: PreTrainedModel) -> bool:
+    return any(parameter.ndim == 3 for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_before_a_step_nothing_has_changed(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = random_model(family, dtype).eval()
+    ids = torch.randint(3, VOCABULARY, (2, 12))
+    with torch.no_grad():
+        before = model(ids, use_cache=False).logits
+        found = changed(model, tmp_path)
+        after = model(ids, use_cache=False).logits
+    assert found
+    assert after.equal(before)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_reach_every_change_and_leave_what_is_protected(family: str, tmp_path: Path) -> None:
+    model = random_model(family)
+    found = changed(model, tmp_path)
+    originals = [site.original.detach().clone() for site in found]
+    optimizer = torch.optim.AdamW([site.delta.delta for site in found], lr=1e-2, weight_decay=0.1)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        ids = torch.randint(3, VOCABULARY, (4, 16))
+        optimizer.zero_grad()
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+    for site, original in zip(found, originals, strict=True):
+        assert site.original.equal(original)
+        assert float(site.delta.delta.abs().sum()) > 0
+        for change, weight in slices(site.delta.change(original).detach(), original):
+            exact = split(weight, site.delta.rank)
+            for leak in leaks(change, exact.u[:, : exact.protected], exact.v[: exact.protected]):
+                assert leak <= 1e-5, site.matrix.name
+
+
+def slices(change: Tensor, weight: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    yield from zip(change, weight, strict=True) if change.ndim == 3 else [(change, weight)]
+
+
+def leaks(change: Tensor, u_high: Tensor, v_high: Tensor) -> tuple[float, float]:
+    exact = change.double()
+    return float((u_high.mT @ exact).norm() / exact.norm()), float((exact @ v_high.mT).norm() / exact.norm())
+
+
+def test_an_expert_is_a_weight_of_its_own() -> None:
+    torch.manual_seed(0)
+    weights = torch.randn(3, 20, 12)
+    together = Delta((20, 12), 0.25, "full", experts=3)
+    alone = [Delta((20, 12), 0.25, "full") for _ in range(3)]
+    trained = torch.randn(3, *alone[0].delta.shape)
+    with torch.no_grad():
+        together.delta.copy_(trained)
+        for name, basis in decompose(weights, together, "weights").items():
+            getattr(together, name).copy_(basis)
+        for place, delta in enumerate(alone):
+            delta.delta.copy_(trained[place])
+            for name, basis in decompose(weights[place], delta, "weight").items():
+                getattr(delta, name).copy_(basis)
+    for place, delta in enumerate(alone):
+        assert torch.allclose(together.change(weights)[place], delta.change(weights[place]), atol=1e-6)
+
+
+@pytest.fixture
+def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., OSFT]:
+    """Return a function that trains the embedded model with OSFT in this process."""
+    monkeypatch.setenv("LIGHTNING_HUB_CACHE", str(tmp_path))
+
+    def fit(steps: int = 3, **options: object) -> OSFT:
+        torch.manual_seed(0)
+        module = OSFT("demo", learning_rate=1e-3, **options)  # type: ignore[arg-type]
+        trainer = make_trainer(Topology("one", 1, partial(strategy_for, None, 1)), max_steps=steps)
+        trainer.fit(module, Shares(trainer))
+        return module
+
+    return fit
+
+
+def test_an_export_without_a_step_is_the_model_bit_by_bit(train: Callable[..., OSFT]) -> None:
+    module = train(steps=0)
+    module.configure_model()
+    _, exported = module.export_state()
+    plain = module.pretrained.load(dtype=torch.float32, attn_implementation="sdpa").state_dict()
+    assert exported.keys() == plain.keys()
+    for name, tensor in plain.items():
+        assert exported[name].numpy().tobytes() == tensor.numpy().tobytes(), name
+
+
+def test_only_the_changes_are_trained(train: Callable[..., OSFT]) -> None:
+    module = train()
+    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    assert trained
+    assert all(name.endswith(".delta") for name in trained)
+    _, exported = module.export_state()
+    plain = module.pretrained.load(dtype=torch.float32, attn_implementation="sdpa").state_dict()
+    moved = {name for name, tensor in plain.items() if not exported[name].equal(tensor)}
+    assert moved == {site.matrix.full_name for site in module.sites()}
+
+
+def test_what_is_exported_is_what_the_model_computes(train: Callable[..., OSFT]) -> None:
+    module = train()
+    model, exported = module.export_state()
+    plain = module.pretrained.load(dtype=torch.float32, attn_implementation="eager")
+    plain.load_state_dict(exported)
+    model.set_attn_implementation("eager")
+    ids = torch.arange(3, 30)[None]
+    with torch.no_grad():
+        assert model.eval()(ids, use_cache=False).logits.equal(plain.eval()(ids, use_cache=False).logits)
+
+
+def test_other_weights_train_when_they_are_asked_to(train: Callable[..., OSFT]) -> None:
+    norms = train(train_other="norms")
+    trained = {name for name, parameter in norms.named_parameters() if parameter.requires_grad}
+    assert any("norm" in name for name in trained)
+    assert all("norm" in name or name.endswith(".delta") for name in trained)
+    everything = train(train_other="all")
+    assert any("embed" in name for name, parameter in everything.named_parameters() if parameter.requires_grad)
+
+
+def test_a_second_start_decomposes_nothing(train: Callable[..., OSFT]) -> None:
+    assert train(steps=0, complement="thin").decomposed > 0
+    assert train(steps=1, complement="thin").decomposed == 0
+    assert train(steps=1, complement="thin", unfreeze_rank_ratio=0.5).decomposed > 0
+
+
+def test_the_learning_rate_of_the_changes_is_scaled(train: Callable[..., OSFT]) -> None:
+    module = train(lr_scale=0.5, train_other="norms")
+    rates = {group["initial_lr"] for group in module.trainer.optimizers[0].param_groups}
+    assert rates == {1e-3, 5e-4}
+
+
+def test_the_exact_changes_stand_beside_the_export(train: Callable[..., OSFT], tmp_path: Path) -> None:
+    module = train()
+    target = tmp_path / "export"
+    module.export(target, module.pretrained.tokenizer)
+    changes, exported = load_file(target / DELTA_FILE), load_file(target / "model.safetensors")
+    plain = module.pretrained.load(dtype=torch.float32, attn_implementation="sdpa").state_dict()
+    for site in module.sites():
+        name = site.matrix.full_name
+        assert (plain[name] + changes[f"{name}.left"] @ changes[f"{name}.right"]).equal(exported[name])
+    ids = torch.arange(3, 30)[None]
+    loaded = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+    assert loaded(ids).logits.isfinite().all()
+
+
+def test_what_rounding_does_to_a_change_is_said(train: Callable[..., OSFT], tmp_path: Path) -> None:
+    module = train(steps=10)
+    said = module.export_merged(tmp_path / "merged", module.pretrained.tokenizer, torch.bfloat16)
+    rounded = load_file(tmp_path / "merged" / "model.safetensors")
+    plain = module.pretrained.load(dtype=torch.float32, attn_implementation="sdpa").state_dict()
+    worst = 0.0
+    for site in module.sites():
+        exact = split(site.original, site.delta.rank)
+        change = rounded[site.matrix.full_name].float() - plain[site.matrix.full_name]
+        worst = max(worst, *leaks(change, exact.u[:, : exact.protected], exact.v[: exact.protected]))
+    assert f"up to {worst:.1%} of it lies in protected directions" in said
+    assert worst > 0.01
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"unfreeze_rank_ratio": 1.5}, "unfreeze_rank_ratio is 1.5"),
+        ({"unfreeze_rank_ratio": 0.0}, "nothing at all would train"),
+        ({"targets": ["lm_head"]}, "matches no weight|shares its weight"),
+        ({"targets": ["embed_tokens"]}, "shares its weight"),
+        ({"targets": ["q_proj", "typo"]}, "'typo' matches no weight"),
+    ],
+)
+def test_settings_that_cannot_be_meant(train: Callable[..., OSFT], options: dict[str, object], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        train(steps=1, **options)
+
+
+def test_work_is_shared_out_by_its_cost() -> None:
+    shapes = [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), *[(14336, 4096)] * 2, (4096, 14336)] * 32
+    costs = [float(min(shape) ** 2 * max(shape)) for shape in shapes]
+    owners = share_out(costs, 8)
+    loads = [sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == rank) for rank in range(8)]
+    assert max(loads) / (sum(loads) / 8) <= 1.15
