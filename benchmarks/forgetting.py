@@ -2,12 +2,12 @@
 
 The first task, spelling and reversing words, is what the embedded model knows; shouting and doubling are new to it.
 Each stage begins with the plain model that the stage before has left, as ``fit --model RUN/export`` does. All methods
-take the same steps over the same rows, each with the learning rate at which it learnt the new tasks best on a seed of
-its own (the best average over all tasks would choose a rate at which nothing is learnt, and so nothing forgotten).
+take the same steps over the same rows, each with the learning rate at which it learnt shouting best on a seed of its
+own (the best average over all tasks would choose a rate at which nothing is learnt, and so nothing forgotten).
 Accuracy is the share of held-out words that are answered exactly, greedily. At last, what the orthogonal methods leak
 into directions that they promise to leave alone: the largest share of any weight's change.
 
-usage: python -m benchmarks.forgetting [--seeds 5] [--steps 250] [--ratio 0.25] [--quick]
+usage: python -m benchmarks.forgetting [--seeds 5] [--steps 200] [--ratio 0.25] [--quick]
 """
 
 from __future__ import annotations
@@ -137,12 +137,12 @@ def accuracy(model: PreTrainedModel, rows: Sequence[Conversation]) -> float:
     return right / len(rows)
 
 
-def sequence(name: str, rate: float, seed: int, steps: int, ratio: float) -> Outcome:
-    """Teach the new tasks one after another, and test all tasks after each."""
+def sequence(name: str, rate: float, seed: int, steps: int, ratio: float, num_tasks: int = len(TASKS)) -> Outcome:
+    """Teach the new ones of the first tasks one after another, and test all of these after each."""
     torch.manual_seed(seed)
     model = embedded()[1]
     tests, lessons = [], []
-    for number, task in enumerate(TASKS):
+    for number, task in enumerate(TASKS[:num_tasks]):
         rows = conversations(task, steps * BATCH + TESTED, seed=seed + 10_000 * number)
         tests.append(rows[:TESTED])
         lessons.append(rows[TESTED:])
@@ -154,11 +154,11 @@ def sequence(name: str, rate: float, seed: int, steps: int, ratio: float) -> Out
 
 
 def tuned(name: str, steps: int, ratio: float) -> tuple[float, list[Json]]:
-    """Return the learning rate at which a method learns the new tasks best, and what every rate gave."""
+    """Return the learning rate at which a method learns the first new task best, and what every rate gave."""
     tried: list[Json] = []
     best, best_key = 0.0, (-1.0, -1.0)
     for rate in GRIDS[name]:
-        found = sequence(name, rate, TUNING_SEED, steps, ratio)
+        found = sequence(name, rate, TUNING_SEED, steps, ratio, num_tasks=2)
         print(f"  {name}, rate {rate:g}: learnt {found.learnt:.2f}, kept {found.kept:.2f}", flush=True)
         tried.append({"rate": rate, "learnt": found.learnt, "kept": found.kept, "average": found.average})
         if (found.learnt, found.average) > best_key:
@@ -216,7 +216,7 @@ def main() -> None:
     """Tune, run and report all methods."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=250, help="steps of each stage")
+    parser.add_argument("--steps", type=int, default=200, help="steps of each stage")
     parser.add_argument("--leak-steps", type=int, default=200)
     parser.add_argument("--ratio", type=float, default=0.25, help="share of the singular directions that may train")
     parser.add_argument("--only", choices=NAMES, nargs="*", default=NAMES)
