@@ -3,6 +3,7 @@
 The work folder holds ``model`` and ``rows.jsonl``. ``ours`` is the command line itself. ``raw`` is a bare loop over
 the same rows, from the same loader, with the same attention, loss head, optimizer and clipping. ``raw-full-logits``
 differs from ``raw`` in its head: it makes the logits of every token and hands them to PyTorch's cross-entropy.
+``lora`` and ``lora-raw`` are the first two with adapters.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import AdamW
@@ -30,6 +32,7 @@ from lightning_hub.ops.attention import PACKED, borders_of
 from lightning_hub.ops.loss import LossHead
 from lightning_hub.ops.rows import Row, Step
 
+RANK, ALPHA = 16, 32
 LEARNING_RATE, WEIGHT_DECAY, BETAS, CLIP = 1e-4, 0.01, (0.9, 0.95), 1.0
 
 RowLoss = Callable[[Row], Tensor]
@@ -37,13 +40,22 @@ RowLoss = Callable[[Row], Tensor]
 
 def ours(work: Path, steps: int, tokens: int, out: Path) -> None:
     """Train with ``lightning-hub fit``: run folder, metrics of every step, progress, checkpoint and export."""
+    _fit(work, steps, tokens, out, "SFT")
+
+
+def lora(work: Path, steps: int, tokens: int, out: Path) -> None:
+    """Train adapters with ``lightning-hub fit``."""
+    _fit(work, steps, tokens, out, "LoRA", "--model.r", str(RANK), "--model.alpha", str(ALPHA))
+
+
+def _fit(work: Path, steps: int, tokens: int, out: Path, method: str, *flags: str) -> None:
     clock = [{"class_path": "benchmarks.clock.Clock", "init_args": {"path": str(out)}}]
     # fmt: off
     code = run([
         "fit", "--run-dir", str(out.with_suffix("")), "--allow-class", "benchmarks",
         "--trainer.accelerator", "cpu", "--trainer.max_steps", str(steps), "--trainer.log_every_n_steps", "1",
         "--trainer.gradient_clip_val", str(CLIP), "--trainer.callbacks", json.dumps(clock),
-        "--model", "SFT", "--model.model", str(work / "model"), "--model.learning_rate", str(LEARNING_RATE),
+        "--model", method, *flags, "--model.model", str(work / "model"), "--model.learning_rate", str(LEARNING_RATE),
         "--model.weight_decay", str(WEIGHT_DECAY), "--model.betas", json.dumps(BETAS),
         "--model.lr_scheduler", "constant",
         "--data", "ChatData", "--data.train", str(work / "rows.jsonl"),
@@ -57,6 +69,14 @@ def ours(work: Path, steps: int, tokens: int, out: Path) -> None:
 def raw(work: Path, steps: int, tokens: int, out: Path) -> None:
     """Train with a bare loop and the same kernels."""
     model = _load(work)
+    _loop(model, LossHead(model), _steps(work, steps, tokens), out)
+
+
+def lora_raw(work: Path, steps: int, tokens: int, out: Path) -> None:
+    """Train adapters of peft with a bare loop and the same kernels."""
+    model = _load(work)
+    torch.manual_seed(42)  # as the command line seeds itself
+    get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"))
     _loop(model, LossHead(model), _steps(work, steps, tokens), out)
 
 
@@ -86,7 +106,7 @@ def _steps(work: Path, steps: int, tokens: int) -> Iterator[Step]:
 
 
 def _loop(model: PreTrainedModel, loss_of: RowLoss, steps: Iterable[Step], out: Path) -> None:
-    parameters = list(model.parameters())
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
@@ -106,7 +126,7 @@ def _loop(model: PreTrainedModel, loss_of: RowLoss, steps: Iterable[Step], out: 
     clock.write()
 
 
-CONTENDERS = {"ours": ours, "raw": raw, "raw-full-logits": raw_full_logits}
+CONTENDERS = {"ours": ours, "raw": raw, "raw-full-logits": raw_full_logits, "lora": lora, "lora-raw": lora_raw}
 
 
 def main() -> None:

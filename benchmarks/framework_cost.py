@@ -66,14 +66,16 @@ class Round:
         return middle([mine - theirs for mine, theirs in zip(self.step_ms, other.step_ms, strict=True)])
 
 
-def measure(case: Case, rounds: int, seed: int, work: Path) -> dict[str, list[Round]]:
-    """Run all contenders in turn."""
+def measure(
+    case: Case, rounds: int, seed: int, work: Path, contenders: Sequence[str] = CONTENDERS
+) -> dict[str, list[Round]]:
+    """Run contenders in turn."""
     shape = SHAPES[case.shape]
     make_model(work / "model", shape, seed)
     count = 2 * case.steps * case.tokens // case.mean  # twice what the steps take: an epoch must not end in between
     make_rows(work / "rows.jsonl", chat_lengths(count, case.mean, case.tokens, seed), shape.vocab_size, seed)
-    found: dict[str, list[Round]] = {name: [] for name in CONTENDERS}
-    for number, name in alternated(CONTENDERS, rounds):
+    found: dict[str, list[Round]] = {name: [] for name in contenders}
+    for number, name in alternated(contenders, rounds):
         notes = _run(case, name, work, work / f"{name}-{number}.json")
         step_ms = [1e3 * (end - start) for start, end in pairwise(notes["cpu"][case.warm_up - 1 :])]
         found[name].append(Round(notes["losses"], step_ms, notes["peak_mib"]))
@@ -98,17 +100,18 @@ def largest_difference(losses: Sequence[float], reference: Sequence[float]) -> f
 
 
 def report(case: Case, found: dict[str, list[Round]]) -> dict[str, Json]:
-    """Print the table of a case and return its figures.
+    """Print the table of a case and return its figures; the first contender is what others are compared with.
 
     Raises:
         SystemExit: The losses differ, so that the contenders did not do the same work.
     """
-    base = found["raw"]
+    first = next(iter(found))
+    base = found[first]
     rows, figures = [], {}
     for name, rounds in found.items():
         worst = max(largest_difference(one.losses, other.losses) for one, other in zip(rounds, base, strict=True))
         if worst > SAME_LOSS:
-            raise SystemExit(f"{name} does other work than raw: losses differ by {worst:.1e}, relative")
+            raise SystemExit(f"{name} does other work than {first}: losses differ by {worst:.1e}, relative")
         ratios = [other.cpu_ms / one.cpu_ms for one, other in zip(rounds, base, strict=True)]
         extra = [one.extra_ms(other) for one, other in zip(rounds, base, strict=True)]
         line = {
@@ -125,8 +128,8 @@ def report(case: Case, found: dict[str, list[Round]]) -> dict[str, Json]:
     head = ("contender", "CPU ms", "ratio", "spread", "+ms", "spread", "peak MiB", "loss diff")
     print(f"\n{case.shape}: {case.steps - case.warm_up} steps of {case.tokens} tokens, {len(base)} rounds, one thread")
     table(head, rows)
-    first, last = base[0].losses[0], base[0].losses[-1]
-    return {"steps": case.steps, "warm_up": case.warm_up, "tokens": case.tokens, "first_loss": first, "last_loss": last,
+    begin, end = base[0].losses[0], base[0].losses[-1]
+    return {"steps": case.steps, "warm_up": case.warm_up, "tokens": case.tokens, "first_loss": begin, "last_loss": end,
             "contenders": {name: dict(line) for name, line in figures.items()}}  # fmt: skip
 
 

@@ -136,9 +136,12 @@ class SFT(LightningModule):
         self.model.tie_weights()  # a part of what was left out
 
     def _read(self) -> tuple[PreTrainedModel, Traits]:
-        model = self.pretrained.load(dtype=self._load_dtype(), attn_implementation=self.attn_implementation)
+        model = self._load()
         self.choose_trainable(model)
         return model, Traits.of(model)
+
+    def _load(self) -> PreTrainedModel:
+        return self.pretrained.load(dtype=self._load_dtype(), attn_implementation=self.attn_implementation)
 
     def _skeleton(self) -> PreTrainedModel:
         model = self.pretrained.skeleton(dtype=self._load_dtype(), attn_implementation=self.attn_implementation)

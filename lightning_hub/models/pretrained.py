@@ -15,6 +15,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -126,20 +127,23 @@ class Pretrained:
             ids.append(int(self.tokenizer.eos_token_id))
         return tuple(dict.fromkeys(ids))
 
-    def load(self, *, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel:
+    def load(
+        self, *, dtype: torch.dtype, attn_implementation: str, quantization_config: BitsAndBytesConfig | None = None
+    ) -> PreTrainedModel:
         """Read the weights; an adapter is merged into its base in float32, and cast then.
 
         Args:
             dtype: The dtype of the weights in memory.
             attn_implementation: A name that transformers knows, ours included.
+            quantization_config: How linear layers are quantized; they then lie on the GPU.
         """
         if self.base is not None:
             return self._merged(self.base.load(dtype=torch.float32, attn_implementation=attn_implementation), dtype)
+        given = {"config": self.config, "dtype": dtype, "attn_implementation": attn_implementation}
+        if quantization_config is not None:
+            given |= {"quantization_config": quantization_config, "device_map": {"": torch.cuda.current_device()}}
         model: PreTrainedModel = self._open(
-            "weights",
-            lambda name, **options: AutoModelForCausalLM.from_pretrained(
-                name, config=self.config, dtype=dtype, attn_implementation=attn_implementation, **options
-            ),
+            "weights", lambda name, **options: AutoModelForCausalLM.from_pretrained(name, **given, **options)
         )
         model.generation_config = self.generation_config
         return model

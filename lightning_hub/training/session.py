@@ -22,6 +22,7 @@ from lightning_hub.checkpoints.plugin import FolderCheckpointIO
 from lightning_hub.checkpoints.settings import CheckpointSettings
 from lightning_hub.errors import ExitCode, HubError, NoCheckpointError
 from lightning_hub.launch.place import Place
+from lightning_hub.methods.sft import SFT
 from lightning_hub.parallel.joining import GivenPlace
 from lightning_hub.runs.folder import RunFolder
 from lightning_hub.runs.manifest import newest_whole
@@ -222,7 +223,8 @@ def export(
     live.fill_weights(module, checkpoint["restored"].weights)
     data.open(module.pretrained)
     if merge:
-        return module.export_merged(target, data.tokenizer, getattr(torch, dtype) if dtype else None)
+        method: SFT = module
+        return method.export_merged(target, data.tokenizer, getattr(torch, dtype) if dtype else None)
     module.export(target, data.tokenizer)
     return ""
 

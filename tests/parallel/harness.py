@@ -150,6 +150,7 @@ def trained(case: Case, topology: Topology) -> Seen:
                 seen.parts = sum(own_part(parameter).numel() for parameter in model.parameters())
 
         def on_train_batch_end(self, outputs: object, batch: Step, batch_idx: int) -> None:
+            super().on_train_batch_end(outputs, batch, batch_idx)
             seen.losses.append(float(data_parallel(self.trainer.strategy).mean(self.step_loss)))
             seen.norms.append(float(self.grad_norm))
             seen.rows.append(len(batch.rows))
@@ -250,6 +251,7 @@ def _rank(rank: int, world_size: int, port: int, work: Callable[[], object], fol
         RANK=str(rank), LOCAL_RANK=str(rank), GROUP_RANK="0", WORLD_SIZE=world, LOCAL_WORLD_SIZE=world,
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test", OMP_NUM_THREADS="1",
     )  # fmt: skip
+    os.environ.pop("PL_GLOBAL_SEED", None)  # of an earlier test, which Lightning would seed the ranks with
     torch.set_num_threads(1)
     torch.save(work(), folder / f"{rank}.pt")
     os._exit(0)  # the group's threads may wait for a rank that failed

@@ -41,6 +41,7 @@ class Story:
         model: What it trains.
         resume: The checkpoint that it goes on from.
         workers: Loader workers.
+        kind: The method.
         method: Further options of the method.
         trainer: Further options of the trainer.
         settings: When it saves.
@@ -52,6 +53,7 @@ class Story:
     model: str = "demo"
     resume: Path | None = None
     workers: int = 0
+    kind: type[SFT] = SFT
     method: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=partial(dict, every_n_steps=1, keep=99))
@@ -99,7 +101,7 @@ def prepare(story: Story, *callbacks: Callback) -> tuple[Trainer, SFT, ChatData]
         **{"max_epochs": 2, **story.trainer},
     )
     torch.manual_seed(0)
-    module = SFT(story.model, **{"learning_rate": 3e-4, **story.method})
+    module = story.kind(story.model, **{"learning_rate": 3e-4, **story.method})
     data = ChatData(str(story.data), val=0.2, max_seq_len=64, effective_batch_size=8, num_workers=story.workers, seed=1)
     return trainer, module, data
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from lightning_hub.methods.lora import LoRA
+from lightning_hub.methods.sft import SFT
 from lightning_hub.runs.manifest import newest_whole, read_manifest
 from tests.conftest import WriteRows
 from tests.parallel.harness import calm, processes
@@ -17,6 +19,9 @@ from tests.parallel.stories import Story, Told, tell_all
 
 NOISY = {"neftune_alpha": 5.0, "lr_scheduler": "cosine"}
 """Random numbers in every step, another learning rate in each."""
+
+DROPPED = {"dropout": 0.2, "r": 4, "lr_scheduler": "cosine"}
+"""The same for adapters."""
 
 
 def assert_same(resumed: list[Told], straight: list[Told], after: int) -> None:
@@ -35,14 +40,19 @@ def test_two_ranks_go_on_exactly(tmp_path: Path, write_rows: WriteRows) -> None:
     stops = {2: 2, 5: 0, 7: 2}  # after a validation, at the end of an epoch, in the middle of one: loader workers
     stories: list[Story] = []
     starts: list[int] = []
-    for topology in ("ddp", "fsdp"):
-        straight = Story(topology, data, tmp_path / topology, method=NOISY, trainer=every_two)
+    for topology, name, kind, options in (
+        ("ddp", "ddp", SFT, NOISY),
+        ("fsdp", "fsdp", SFT, NOISY),
+        ("ddp", "lora-ddp", LoRA, DROPPED),
+        ("fsdp", "lora-fsdp", LoRA, DROPPED),
+    ):
+        straight = Story(topology, data, tmp_path / name, kind=kind, method=options, trainer=every_two)
         starts.append(len(stories))
         stories.append(straight)
         stories += [
             replace(
                 straight,
-                folder=tmp_path / f"{topology}-{step}",
+                folder=tmp_path / f"{name}-{step}",
                 resume=straight.folder / f"step-{step}",
                 workers=workers,
             )

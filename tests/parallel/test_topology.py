@@ -38,7 +38,7 @@ def saved(family: str) -> str:
     config = CONFIGS[family]
     before, config.vocab_size = config.vocab_size, 265  # odd: shards of unequal size
     try:
-        make(family, "sdpa").save_pretrained(folder)
+        make(family, "eager").save_pretrained(folder)
     finally:
         config.vocab_size = before
     return folder
@@ -108,6 +108,19 @@ def test_the_numbers_are_those_of_one_process(topology: Topology, tmp_path: Path
             assert isinstance(found, Seen), f"{case.name}, rank {rank}: {found}"
             faults += [f"{case.name}, rank {rank}: {fault}" for fault in differences(found, expected, case)]
     assert not faults, "\n".join(faults)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", TOPOLOGIES[:2], ids=lambda topology: topology.name)
+def test_adapters_of_experts_are_those_of_one_process(topology: Topology, tmp_path: Path) -> None:
+    options = {"r": 4, "learning_rate": 1e-2, "eps": 1e-6, "targets": ["experts", "attention"]}
+    case = Case("experts", method=LoRA, model=saved("gpt-oss, sinks"), options=options)
+    expected = launch(ONE, [case], Path())[0][case.name]
+    for seen in launch(topology, [case], tmp_path):
+        found = seen[case.name]
+        assert isinstance(expected, Seen)
+        assert isinstance(found, Seen), found
+        assert not differences(found, expected, case)
 
 
 def differences(found: Seen, expected: Seen, case: Case) -> list[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import runpy
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -83,13 +83,13 @@ def altered_export() -> None:
 
     write = export.write_export
 
-    def altered(target: Path, model: Any, weights: Mapping[str, Any], tokenizer: Any) -> None:
-        write(target, model, weights, tokenizer)
+    def altered(target: Path, *rest: Any) -> None:
+        write(target, *rest)
         tensors = load_file(target / "model.safetensors")
         next(iter(tensors.values())).mul_(1.001)
         save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
 
-    export.write_export = altered
+    export.write_export = altered  # type: ignore[assignment]  # of the same use
 
 
 ALL = (leak, mean_of_means, world_forgotten, rank_dies, altered_checkpoint, random_state_lost, altered_export)

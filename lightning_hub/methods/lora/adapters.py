@@ -188,7 +188,13 @@ def _remember_start(model: nn.Module) -> None:
     for _, layer in layers_of(model):
         for key in ("A", "B"):
             weight: Tensor = getattr(layer, f"lora_{key}")[ADAPTER].weight
-            layer.register_buffer(f"start_{key}", weight.detach().clone(), persistent=False)
+            cast("nn.Module", layer).register_buffer(f"start_{key}", weight.detach().clone(), persistent=False)
+
+
+def start_of(layer: LoraLayer) -> tuple[Tensor, Tensor]:
+    """Return what the ``A`` and ``B`` of a layer have started from, on the host."""
+    held = cast("nn.Module", layer)
+    return held.get_buffer("start_A").cpu(), held.get_buffer("start_B").cpu()
 
 
 def base_hash(model: nn.Module) -> str:
@@ -211,7 +217,9 @@ def describe_adapters(model: nn.Module, settings: Settings, trained: Sequence[st
     kinds: Counter[str] = Counter()
     for name, layer in layers_of(model):
         shape = f"{layer.in_features} -> {layer.out_features}"
-        kinds[f"{name.removesuffix('.base_layer').rpartition('.')[2]} ({shape})"] += 1
+        last = name.removesuffix(".base_layer").rpartition(".")[2]
+        own = getattr(layer, "parameter_name", "weight")  # matrices that lie in no layer of their own
+        kinds[f"{last if own == 'weight' else f'{last}.{own}'} ({shape})"] += 1
     listed = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
     scale = f"{settings.alpha:g} / {'sqrt ' if settings.use_rslora else ''}{settings.r}"
     variant = " (DoRA)" if settings.use_dora else ""

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import safetensors.torch
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_hub.checkpoints.export import whole_or_absent
 from lightning_hub.errors import ConfigError, HubError
-from lightning_hub.methods.lora.adapters import ADAPTER, PREFIX, Settings, layers_of
+from lightning_hub.methods.lora.adapters import ADAPTER, PREFIX, Settings, layers_of, start_of
 from lightning_hub.models.pretrained import Pretrained
 
 WEIGHTS = "adapter_model.safetensors"
@@ -73,14 +73,15 @@ def finished(
         is_shifted: Whether the start was taken out of the frozen weights.
     """
     config = copy(config)
-    config.target_modules = sorted(config.target_modules or [])  # type: ignore[assignment]  # a set has any order
+    config.target_modules = sorted(config.target_modules or [])  # a set has any order
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in file_names(model, state).items()}
     if is_shifted:
         for name, layer in layers_of(model):
             a, b = (f"{PREFIX}{name}.lora_{key}.weight" for key in ("A", "B"))
-            tensors[a] = torch.cat([tensors[a], layer.start_A.cpu()])  # type: ignore[operator]  # a buffer
-            tensors[b] = torch.cat([tensors[b], -layer.start_B.cpu()], dim=1)  # type: ignore[operator]
-        config.lora_alpha *= 2 if not config.use_rslora else 2**0.5  # type: ignore[assignment]
+            start_a, start_b = start_of(layer)
+            tensors[a] = torch.cat([tensors[a], start_a])
+            tensors[b] = torch.cat([tensors[b], -start_b], dim=1)
+        config.lora_alpha *= 2**0.5 if config.use_rslora else 2  # type: ignore[assignment]  # typed as a whole number
         config.r *= 2
     return Adapter(config, tensors, base_hash)
 
@@ -92,7 +93,7 @@ def write_adapter(
     base: Pretrained,
     as_trained: Callable[[PreTrainedModel], None],
 ) -> None:
-    """Write an adapter, load it into a fresh base as anyone would, and compare its answers with those of the trained one.
+    """Write an adapter, load it into a fresh base as anyone would, and compare answers with those of the trained one.
 
     Args:
         target: The folder; one that exists is replaced by the finished new one.
@@ -106,7 +107,9 @@ def write_adapter(
     """
     with whole_or_absent(target) as folder:
         metadata = {"format": "pt", BASE_HASH: adapter.base_hash}
-        save_file({name: tensor.clone() for name, tensor in adapter.tensors.items()}, folder / WEIGHTS, metadata)
+        safetensors.torch.save_file(  # tied weights stand under each of their names
+            {name: tensor.clone() for name, tensor in adapter.tensors.items()}, folder / WEIGHTS, metadata
+        )
         adapter.config.save_pretrained(str(folder))
         tokenizer.save_pretrained(folder)
         fresh = _fresh(base)
@@ -160,9 +163,9 @@ def probe(model: torch.nn.Module) -> Tensor:
 def _fresh(base: Pretrained) -> PreTrainedModel:
     """Read the base in float32, or in bfloat16 where this machine has no room for that."""
     with torch.device("meta"):
-        needed = 4 * base.skeleton(dtype=torch.float32, attn_implementation="sdpa").num_parameters()
+        needed = 4 * base.skeleton(dtype=torch.float32, attn_implementation="eager").num_parameters()
     dtype = torch.float32 if needed * 1.2 < psutil.virtual_memory().available else torch.bfloat16
-    return base.load(dtype=dtype, attn_implementation="sdpa")
+    return base.load(dtype=dtype, attn_implementation="eager")
 
 
 def read_config(folder: Path, settings: Settings) -> None:
@@ -200,7 +203,7 @@ def fill_from(folder: Path, model: PreTrainedModel, base_hash: str) -> None:
     names = file_names(model, live)
     with safe_open(folder / WEIGHTS, framework="pt") as stream:
         theirs = (stream.metadata() or {}).get(BASE_HASH)
-        if theirs not in (None, base_hash):
+        if base_hash and theirs and theirs != base_hash:
             raise ConfigError(f"the adapter in {folder} was trained on another model", where=KEY)
         found = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118  # no dictionary
     for name in sorted(found.keys() ^ names.keys()):

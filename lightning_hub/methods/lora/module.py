@@ -26,11 +26,13 @@ from lightning_hub.methods.lora.adapters import (
 from lightning_hub.methods.lora.folder import fill_from, finished, read_config, write_adapter
 from lightning_hub.methods.lora.health import DeadAdapterError, Pulse
 from lightning_hub.methods.lora.merge import write_merged
+from lightning_hub.methods.lora.quantization import QUANTIZATION, Quantization, check_quantization, load_quantized
 from lightning_hub.methods.sft import SFT
 from lightning_hub.ops.rows import Step
 from lightning_hub.parallel.agreement import from_rank_zero
-from lightning_hub.parallel.data_parallel import data_parallel
+from lightning_hub.parallel.data_parallel import Placing, data_parallel
 from lightning_hub.parallel.gathering import full_tensors
+from lightning_hub.parallel.strategies import MeshStrategy
 
 
 class LoRA(SFT):
@@ -48,6 +50,7 @@ class LoRA(SFT):
         use_rslora: Scale by alpha / sqrt(r), which keeps high ranks alive (arXiv 2312.03732).
         use_dora: Train the length of each weight column apart from its direction (arXiv 2402.09353).
         init: What adapters start from; pissa and olora decompose the weights, and the others start at no change.
+        quantization: How the frozen weights are held: none, nf4 (4 bits) or int8, both on one GPU with bitsandbytes.
         adapter: Folder of an adapter to go on from, made for this model with the same r, alpha, targets and variant.
         **options: SFT's.
     """
@@ -64,6 +67,7 @@ class LoRA(SFT):
         use_rslora: bool = False,
         use_dora: bool = False,
         init: Init = "default",
+        quantization: Quantization = "none",
         adapter: str | None = None,
         **options: Any,
     ) -> None:
@@ -74,6 +78,8 @@ class LoRA(SFT):
                 f"{other} does not go with init {init}", where="model.init_args.init", remedy="leave it out"
             )
         self.settings = Settings(r, alpha, dropout, targets, modules_to_save or [], use_rslora, use_dora, init)
+        check_quantization(quantization)
+        self.quantization: Quantization = quantization
         self.adapter = Path(adapter).expanduser() if adapter else None
         if self.adapter is not None:
             read_config(self.adapter, self.settings)
@@ -86,7 +92,7 @@ class LoRA(SFT):
     def choose_trainable(self, model: PreTrainedModel) -> None:
         """Freeze everything, and put adapters beside the target layers."""
         is_read = not next(model.parameters()).is_meta
-        if is_read:
+        if is_read and self.quantization == "none":
             self.base_hash = base_hash(model)
         self.adapter_config = adapt(model, self.settings, self.pretrained.name)
         if is_read and self.adapter is not None:
@@ -96,6 +102,7 @@ class LoRA(SFT):
         """Read the weights; tell every rank which base it is; draw other random numbers for other rows."""
         if self.model is not None:
             return
+        self._check_strategy()
         super().configure_model()
         assert self.model is not None, "the call before has made it"
         self.base_hash = from_rank_zero(lambda: self.base_hash)
@@ -104,6 +111,27 @@ class LoRA(SFT):
         if "mixed" in str(self.trainer.precision):
             for _, layer in layers_of(self.model):
                 layer.cast_input_dtype_enabled = False  # autocast casts the small adapters, not the activations
+
+    def _check_strategy(self) -> None:
+        """Refuse what has not been made right, before anything is read.
+
+        Raises:
+            ConfigError: The strategy cuts what the adapters need whole.
+        """
+        strategy = self.trainer.strategy
+        if self.quantization != "none" and isinstance(strategy, Placing):
+            message = "quantized weights are trained by one process only"
+            raise ConfigError(message, where=QUANTIZATION, remedy="use one device, or leave it out")
+        mesh = strategy.device_mesh if isinstance(strategy, MeshStrategy) else None
+        is_cut = mesh is not None and "tp" in (mesh.mesh_dim_names or ()) and mesh["tp"].size() > 1
+        if self.settings.use_dora and is_cut:
+            message = "use_dora does not go with tensor parallelism: it needs the lengths of whole columns"
+            raise ConfigError(message, where="model.init_args.use_dora", remedy="use the strategy fsdp")
+
+    def _load(self) -> PreTrainedModel:
+        if self.quantization == "none":
+            return super()._load()
+        return load_quantized(self.pretrained, self.quantization, self._load_dtype(), self.attn_implementation)
 
     def _load_dtype(self) -> torch.dtype:
         """Frozen weights need no more than the precision that is computed in, unless some train or are decomposed."""
@@ -199,14 +227,15 @@ class LoRA(SFT):
 
         def as_trained(fresh: PreTrainedModel) -> None:
             adapt(fresh, self.settings, self.source)
-            missing, unexpected = fresh.load_state_dict(state, strict=False)
-            assert not unexpected, f"the live names are those of a fresh model: {unexpected[:1]}"
+            found = fresh.load_state_dict(state, strict=False)
+            assert not found.unexpected_keys, f"live names are those of a fresh model: {found.unexpected_keys[:1]}"
 
         write_adapter(target, adapter, tokenizer, self.pretrained, as_trained)
 
     def export_merged(self, target: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype | None) -> str:
         """Write a plain model, in the dtype of the base on disk if None; return what of the change has survived."""
-        kept = dtype or self.pretrained.config.dtype or torch.float32
+        stored = self.pretrained.config.dtype
+        kept = dtype or (stored if isinstance(stored, torch.dtype) else torch.float32)
         with TemporaryDirectory(dir=target.parent) as scratch:
             self.export(Path(scratch) / "adapter", tokenizer)
             return write_merged(target, Path(scratch) / "adapter", self.pretrained, tokenizer, kept)

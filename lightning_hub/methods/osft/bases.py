@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 import torch.distributed
@@ -14,11 +15,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lightning_hub.methods.osft.chain import Earlier, protect
 from lightning_hub.methods.osft.delta import Delta
 from lightning_hub.methods.osft.split import split
 from lightning_hub.methods.osft.surgery import Site
 from lightning_hub.parallel.agreement import is_several
 from lightning_hub.parallel.parts import own_part, part_of
+
+Factors: TypeAlias = tuple[Tensor, Tensor]
+"""What the columns of changes span, and what their rows span."""
 
 VERSION = 1
 """Of the algorithm: a change of what it computes raises it, and old entries are left alone."""
@@ -36,11 +41,11 @@ class BasesCache:
     def __init__(self, root: Path) -> None:
         self.root = root / "bases"
 
-    def path(self, weight: Tensor, delta: Delta) -> Path:
-        """Return where the bases of a weight lie: a hash of its bytes and of how it is split."""
+    def path(self, weight: Tensor, delta: Delta, earlier: str = "") -> Path:
+        """Return where the bases of a weight lie: a hash of its bytes, of how it is split, and of what is protected."""
         bits = weight.detach().cpu().contiguous().view(torch.uint8).numpy()
         digest = hashlib.sha256(bits.tobytes())
-        digest.update(f"{VERSION} {tuple(weight.shape)} {weight.dtype} {delta.rank} {delta.side}".encode())
+        digest.update(f"{VERSION} {tuple(weight.shape)} {weight.dtype} {delta.rank} {delta.side} {earlier}".encode())
         return self.root / f"{digest.hexdigest()[:40]}.safetensors"
 
     def load(self, path: Path) -> dict[str, Tensor] | None:
@@ -58,14 +63,23 @@ class BasesCache:
         temporary.replace(path)
 
 
-def decompose(weight: Tensor, delta: Delta, name: str) -> dict[str, Tensor]:
+def decompose(weight: Tensor, delta: Delta, name: str, earlier: Factors | None = None) -> dict[str, Tensor]:
     """Return the bases of a weight, or of each expert's, as its change keeps them.
+
+    Args:
+        weight: The weight, or one for each expert.
+        delta: Its change.
+        name: For errors.
+        earlier: What the columns and rows of earlier changes span, which is protected as well.
 
     Raises:
         DecompositionError: The weight holds what is no number.
     """
     slices = weight if weight.ndim == 3 else weight[None]
-    splits = [split(one, delta.rank, name) for one in slices]
+    splits = [split(one, delta.rank + delta.taken, name) for one in slices]
+    if earlier is not None:
+        spans = [(part if weight.ndim == 3 else part[None]) for part in earlier]
+        splits = [protect(one, *span) for one, *span in zip(splits, *spans, strict=True)]
     dtypes = {key: getattr(delta, key).dtype for key in delta.basis_names}
     made = {key: torch.stack([delta.bases_of(one)[key] for one in splits]).to(dtype) for key, dtype in dtypes.items()}
     if any(delta.needs_kept(one) for one in splits):
@@ -74,7 +88,12 @@ def decompose(weight: Tensor, delta: Delta, name: str) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def fill_bases(found: Sequence[Site], cache: BasesCache, done: Callable[[], None] = lambda: None) -> int:
+def fill_bases(
+    found: Sequence[Site],
+    cache: BasesCache,
+    earlier: Earlier | None = None,
+    done: Callable[[], None] = lambda: None,
+) -> int:
     """Give every change its bases, and return how many weights had to be decomposed on this rank.
 
     Each rank decomposes its share while the others do theirs; then the bases go round. Every rank must call this.
@@ -82,10 +101,12 @@ def fill_bases(found: Sequence[Site], cache: BasesCache, done: Callable[[], None
     Args:
         found: The changes that have bases, the same on every rank.
         cache: Where bases are looked for and kept.
+        earlier: What earlier tasks have learnt, which is protected as well.
         done: Called after each weight of this rank's share.
     """
     rank = torch.distributed.get_rank() if is_several() else 0
     owners = share_out([cost(site) for site in found], torch.distributed.get_world_size() if is_several() else 1)
+    mark = earlier.fingerprint() if earlier else ""
     mine: dict[int, Tensor] = {}
     for place, site in enumerate(found):
         whole = site.original.full_tensor() if isinstance(site.original, DTensor) else site.original
@@ -95,10 +116,11 @@ def fill_bases(found: Sequence[Site], cache: BasesCache, done: Callable[[], None
     decomposed = 0
     for place, weight in mine.items():
         site = found[place]
-        path = cache.path(weight, site.delta)
+        path = cache.path(weight, site.delta, mark)
         bases = cache.load(path)
         if bases is None:
-            bases = decompose(weight, site.delta, site.matrix.name)
+            spans = earlier.factors(site.matrix.full_name) if earlier else None
+            bases = decompose(weight, site.delta, site.matrix.name, spans)
             decomposed += 1
             cache.save(path, {name: basis.cpu() for name, basis in bases.items()})
         made[place] = bases

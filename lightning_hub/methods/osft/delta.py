@@ -50,6 +50,7 @@ class Delta(nn.Module):
         complement: ``full`` reaches the whole set, ``thin`` only what spans both trained sides.
         dtype: Of the bases.
         experts: How many weights there are, if each expert has its own; None for one without an axis for them.
+        taken: Directions that earlier tasks have taken of those that would be trained.
     """
 
     delta: nn.Parameter
@@ -67,10 +68,12 @@ class Delta(nn.Module):
         complement: Complement,
         dtype: torch.dtype = torch.float32,
         experts: int | None = None,
+        taken: int = 0,
     ) -> None:
         super().__init__()
         out, into = shape
-        self.rank = trained_rank(ratio, min(shape))
+        self.rank = max(0, trained_rank(ratio, min(shape)) - taken)
+        self.taken = taken
         self.protected = min(shape) - self.rank
         self.side = _side(out, into, complement, self.protected)
         lead = () if experts is None else (experts,)
@@ -112,6 +115,8 @@ class Delta(nn.Module):
         """Say whether the weight cannot give the basis of its long side accurately."""
         if self.side not in ("left", "right"):
             return False
+        if self.taken:  # the weight knows nothing of what earlier tasks have learnt
+            return True
         return bool(split.values[0] > WELL_CONDITIONED * split.values[split.protected - 1]) or not split.values[0]
 
     def keep(self, split: Split) -> Tensor:

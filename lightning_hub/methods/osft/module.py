@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lightning_hub.checkpoints.export import write_export
 from lightning_hub.errors import ConfigError
 from lightning_hub.methods.osft.bases import BasesCache, fill_bases
+from lightning_hub.methods.osft.chain import Earlier
 from lightning_hub.methods.osft.delta import Complement
 from lightning_hub.methods.osft.product import DELTA_FILE, Rounding, merged, merged_state, write_changes
 from lightning_hub.methods.osft.surgery import Site, add_changes, merged_name, sites
@@ -36,6 +37,8 @@ class OSFT(SFT):
         complement: full reaches all changes that leave the protected directions alone; thin only those within the
             trained directions of both sides: less memory, and less for weights that are not square.
         train_other: What else trains, unconstrained: none, norms, or all (embeddings and output layer too).
+        previous: Exports of earlier OSFT runs, oldest first, whose changes are protected as well: what they have learnt
+            is left alone. Their directions count in unfreeze_rank_ratio.
         lr_scale: Factor of the learning rate for the changes. They move a weight about ten times as far a step as
             the published factor form does at the same learning rate.
         **options: SFT's.
@@ -48,6 +51,7 @@ class OSFT(SFT):
         targets: str | list[str] | None = None,
         complement: Complement = "full",
         train_other: Literal["none", "norms", "all"] = "none",
+        previous: list[str] | None = None,
         lr_scale: float = 1.0,
         **options: Any,
     ) -> None:
@@ -62,6 +66,7 @@ class OSFT(SFT):
         self.targets = targets
         self.complement: Complement = complement
         self.train_other = train_other
+        self.earlier = Earlier.of(previous or [])
         self.lr_scale = lr_scale
         self.decomposed = 0
         self._chosen: list[Matrix] = []
@@ -74,7 +79,7 @@ class OSFT(SFT):
         groups = {matrix.group for matrix in matrices(model)}
         default = [group for group in ("attention", "mlp", "experts") if group in groups]
         self._chosen = resolve(model, self.targets or default)
-        add_changes(model, self._chosen, self.unfreeze_rank_ratio, self.complement)
+        add_changes(model, self._chosen, self.unfreeze_rank_ratio, self.complement, self.earlier.rank)
         names = {matrix.full_name for matrix in self._chosen}
         for name, parameter in model.named_parameters():
             is_other = merged_name(name) not in (None, *names)
@@ -93,7 +98,7 @@ class OSFT(SFT):
             return
         super().configure_model()
         with_bases = [site for site in self.sites() if site.delta.side != "all"]
-        self.decomposed = fill_bases(with_bases, BasesCache(default_cache_dir()))
+        self.decomposed = fill_bases(with_bases, BasesCache(default_cache_dir()), self.earlier)
 
     def sites(self) -> Iterator[Site]:
         """Yield the weights that have a change."""

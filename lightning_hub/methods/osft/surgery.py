@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -42,7 +42,13 @@ class Site:
         return cast("Tensor", self.holder())
 
 
-def add_changes(model: PreTrainedModel, targets: Sequence[Matrix], ratio: float, complement: Complement) -> None:
+def add_changes(
+    model: PreTrainedModel,
+    targets: Sequence[Matrix],
+    ratio: float,
+    complement: Complement,
+    taken: Callable[[str], int] = lambda name: 0,
+) -> None:
     """Freeze the targets and put a change under each that trains anything.
 
     torch's own parametrizations do it: a layer finds ``W0 + dW`` where it looks for its weight, whatever kind of layer
@@ -53,6 +59,7 @@ def add_changes(model: PreTrainedModel, targets: Sequence[Matrix], ratio: float,
         targets: Weights of the model.
         ratio: Share of the singular directions that may be trained.
         complement: See ``Delta``.
+        taken: Tells how many directions of a weight earlier tasks have taken.
 
     Raises:
         ConfigError: A target is tied to another weight, which would change with it.
@@ -69,7 +76,14 @@ def add_changes(model: PreTrainedModel, targets: Sequence[Matrix], ratio: float,
             )
         weight.requires_grad_(False)
         *experts, out, into = matrix.shape
-        delta = Delta((out, into), ratio, complement, weight.dtype, experts[0] if experts else None)
+        used = taken(matrix.full_name)
+        delta = Delta((out, into), ratio, complement, weight.dtype, experts[0] if experts else None, used)
+        if used and not delta.rank:
+            raise ConfigError(
+                f"earlier tasks have taken {used} directions of {matrix.name}, all that ratio {ratio} frees",
+                where="model.init_args.previous",
+                remedy="raise unfreeze_rank_ratio",
+            )
         if delta.rank:
             parametrize.register_parametrization(module, matrix.parameter, delta.to(weight.device), unsafe=True)
 

@@ -18,7 +18,7 @@ from lightning_hub.methods.osft import OSFT
 from lightning_hub.methods.osft.bases import BasesCache, decompose, fill_bases, share_out
 from lightning_hub.methods.osft.delta import Delta
 from lightning_hub.methods.osft.product import DELTA_FILE
-from lightning_hub.methods.osft.split import split
+from lightning_hub.methods.osft.split import split, trained_rank
 from lightning_hub.methods.osft.surgery import Site, add_changes, sites
 from lightning_hub.methods.targets import resolve
 from lightning_hub.parallel.strategies import strategy_for
@@ -117,7 +117,7 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., OSFT
 
     def fit(steps: int = 3, **options: object) -> OSFT:
         torch.manual_seed(0)
-        module = OSFT("demo", learning_rate=1e-3, **options)  # type: ignore[arg-type]
+        module = OSFT(**{"model": "demo", "learning_rate": 1e-3, **options})  # type: ignore[arg-type]
         trainer = make_trainer(Topology("one", 1, partial(strategy_for, None, 1)), max_steps=steps)
         trainer.fit(module, Shares(trainer))
         return module
@@ -206,6 +206,34 @@ def test_what_rounding_does_to_a_change_is_said(train: Callable[..., OSFT], tmp_
     assert worst > 0.01
 
 
+@pytest.mark.parametrize("complement", ["full", "thin"])
+def test_a_further_task_leaves_alone_what_the_first_has_learnt(
+    train: Callable[..., OSFT], tmp_path: Path, complement: str
+) -> None:
+    first = train(unfreeze_rank_ratio=0.25, complement=complement)
+    export = tmp_path / "first"
+    first.export(export, first.pretrained.tokenizer)
+    second = train(unfreeze_rank_ratio=0.5, complement=complement, model=str(export), previous=[str(export)])
+    learnt = load_file(export / DELTA_FILE)
+    for site in second.sites():
+        name = site.matrix.full_name
+        change = site.delta.change(site.original).detach().double()
+        columns, _ = torch.linalg.qr(learnt[f"{name}.left"].double())
+        rows, _ = torch.linalg.qr(learnt[f"{name}.right"].double().mT)
+        assert change.norm() > 0
+        assert max(leaks(change, columns, rows.mT)) <= 1e-5
+        exact = split(site.original, trained_rank(0.5, min(site.matrix.shape)))
+        assert max(leaks(change, exact.u[:, : exact.protected], exact.v[: exact.protected])) <= 1e-5
+
+
+def test_where_nothing_is_left_to_train_it_is_said(train: Callable[..., OSFT], tmp_path: Path) -> None:
+    first = train(unfreeze_rank_ratio=0.25)
+    export = tmp_path / "first"
+    first.export(export, first.pretrained.tokenizer)
+    with pytest.raises(ConfigError, match="earlier tasks have taken 32 directions"):
+        train(unfreeze_rank_ratio=0.25, previous=[str(export)])
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -213,6 +241,7 @@ def test_what_rounding_does_to_a_change_is_said(train: Callable[..., OSFT], tmp_
         ({"unfreeze_rank_ratio": 0.0}, "nothing at all would train"),
         ({"targets": ["lm_head"]}, "matches no weight|shares its weight"),
         ({"targets": ["embed_tokens"]}, "shares its weight"),
+        ({"previous": ["nowhere.safetensors"]}, "nowhere.safetensors cannot be read"),
         ({"targets": ["q_proj", "typo"]}, "'typo' matches no weight"),
     ],
 )
