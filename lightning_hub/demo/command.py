@@ -134,8 +134,8 @@ def _show(
     console.print(table)
     run = shlex.quote(folder.id)
     config = shlex.quote(str(folder.config))
-    is_adapter = (folder.export / ADAPTER).is_file()
-    kind = f"an adapter; lightning-hub export {run} --merge makes a plain folder" if is_adapter else "a plain Hugging Face folder"
+    is_plain = (folder.export / "config.json").is_file()
+    kind = "a plain Hugging Face folder" if is_plain else f"an adapter; `lightning-hub export {run} --merge` merges it"
     console.print(f"\n  run     {folder.path}\n  export  {folder.export}  ({kind})\n")
     console.print("What next:")
     for command, why in (
