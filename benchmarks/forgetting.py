@@ -44,7 +44,7 @@ DOUBLE = Task("double", "Double {word}.", lambda word: word + word)
 TASKS: tuple[tuple[Task, ...], ...] = (PRETRAINING, (SHOUT,), (DOUBLE,))
 """The first is known; each further one is learnt in a stage."""
 
-GRIDS = {
+GRIDS: dict[str, tuple[float, ...]] = {
     "sft": (3e-4, 1e-3, 2e-3),
     "osft": (3e-3, 1e-2, 3e-2),
     "osft thin": (3e-3, 1e-2, 3e-2),
@@ -105,8 +105,10 @@ def plan(rows: list[Conversation], seed: int) -> StepPlan:
     tokenizer = embedded()[0].tokenizer
     pairs = []
     for turns in (row["messages"] for row in rows):
-        asked: list[int] = tokenizer.apply_chat_template(turns[:-1], add_generation_prompt=True, return_dict=False)
-        whole: list[int] = tokenizer.apply_chat_template(turns, return_dict=False)
+        asked = cast(
+            "list[int]", tokenizer.apply_chat_template(turns[:-1], add_generation_prompt=True, return_dict=False)
+        )
+        whole = cast("list[int]", tokenizer.apply_chat_template(turns, return_dict=False))
         pairs.append((whole, [IGNORED] * len(asked) + whole[len(asked) :]))
     return StepPlan(Samples.from_pairs(pairs, f"seed {seed}"), Batching(ROW, BATCH, None, shuffle=True, seed=seed))
 
@@ -121,7 +123,7 @@ def teach(taught: Learner, steps: StepPlan, rate: float, weight_decay: float = 0
         step = steps.step(0, index)
         optimizer.zero_grad()
         for row in step.rows:
-            (head(row) / step.num_trained).backward()  # type: ignore[no-untyped-call]
+            (head(row) / step.num_trained).backward()
         taught.before_clipping()
         torch.nn.utils.clip_grad_norm_(taught.trained, 1.0)
         optimizer.step()

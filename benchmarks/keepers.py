@@ -114,7 +114,7 @@ def _through_peft(model: PreTrainedModel, config: PeftConfig) -> Learner:
 
 def _osf(model: PreTrainedModel, ratio: float) -> OSFConfig:
     """Its ``effective_rank`` is what is protected; each layer gets the very number of directions that OSFT protects."""
-    kept = {}
+    kept: dict[str, int | float] = {}
     for matrix in targets(model):
         short = min(matrix.shape)
         kept[f"^{matrix.module.replace('.', r'[.]')}$"] = short - trained_rank(ratio, short)

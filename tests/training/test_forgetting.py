@@ -17,6 +17,7 @@ from lightning_hub.methods.sft import SFT
 from lightning_hub.models.pretrained import Pretrained
 from lightning_hub.ops.loss import LossHead
 from lightning_hub.parallel.strategies import DDP, FSDP
+from lightning_hub.runs.folder import RunFolder
 from lightning_hub.runs.metrics import read_metrics
 from tests.conftest import WriteRows
 from tests.parallel.harness import Topology, make_trainer, processes
@@ -42,13 +43,18 @@ def test_it_stands_beside_the_validation_loss(fit: Fit, tmp_path: Path, old: Pat
     flags = ("--trainer.max_epochs", "2", "--trainer.logger", "CSVLogger")
     code, folder = fit("--config", recipe(tmp_path, old), *flags)
     assert code == 0
-    lines = [line for line in read_metrics(folder) if "forgetting/spell" in line]
-    assert [line["step"] for line in lines] == [0, 4, 8]
-    assert all(line["forgetting/spell"] == pytest.approx(line["forgetting/both"]) for line in lines)
-    assert lines[0]["forgetting/spell"] == pytest.approx(reference(old), rel=1e-5)
-    assert lines[0]["forgetting/spell"] < 0.1 < lines[-1]["forgetting/spell"]
+    losses, both = (series(folder, name) for name in ("forgetting/spell", "forgetting/both"))
+    assert list(losses) == [0, *series(folder, "val_loss")] == [0, 4, 8]
+    assert list(both.values()) == pytest.approx(list(losses.values()))
+    assert losses[0] == pytest.approx(reference(old), rel=1e-5)
+    assert losses[0] < 0.1 < losses[8]
     logged = next(folder.path.rglob("metrics.csv")).read_text()
     assert "forgetting/spell" in logged.splitlines()[0]
+
+
+def series(folder: RunFolder, name: str) -> dict[int, float]:
+    """Return a metric by step."""
+    return {int(str(line["step"])): float(str(line[name])) for line in read_metrics(folder) if name in line}
 
 
 def reference(old: Path) -> float:
@@ -72,7 +78,7 @@ def test_measuring_changes_no_weight(fit: Fit, tmp_path: Path, old: Path) -> Non
 
 def test_without_validation_it_measures_the_beginning_and_the_end(fit: Fit, tmp_path: Path, old: Path) -> None:
     _, folder = fit("--config", recipe(tmp_path, old), "--trainer.max_steps", "3", val="null")
-    assert [line["step"] for line in read_metrics(folder) if "forgetting/spell" in line] == [0, 3]
+    assert list(series(folder, "forgetting/spell")) == [0, 3]
 
 
 def test_data_that_is_not_there_is_named_by_its_option(
