@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from lightning_hub.callbacks.forgetting import Forgetting
     from lightning_hub.callbacks.samples import GenerateSamples
     from lightning_hub.data.module import ChatData
     from lightning_hub.methods.lora import LoRA
@@ -18,13 +19,14 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["OSFT", "SFT", "ChatData", "GenerateSamples", "LoRA", "__version__"]
+__all__ = ["OSFT", "SFT", "ChatData", "Forgetting", "GenerateSamples", "LoRA", "__version__"]
 
 _HOMES = {
     "OSFT": "lightning_hub.methods.osft",
     "SFT": "lightning_hub.methods.sft",
     "LoRA": "lightning_hub.methods.lora",
     "ChatData": "lightning_hub.data.module",
+    "Forgetting": "lightning_hub.callbacks.forgetting",
     "GenerateSamples": "lightning_hub.callbacks.samples",
 }
 

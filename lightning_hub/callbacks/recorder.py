@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_hub.callbacks.forgetting import Forgetting
 from lightning_hub.errors import HubError
 from lightning_hub.ops.rows import Step
 from lightning_hub.parallel.agreement import worst
@@ -65,6 +66,12 @@ class Recorder(Callback):
         self._since = time.perf_counter()
 
     # ---- begin and end -----------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the run's metrics to callbacks that measure something of their own."""
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by Lightning's connector
+            if isinstance(callback, Forgetting) and self.run is not None:
+                callback.write = self.rank.log
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write what the data came to, before anything is trained on it."""

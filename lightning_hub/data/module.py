@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -15,9 +15,10 @@ from transformers import PreTrainedTokenizerFast
 from lightning_hub.data.checks import check_positions, check_tokenizer_fits
 from lightning_hub.data.prepare import Prepared, prepare
 from lightning_hub.data.prompts import Prompt, read_prompts
+from lightning_hub.data.samples import Samples
 from lightning_hub.data.settings import DataSettings, Format, OnBad, OnLong, Source, TrainOn
 from lightning_hub.data.steps import Batching, Position, StepLoader, StepPlan
-from lightning_hub.errors import DataError
+from lightning_hub.errors import DataError, HubError
 from lightning_hub.models.pretrained import Pretrained
 from lightning_hub.parallel.data_parallel import data_parallel
 
@@ -180,14 +181,29 @@ class ChatData(LightningDataModule):
 
     def val_dataloader(self) -> StepLoader | list[StepLoader]:
         """Return the validation rows of this rank, each as a step of its own; nothing where there is no validation."""
-        if self.prepared.val is None:
-            return []
-        assert self.trainer is not None, "Lightning has attached the trainer"
-        slots = self.batching.max_tokens * data_parallel(self.trainer.strategy).size
-        batching = Batching(self.batching.max_tokens, None, slots, shuffle=False, seed=0)
-        return self._loader(StepPlan(self.prepared.val, batching), lambda: (0, 0))
+        return [] if self.prepared.val is None else self._in_order(self.prepared.val)
 
     test_dataloader = val_dataloader
+
+    def other_steps(self, pretrained: Pretrained, paths: str | list[str], where: str) -> StepLoader:
+        """Return the rows of this rank of data that the run does not learn from, as for validation.
+
+        Args:
+            pretrained: The model that the data is for.
+            paths: Files, folders or hub ids; prepared with the settings of the run's own data.
+            where: The option that names them, for errors.
+
+        Raises:
+            HubError: They cannot be used.
+        """
+        settings = replace(self.settings, train=paths, val=None)
+        try:
+            other = prepare(settings, self.tokenizer, stop_ids=pretrained.stop_ids).train
+        except HubError as error:
+            if error.where == "data.train":
+                error.where = where
+            raise
+        return self._in_order(other)
 
     def predict_dataloader(self) -> DataLoader[Prompt]:
         """Return the prompts in lists of eight."""
@@ -196,6 +212,13 @@ class ChatData(LightningDataModule):
             raise DataError("no prompts are given", where="data.init_args.predict", remedy=remedy)
         prompts = cast("Dataset[Prompt]", read_prompts(Path(self.predict_file)))
         return DataLoader(prompts, batch_size=8, collate_fn=list)
+
+    def _in_order(self, samples: Samples) -> StepLoader:
+        """Return the rows of this rank of data that is looked at only: the same every time, each row a step."""
+        assert self.trainer is not None, "Lightning has attached the trainer"
+        slots = self.batching.max_tokens * data_parallel(self.trainer.strategy).size
+        batching = Batching(self.batching.max_tokens, None, slots, shuffle=False, seed=0)
+        return self._loader(StepPlan(samples, batching), lambda: (0, 0))
 
     def _loader(self, plan: StepPlan, position: Position) -> StepLoader:
         assert self.trainer is not None, "Lightning has attached the trainer"

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_hub.config.command import parse_command
-from lightning_hub.demo.tasks import SHOUT, conversations, words
+from lightning_hub.demo.tasks import PRETRAINING, SHOUT, conversations, words
 from lightning_hub.errors import ExitCode
 from lightning_hub.launch.topology import settle_alone
 from lightning_hub.runs.folder import RunFolder, create_run, runs_root
@@ -22,13 +22,16 @@ from lightning_hub.training.folder import write_run
 from lightning_hub.training.options import Options
 
 RECIPE = Path(__file__).with_name("recipe.yaml")
-TRAINED, VALIDATED, ASKED = 4000, 160, 3
-"""Conversations to train on, to validate on, and to show."""
+METHODS = ("sft", "osft", "lora")
+"""What ``--method`` takes; all but the first have a file beside the recipe that says where they differ from it."""
+TRAINED, VALIDATED, ASKED, TESTED = 4000, 160, 3, 60
+"""Conversations to train on, to validate on, and to show; words on which each task is tested."""
 
 
 def main(argv: Sequence[str]) -> int:
     """Fine-tune the embedded model and show what it has learnt."""
     parser = argparse.ArgumentParser(prog="lightning-hub demo", description=__doc__)
+    parser.add_argument("--method", choices=METHODS, help="train with it, and test what the model knew before, too")
     parser.add_argument("--runs-root", help="where runs are kept (LIGHTNING_HUB_RUNS, else runs/)")
     given = parser.parse_args(argv)
     console = Console(highlight=False)
@@ -38,11 +41,13 @@ def main(argv: Sequence[str]) -> int:
     console.print(f"  model  embedded, {_size()}; it can spell and reverse words")
     console.print(f"  task   [cyan]{SHOUT.question.format(word='kamo')}[/] -> [green]{SHOUT.answer('kamo')}[/]")
     console.print(f"  data   {TRAINED:,} conversations to train on, {VALIDATED} to validate on\n")
-    return _train(folder, train, val, console)
+    return _train(folder, train, val, console, given.method)
 
 
-def _train(folder: RunFolder, train: Path, val: Path, console: Console) -> int:
+def _train(folder: RunFolder, train: Path, val: Path, console: Console, method: str | None) -> int:
     flags = ["--config", str(RECIPE), "--data.train", str(train), "--data.val", str(val)]
+    if method not in (None, METHODS[0]):
+        flags += ["--config", str(RECIPE.with_name(f"{method}.yaml"))]
     recipe = parse_command(flags).recipe
     options = Options()
     tree = checked(recipe, options)
@@ -55,6 +60,7 @@ def _train(folder: RunFolder, train: Path, val: Path, console: Console) -> int:
     torch.set_num_threads(1)  # a model this small gains nothing from more, and loses much on a busy machine
     prompts = [SHOUT.question.format(word=word) for word in words(TRAINED + VALIDATED + ASKED, seed=7)[-ASKED:]]
     before = _answers("demo", prompts)
+    known = _knowledge("demo") if method else {}
     session = Session(tree, begin(run, "never"), run)
     code: int = ExitCode.FAILED
     try:
@@ -63,7 +69,9 @@ def _train(folder: RunFolder, train: Path, val: Path, console: Console) -> int:
         run.close(code)
     if code == ExitCode.DONE:
         after = _answers(str(folder.export), prompts)
-        _show(console, folder, session.recorder.val_losses, list(zip(prompts, before, after, strict=True)))
+        learnt = _knowledge(str(folder.export)) if method else {}
+        scores = [(title, known[title], learnt[title]) for title in known]
+        _show(console, folder, session.recorder.val_losses, list(zip(prompts, before, after, strict=True)), scores)
     return code
 
 
@@ -96,18 +104,39 @@ def _answers(model: str, prompts: list[str]) -> list[str]:
     return complete(loaded, pretrained.tokenizer, turns, max_new_tokens=24)
 
 
-def _show(console: Console, folder: RunFolder, losses: dict[int, float], answers: list[tuple[str, str, str]]) -> None:
+def _knowledge(model: str) -> dict[str, float]:
+    """Return the share of right answers about new words, for what the model knew before and for the new task."""
+    found = {}
+    for title, tasks in (("knew: spell, reverse", PRETRAINING), ("new: shout", (SHOUT,))):
+        rows = conversations(tasks, TESTED, seed=11)
+        answers = _answers(model, [row["messages"][0]["content"] for row in rows])
+        right = sum(answer == row["messages"][1]["content"] for answer, row in zip(answers, rows, strict=True))
+        found[title] = right / TESTED
+    return found
+
+
+def _show(
+    console: Console,
+    folder: RunFolder,
+    losses: dict[int, float],
+    answers: list[tuple[str, str, str]],
+    scores: list[tuple[str, float, float]],
+) -> None:
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 2))
     for title in ("", "before", "after"):
         table.add_column(title, header_style="dim")
     table.add_row("validation loss", f"{losses[0]:.4f}", f"[bold]{losses[max(losses)]:.4f}[/]")
     for prompt, before, after in answers:
         table.add_row(f"[cyan]{prompt}[/]", before, f"[bold green]{after}[/]")
+    for title, before_training, after_training in scores:
+        table.add_row(f"right answers, {title}", f"{before_training:.0%}", f"[bold]{after_training:.0%}[/]")
     console.print()
     console.print(table)
     run = shlex.quote(folder.id)
     config = shlex.quote(str(folder.config))
-    console.print(f"\n  run     {folder.path}\n  export  {folder.export}  (a plain Hugging Face folder)\n")
+    is_plain = (folder.export / "config.json").is_file()
+    kind = "a plain Hugging Face folder" if is_plain else f"an adapter; `lightning-hub export {run} --merge` merges it"
+    console.print(f"\n  run     {folder.path}\n  export  {folder.export}  ({kind})\n")
     console.print("What next:")
     for command, why in (
         (f"lightning-hub chat {run}", "talk to it"),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -52,3 +53,20 @@ def test_the_demo_learns_the_task(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert accuracy(str(folder.export), SHOUT, seed=999) >= 0.9
     for hint in (str(folder.export), "lightning-hub chat", "lightning-hub fit --config"):
         assert hint in shown.replace("\n", "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "files"), [("osft", "config.json"), ("lora", "adapter_config.json")])
+def test_a_method_of_the_demo_learns_and_what_was_known_is_tested_too(
+    method: str, files: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["demo", "--method", method, "--runs-root", str(tmp_path)]) == 0
+    (folder,) = list_runs(tmp_path)
+    assert (folder.export / files).is_file()
+    shown = capsys.readouterr().out
+    known, new = (re.search(rf"right answers, {task}.*?(\d+)% +(\d+)%", shown) for task in ("knew", "new"))
+    assert known is not None
+    assert new is not None
+    assert (known[1], new[1]) == ("100", "0")
+    assert int(new[2]) >= 60
+    assert accuracy(str(folder.export), SHOUT, seed=999) >= 0.6

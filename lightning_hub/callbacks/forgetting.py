@@ -1,0 +1,94 @@
+"""Loss on other data while a model is trained: what it still knows of what it knew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from lightning_hub.models.pretrained import Pretrained
+from lightning_hub.ops.rows import IGNORED, Row, Step
+from lightning_hub.parallel.data_parallel import data_parallel
+
+
+class OffersOthers(Protocol):
+    """A data module that prepares other data as it prepares its own."""
+
+    def other_steps(self, pretrained: Pretrained, paths: str | list[str], where: str) -> Iterable[Step]:
+        """Return this rank's rows of other data, each as a step of its own."""
+
+
+class HasLoss(Protocol):
+    """A module that turns a row into the summed loss of its trained tokens."""
+
+    model: torch.nn.Module
+    loss_head: Callable[[Row], Tensor]
+    pretrained: Pretrained
+
+
+class Forgetting(Callback):
+    """Measures the loss on data of old tasks beside the validation loss, as ``forgetting/NAME``.
+
+    It is measured before the first step, whenever validation runs, and after the last step, over the whole of the
+    data: the sum over its trained tokens divided by their number. Tokenizer, template and row size are the run's.
+
+    Args:
+        eval_also: Data to measure on, by name: a file, folder or hub id, or a list of them.
+    """
+
+    def __init__(self, eval_also: dict[str, str | list[str]]) -> None:
+        self.eval_also = eval_also
+        self.write: Callable[[int, Mapping[str, float]], None] = lambda step, values: None
+        self._steps: dict[str, Iterable[Step]] = {}
+        self._last_step = -1
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Prepare the data, before any weight is read."""
+        data = cast("OffersOthers", trainer.datamodule)  # type: ignore[attr-defined]  # typed without one
+        pretrained = cast("HasLoss", pl_module).pretrained
+        for name, paths in self.eval_also.items():
+            place = f"trainer.callbacks.Forgetting.eval_also.{name}"
+            self._steps[name] = data.other_steps(pretrained, paths, place)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure what a run begins with, unless a validation has done so."""
+        if trainer.global_step == 0 and self._last_step != 0:
+            self._measure(trainer, pl_module)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure beside the validation loss."""
+        self._measure(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure what the run ends with, unless a validation has done so."""
+        if trainer.global_step != self._last_step:
+            self._measure(trainer, pl_module)
+
+    @torch.no_grad()
+    def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module = cast("HasLoss", pl_module)
+        modes = {part: part.training for part in module.model.modules()}
+        module.model.eval()
+        found = {f"forgetting/{name}": self._loss(trainer, pl_module, steps) for name, steps in self._steps.items()}
+        for part, training in modes.items():
+            part.training = training
+        self._last_step = trainer.global_step
+        trainer.callback_metrics.update({name: torch.tensor(loss) for name, loss in found.items()})
+        for logger in trainer.loggers:
+            logger.log_metrics(found, step=trainer.global_step)
+        self.write(trainer.global_step, found)
+
+    @staticmethod
+    def _loss(trainer: Trainer, pl_module: LightningModule, steps: Iterable[Step]) -> float:
+        """Return the loss per trained token over all ranks: two sums, one division."""
+        sums = torch.zeros(2, dtype=torch.float64, device=pl_module.device)
+        with trainer.precision_plugin.val_step_context():
+            for step in steps:
+                for row in trainer.strategy.batch_to_device(step).rows:
+                    sums[0] += cast("HasLoss", pl_module).loss_head(row)
+                    sums[1] += (row.labels != IGNORED).sum()
+        total, count = data_parallel(trainer.strategy).sum(sums).tolist()
+        return float(total / max(1.0, count))
