@@ -89,7 +89,7 @@ def altered_export() -> None:
         next(iter(tensors.values())).mul_(1.001)
         save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
 
-    export.write_export = altered  # type: ignore[assignment]  # of the same use
+    export.write_export = altered
 
 
 ALL = (leak, mean_of_means, world_forgotten, rank_dies, altered_checkpoint, random_state_lost, altered_export)
