@@ -28,7 +28,7 @@ class DeadAdapterError(HubError):
         more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
         super().__init__(
             f"{len(names)} of {of} trained weights {what}: {', '.join(names[:NAMED])}{more}",
-            remedy="this is a fault of the program or of a class added to it, not of the recipe: nothing was saved",
+            remedy="this is a fault of the program or of a class added to it, not of the recipe",
         )
 
 
