@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from lightning_hub.callbacks.forgetting import Forgetting
 from lightning_hub.errors import HubError
 from lightning_hub.ops.rows import Step
+from lightning_hub.parallel.agreement import worst
 from lightning_hub.runs.rank import RankWriter, classify
 from lightning_hub.runs.writer import StatusWriter
 
@@ -95,7 +96,9 @@ class Recorder(Callback):
     # ---- steps -------------------------------------------------------------------------------------------------------
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Step, batch_idx: int) -> None:
-        """Say that a step begins."""
+        """Say that a step begins; what was saved before it took no training time."""
+        if self.pulse.phase == "save":
+            self._since += time.monotonic() - self.pulse.doing_since
         self.pulse.phase = "train"
         self.pulse.do("forward")
         self._batch = batch
@@ -160,7 +163,7 @@ class Recorder(Callback):
             "epoch": trainer.current_epoch,
         }
         if torch.cuda.is_available():
-            values["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+            values["memory_gb"], values["memory_rank"] = worst(torch.cuda.max_memory_allocated() / 1e9)
             torch.cuda.reset_peak_memory_stats()
         self.pulse.loss = loss
         self._publish(trainer, values)

@@ -53,6 +53,16 @@ def any_rank(flags: Sequence[bool]) -> list[bool]:
     return [bool(vote) for vote in votes.tolist()]
 
 
+def worst(value: float) -> tuple[float, int]:
+    """Return the largest value of all ranks and the rank that has it; every rank must call this."""
+    if not is_several():
+        return value, 0
+    values = torch.zeros(torch.distributed.get_world_size(), dtype=torch.float64)
+    values[torch.distributed.get_rank()] = value
+    torch.distributed.all_reduce(values)
+    return float(values.max()), int(values.argmax())
+
+
 def is_several() -> bool:
     """Say whether this process is one of several that know each other."""
     return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1

@@ -83,13 +83,13 @@ def altered_export() -> None:
 
     write = export.write_export
 
-    def altered(target: Path, *rest: Any) -> None:
-        write(target, *rest)
+    def altered(target: Path, *rest: Any, **named: Any) -> None:
+        write(target, *rest, **named)
         tensors = load_file(target / "model.safetensors")
         next(iter(tensors.values())).mul_(1.001)
         save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
 
-    export.write_export = altered  # type: ignore[assignment]  # of the same use
+    export.write_export = altered
 
 
 ALL = (leak, mean_of_means, world_forgotten, rank_dies, altered_checkpoint, random_state_lost, altered_export)

@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch.distributed
+
+from lightning_hub.errors import HubError
+from lightning_hub.launch.place import Place
+from lightning_hub.parallel.agreement import from_rank_zero, largest, worst
+from lightning_hub.parallel.joining import join, leave
+from tests.parallel.harness import processes
+
+
+def agree() -> list[object]:
+    rank = int(os.environ["RANK"])
+    join(Place(rank, 2, rank, 2, "env"), on_gpu=False)
+    found: list[object] = [largest(rank), worst(float(10 - rank)), from_rank_zero(lambda: f"rank {rank}")]
+    try:
+        from_rank_zero(fail)
+    except HubError as error:
+        found.append(str(error))
+    leave()
+    return [*found, torch.distributed.is_initialized()]
+
+
+def fail() -> None:
+    raise HubError(f"only rank {os.environ['RANK']} knows")
+
+
+@pytest.mark.slow
+def test_ranks_agree_on_votes_results_and_errors(tmp_path: Path) -> None:
+    assert processes(2, agree, tmp_path) == [[1, (10.0, 0), "rank 0", "only rank 0 knows", False]] * 2
+
+
+def test_alone_everything_is_agreed_on() -> None:
+    assert (largest(3), worst(2.5), from_rank_zero(lambda: 1)) == (3, (2.5, 0), 1)
