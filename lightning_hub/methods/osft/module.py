@@ -81,9 +81,10 @@ class OSFT(SFT):
         self._chosen = resolve(model, self.targets or default)
         add_changes(model, self._chosen, self.unfreeze_rank_ratio, self.complement, self.earlier.rank)
         names = {matrix.full_name for matrix in self._chosen}
+        norms = _norms(model)
         for name, parameter in model.named_parameters():
             is_other = merged_name(name) not in (None, *names)
-            if is_other and (self.train_other == "all" or (self.train_other == "norms" and "norm" in name)):
+            if is_other and (self.train_other == "all" or (self.train_other == "norms" and name in norms)):
                 parameter.requires_grad_(True)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ConfigError(
@@ -179,3 +180,9 @@ class OSFT(SFT):
             write_changes(folder / DELTA_FILE, merged(self.sites(), state), settings)
 
         write_export(target, self.model, weights, tokenizer, changes)
+
+
+def _norms(model: PreTrainedModel) -> set[str]:
+    """Return the names of what normalisation layers hold: by their class, as GPT-2 calls its own ``ln_1``."""
+    layers = [(path, layer) for path, layer in model.named_modules() if "norm" in type(layer).__name__.lower()]
+    return {f"{path}.{name}" for path, layer in layers for name, _ in layer.named_parameters(recurse=False)}

@@ -166,6 +166,15 @@ def test_other_weights_train_when_they_are_asked_to(train: Callable[..., OSFT]) 
     assert any("embed" in name for name, parameter in everything.named_parameters() if parameter.requires_grad)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_norms_are_found_by_what_they_are(family: str) -> None:
+    model = random_model(family)
+    OSFT("unused", train_other="norms").choose_trainable(model)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    norms = {name for name in trained if not name.endswith(".delta")}
+    assert norms == {name for name, _ in model.named_parameters() if "norm" in name or ".ln_" in name}
+
+
 def test_a_second_start_decomposes_nothing(train: Callable[..., OSFT]) -> None:
     assert train(steps=0, complement="thin").decomposed > 0
     assert train(steps=1, complement="thin").decomposed == 0
