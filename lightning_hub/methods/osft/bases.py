@@ -56,11 +56,14 @@ class BasesCache:
             return None
 
     def save(self, path: Path, bases: dict[str, Tensor]) -> None:
-        """Write bases; a reader sees all of them or none."""
-        self.root.mkdir(parents=True, exist_ok=True)
+        """Write bases, if they can be written; a reader sees all of them or none."""
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        save_file({name: basis.contiguous() for name, basis in bases.items()}, temporary)
-        temporary.replace(path)
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            save_file({name: basis.contiguous() for name, basis in bases.items()}, temporary)
+            temporary.replace(path)
+        except (OSError, SafetensorError):  # a full or foreign disk: the next start computes them again
+            return
 
 
 def decompose(weight: Tensor, delta: Delta, name: str, earlier: Factors | None = None) -> dict[str, Tensor]:

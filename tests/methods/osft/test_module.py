@@ -181,6 +181,11 @@ def test_a_second_start_decomposes_nothing(train: Callable[..., OSFT]) -> None:
     assert train(steps=1, complement="thin", unfreeze_rank_ratio=0.5).decomposed > 0
 
 
+def test_a_cache_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
+    (tmp_path / "bases").write_text("a file where a folder should be")
+    assert changed(random_model("llama"), tmp_path)
+
+
 def test_the_learning_rate_of_the_changes_is_scaled(train: Callable[..., OSFT]) -> None:
     module = train(lr_scale=0.5, train_other="norms")
     rates = {group["initial_lr"] for group in module.trainer.optimizers[0].param_groups}
