@@ -26,7 +26,7 @@ from benchmarks.work import SHAPES, chat_lengths, make_model, make_rows
 from lightning_hub.data.module import ChatData
 from lightning_hub.methods.osft import OSFT
 from lightning_hub.methods.osft.delta import Complement
-from lightning_hub.methods.osft.surgery import add_changes
+from lightning_hub.methods.osft.surgery import Form, add_changes
 from lightning_hub.methods.sft import SFT
 from lightning_hub.methods.targets import resolve
 from lightning_hub.runs.files import Json
@@ -83,7 +83,7 @@ def large_model(complement: Complement) -> PreTrainedModel:
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(MODELS["Llama-3.1-8B"], dtype=torch.bfloat16)
     model.requires_grad_(False)
-    add_changes(model, resolve(model, "all-linear"), RATIO, complement)
+    add_changes(model, resolve(model, "all-linear"), Form(RATIO, complement))
     return model
 
 

@@ -76,7 +76,8 @@ def _make_room(module: nn.Module, name: str, stored: Stored) -> None:
     except AttributeError:  # the checkpoint is of another model
         return
     if leaf in owner._buffers and owner._buffers[leaf] is None:
-        owner._buffers[leaf] = torch.empty(stored.shape(name))
+        device = next((own_part(parameter).device for parameter in owner.parameters()), None)
+        owner._buffers[leaf] = torch.empty(stored.shape(name), device=device)
 
 
 def fill_optimizer(module: nn.Module, optimizer: Optimizer, stored: Stored) -> None:

@@ -80,7 +80,7 @@ class FolderCheckpointIO(CheckpointIO):
             names = [file.name for file in folder.iterdir()]
         else:
             names = [*crew.together(lambda: verify(folder, crew.rank, crew.size))[0].files]
-        state: dict[str, Any] = _load(folder / STATE)
+        state = read_state(folder)
         weights, optimizer = (
             Stored(folder / name for name in sorted(names) if name.startswith(kind) and name.endswith(".safetensors"))
             for kind in (WEIGHTS, OPTIMIZER)
@@ -115,6 +115,15 @@ class Restored:
             restore_random_state(_load(self.random[nearest]))
             if nearest != share:
                 seed_anew(share)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Return what a checkpoint holds beside tensors, for what must be known before there are any.
+
+    Raises:
+        DamagedError: It cannot be read.
+    """
+    return _load(folder / STATE)
 
 
 def _commit(path: Path, manifest: Manifest, mine: Share, crew: Crew) -> None:

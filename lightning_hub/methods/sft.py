@@ -96,6 +96,8 @@ class SFT(LightningModule):
         self.neftune_alpha = neftune_alpha
         self.weights_dtype: Dtype = dtype
         self.trust_remote_code = False
+        self.filled_from: Path | None = None
+        """The checkpoint that fills the model once it is built, if there is one."""
         self.model: PreTrainedModel | None = None
         self.loss_head: LossHead | None = None
         self.step_loss = torch.zeros(())

@@ -114,6 +114,7 @@ class Session:
         checkpoint_io = FolderCheckpointIO(facts, trusted=options.trust_checkpoint)
         cli = build(self.tree, self.folder.path, ours, checkpoint_io, options.trust_remote_code, self.environment)
         module, data, trainer = cli.model, cli.datamodule, cli.trainer
+        module.filled_from = self.begun.checkpoint
         keep_lightning_out(trainer)
         with SamplesWriter(self.folder.samples) as samples:
             for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by Lightning's connector
@@ -217,6 +218,7 @@ def export(
     cli = build(tree, trust_remote_code=trust_remote_code)
     module, data = cli.model, cli.datamodule
     module.trainer = cli.trainer
+    module.filled_from = found
     module.build()
     checkpoint = FolderCheckpointIO().load_checkpoint(found)
     module.on_load_checkpoint(checkpoint)

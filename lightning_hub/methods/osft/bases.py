@@ -6,7 +6,6 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeAlias
 
 import torch
 import torch.distributed
@@ -15,17 +14,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightning_hub.methods.osft.chain import Earlier, protect
-from lightning_hub.methods.osft.delta import Delta
+from lightning_hub.checkpoints.crew import Crew
+from lightning_hub.methods.osft.chain import Earlier, Spans, protect
+from lightning_hub.methods.osft.change import Change, Piece
 from lightning_hub.methods.osft.split import split
 from lightning_hub.methods.osft.surgery import Site
 from lightning_hub.parallel.agreement import is_several
 from lightning_hub.parallel.parts import own_part, part_of
 
-Factors: TypeAlias = tuple[Tensor, Tensor]
-"""What the columns of changes span, and what their rows span."""
-
-VERSION = 1
+VERSION = 2
 """Of the algorithm: a change of what it computes raises it, and old entries are left alone."""
 
 KEPT = "kept"
@@ -41,11 +38,11 @@ class BasesCache:
     def __init__(self, root: Path) -> None:
         self.root = root / "bases"
 
-    def path(self, weight: Tensor, delta: Delta, earlier: str = "") -> Path:
+    def path(self, weight: Tensor, change: Change, earlier: str = "") -> Path:
         """Return where the bases of a weight lie: a hash of its bytes, of how it is split, and of what is protected."""
         bits = weight.detach().cpu().contiguous().view(torch.uint8).numpy()
-        digest = hashlib.sha256(bits.tobytes())
-        digest.update(f"{VERSION} {tuple(weight.shape)} {weight.dtype} {delta.rank} {delta.side} {earlier}".encode())
+        digest = hashlib.sha256(bits.data)
+        digest.update(f"{VERSION} {tuple(weight.shape)} {weight.dtype} {change.plan()} {earlier}".encode())
         return self.root / f"{digest.hexdigest()[:40]}.safetensors"
 
     def load(self, path: Path) -> dict[str, Tensor] | None:
@@ -66,12 +63,12 @@ class BasesCache:
             return
 
 
-def decompose(weight: Tensor, delta: Delta, name: str, earlier: Factors | None = None) -> dict[str, Tensor]:
+def decompose(weight: Tensor, piece: Piece, name: str, earlier: Spans | None = None) -> dict[str, Tensor]:
     """Return the bases of a weight, or of each expert's, as its change keeps them.
 
     Args:
         weight: The weight, or one for each expert.
-        delta: Its change.
+        piece: Its change.
         name: For errors.
         earlier: What the columns and rows of earlier changes span, which is protected as well.
 
@@ -79,14 +76,14 @@ def decompose(weight: Tensor, delta: Delta, name: str, earlier: Factors | None =
         DecompositionError: The weight holds what is no number.
     """
     slices = weight if weight.ndim == 3 else weight[None]
-    splits = [split(one, delta.rank + delta.taken, name) for one in slices]
+    splits = [split(one, piece.rank + piece.taken, name) for one in slices]
     if earlier is not None:
         spans = [(part if weight.ndim == 3 else part[None]) for part in earlier]
         splits = [protect(one, *span) for one, *span in zip(splits, *spans, strict=True)]
-    dtypes = {key: getattr(delta, key).dtype for key in delta.basis_names}
-    made = {key: torch.stack([delta.bases_of(one)[key] for one in splits]).to(dtype) for key, dtype in dtypes.items()}
-    if any(delta.needs_kept(one) for one in splits):
-        made[KEPT] = torch.stack([delta.keep(one) for one in splits]).float()
+    found = [piece.bases_of(one) for one in splits]
+    made = {key: torch.stack([one[key] for one in found]).to(getattr(piece, key).dtype) for key in piece.basis_names}
+    if any(piece.needs_kept(one) for one in splits):
+        made[KEPT] = torch.stack([piece.keep(one) for one in splits]).float()
     return {key: basis if weight.ndim == 3 else basis[0] for key, basis in made.items()}
 
 
@@ -95,42 +92,60 @@ def fill_bases(
     found: Sequence[Site],
     cache: BasesCache,
     earlier: Earlier | None = None,
-    done: Callable[[], None] = lambda: None,
+    done: Callable[[float], None] = lambda share: None,
 ) -> int:
     """Give every change its bases, and return how many weights had to be decomposed on this rank.
 
     Each rank decomposes its share while the others do theirs; then the bases go round. Every rank must call this.
 
     Args:
-        found: The changes that have bases, the same on every rank.
+        found: The changes, the same on every rank.
         cache: Where bases are looked for and kept.
         earlier: What earlier tasks have learnt, which is protected as well.
-        done: Called after each weight of this rank's share.
+        done: Called after each weight that this rank has decomposed, with the share of its work that is behind it.
+
+    Raises:
+        DecompositionError: A weight cannot be decomposed; on every rank.
     """
-    rank = torch.distributed.get_rank() if is_several() else 0
-    owners = share_out([cost(site) for site in found], torch.distributed.get_world_size() if is_several() else 1)
-    mark = earlier.fingerprint() if earlier else ""
+    crew = Crew()
+    costs = [cost(site) for site in found]
+    owners = share_out(costs, crew.size)
     mine: dict[int, Tensor] = {}
     for place, site in enumerate(found):
         whole = site.original.full_tensor() if isinstance(site.original, DTensor) else site.original
-        if owners[place] == rank:
+        if owners[place] == crew.rank:
             mine[place] = whole.detach()
     made: dict[int, dict[str, Tensor]] = {}
-    decomposed = 0
-    for place, weight in mine.items():
-        site = found[place]
-        path = cache.path(weight, site.delta, mark)
-        bases = cache.load(path)
-        if bases is None:
-            spans = earlier.factors(site.matrix.full_name) if earlier else None
-            bases = decompose(weight, site.delta, site.matrix.name, spans)
-            decomposed += 1
-            cache.save(path, {name: basis.cpu() for name, basis in bases.items()})
-        made[place] = bases
-        done()
+
+    def work() -> int:
+        decomposed, behind, total = 0, 0.0, sum(costs[place] for place in mine)
+        for place, weight in mine.items():
+            made[place], is_new = _bases(found[place], weight, cache, earlier)
+            decomposed += is_new
+            behind += costs[place]
+            if is_new:
+                done(behind / total)
+        return decomposed
+
+    decomposed = crew.together(work)[crew.rank]
     for place, site in enumerate(found):
-        _give(site.delta, made.pop(place, None), owners[place])
+        _give(site.change, made.pop(place, None), owners[place])
+        site.change.begin()
     return decomposed
+
+
+def _bases(site: Site, weight: Tensor, cache: BasesCache, earlier: Earlier | None) -> tuple[dict[str, Tensor], bool]:
+    """Return the bases of one change by their names in it, and whether they had to be computed."""
+    path = cache.path(weight, site.change, earlier.fingerprint() if earlier else "")
+    bases = cache.load(path)
+    if bases is not None:
+        return bases, False
+    bases = {}
+    for name, place, piece, part in site.pieces(weight):
+        spans = earlier.spans(name) if earlier else None
+        bases |= {f"{place}{key}": basis for key, basis in decompose(part, piece, name, spans).items()}
+    cache.save(path, {name: basis.cpu() for name, basis in bases.items()})
+    return bases, True
 
 
 def cost(site: Site) -> float:
@@ -149,23 +164,21 @@ def share_out(costs: Sequence[float], num_ranks: int) -> list[int]:
     return owners
 
 
-def _give(delta: Delta, bases: dict[str, Tensor] | None, owner: int) -> None:
+def _give(change: Change, bases: dict[str, Tensor] | None, owner: int) -> None:
     """Send the bases of one change from the rank that has them, and keep this rank's part."""
-    device = own_part(delta.delta).device
-    names = [*delta.basis_names, KEPT]
+    device = own_part(change.trained()[0]).device
     shapes = [{name: basis.shape for name, basis in (bases or {}).items()}]
     if is_several():
         torch.distributed.broadcast_object_list(shapes, src=owner)
-    for name in names:
-        if name not in shapes[0]:
-            continue
-        target = getattr(delta, name) if name != KEPT else None
+    targets = dict(change.named_parameters())
+    for name, shape in shapes[0].items():
+        target = targets.get(name)
         dtype = torch.float32 if target is None else target.dtype
-        whole = torch.empty(shapes[0][name], dtype=dtype) if bases is None else bases[name]
+        whole = torch.empty(shape, dtype=dtype) if bases is None else bases[name]
         whole = whole.to(device=device, dtype=dtype).contiguous()
         if is_several():
             torch.distributed.broadcast(whole, src=owner)
         if target is None:
-            delta.kept = whole
+            change.get_submodule(name.rpartition(".")[0]).kept = whole
         else:
             own_part(target.detach()).copy_(part_of(whole, target))

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,6 +17,9 @@ from lightning_hub.methods.osft.product import DELTA_FILE
 from lightning_hub.methods.osft.split import Split
 
 _PLACE = "model.init_args.previous"
+
+Spans: TypeAlias = tuple[Tensor, Tensor]
+"""What the columns of changes span, and what their rows span."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class Earlier:
                     taken += min(file.get_slice(f"{name}.left").get_shape()[-2:])
         return taken
 
-    def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
+    def spans(self, name: str) -> Spans | None:
         """Return the columns and the rows that the earlier changes of a weight span, side by side, in float64."""
         lefts, rights = [], []
         for path in self.paths:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
+from lightning_hub.methods.osft.change import Factors, Piece, whole_gradient
 from lightning_hub.methods.osft.split import Split, trained_rank
 
 Complement = Literal["full", "thin"]
@@ -38,8 +39,8 @@ WELL_CONDITIONED = 1e3
 computed from ``W0`` itself; beyond it float32 rounding would leak, and the basis is kept instead."""
 
 
-class Delta(nn.Module):
-    """The change of a weight, as a parametrization of it.
+class Delta(Piece):
+    """The change of a weight in its exact form.
 
     The long side's basis is never stored where the weight itself can give it: ``U_h U_h^T = W0 G W0^T`` with
     ``G = V_h^T S_h^-2 V_h``, and the same mirrored. For the layers of a decoder that saves a fifth of all memory.
@@ -59,7 +60,6 @@ class Delta(nn.Module):
     v_low: nn.Parameter
     v_high: nn.Parameter
     inverse_squares: nn.Parameter
-    kept: Tensor | None
 
     def __init__(
         self,
@@ -123,18 +123,13 @@ class Delta(nn.Module):
         """Return the basis of the long side, for a weight that cannot give it."""
         return split.u[:, : split.protected] if self.side == "left" else split.v[: split.protected]
 
-    def change(self, weight: Tensor) -> Tensor:
-        """Return the change of the weight, in the dtype of what is trained: float32.
+    def plan(self) -> str:
+        """Return what decides its bases beside the weight."""
+        return f"{self.rank} {self.side}"
 
-        Args:
-            weight: ``W0`` as it is stored.
-        """
-        left, right = self.factors(weight)
-        return left if right is None else left @ right
-
-    def factors(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return two matrices whose product is the change, ``(out, r)`` and ``(r, in)``; with all trained, one."""
-        delta = _with_whole_gradient(self.delta)
+    def factors(self, weight: Tensor) -> Factors:
+        """Return the factors of the change."""
+        delta = whole_gradient(self.delta)
         if self.side == "all":
             return delta, None
         if self.side == "both":
@@ -143,13 +138,8 @@ class Delta(nn.Module):
             return delta - self._protected_left(weight.to(delta.dtype), delta), self.v_low.to(delta.dtype)
         return self.u_low.to(delta.dtype), delta - self._protected_right(weight.to(delta.dtype), delta)
 
-    def leaks(self, weight: Tensor, change: Tensor) -> tuple[float, float]:
-        """Return the share of any change of the weight that lies in its protected columns, and in its protected rows.
-
-        Args:
-            weight: ``W0`` as it is stored.
-            change: For example what is left of a change after rounding.
-        """
+    def leak(self, weight: Tensor, change: Tensor) -> tuple[float, float]:
+        """Return the share of any change of the weight that lies in its protected columns, and in its rows."""
         norm = float(change.norm()) or 1.0
         exact, own = weight.to(change.dtype), {name: getattr(self, name).to(change.dtype) for name in self.basis_names}
         left = right = torch.zeros((), dtype=change.dtype)
@@ -195,16 +185,6 @@ class Delta(nn.Module):
             return (delta @ kept.mT) @ kept
         u_high = self.u_high.to(delta.dtype)
         return ((((delta @ weight.mT) @ u_high) * self.inverse_squares.mT) @ u_high.mT) @ weight
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """Return the weight with its change, in the weight's dtype; without a change, the weight bit by bit."""
-        with torch.autocast(weight.device.type, enabled=False):
-            return (weight + self.change(weight)).to(weight.dtype)
-
-
-def _with_whole_gradient(tensor: Tensor) -> Tensor:
-    """Return a tensor whose gradient arrives summed over the ranks that hold it, not as one term on each."""
-    return tensor.redistribute(placements=tensor.placements) if isinstance(tensor, DTensor) else tensor
 
 
 def _side(out: int, into: int, complement: Complement, protected: int) -> Side:

@@ -2,25 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_hub.checkpoints.export import write_export
+from lightning_hub.checkpoints.plugin import read_state
 from lightning_hub.errors import ConfigError
 from lightning_hub.methods.osft.bases import BasesCache, fill_bases
 from lightning_hub.methods.osft.chain import Earlier
+from lightning_hub.methods.osft.change import Fused, Piece
 from lightning_hub.methods.osft.delta import Complement
+from lightning_hub.methods.osft.importance import ratios, similarities
 from lightning_hub.methods.osft.product import DELTA_FILE, Rounding, merged, merged_state, write_changes
-from lightning_hub.methods.osft.surgery import Site, add_changes, merged_name, sites
+from lightning_hub.methods.osft.progress import Progressing
+from lightning_hub.methods.osft.surgery import Form, Parametrization, Site, add_changes, merged_name, sites
 from lightning_hub.methods.sft import SFT
 from lightning_hub.methods.targets import Matrix, describe, matrices, resolve
+from lightning_hub.parallel.agreement import from_rank_zero
 from lightning_hub.parallel.gathering import full_state
+from lightning_hub.parallel.sharding import decoder_blocks
 from lightning_hub.runs.folder import default_cache_dir
+
+_RATIO = "model.init_args.unfreeze_rank_ratio"
+
+LAYER_RATIOS = "osft_layer_ratios"
+"""Under which name a checkpoint keeps adaptive ratios."""
+
+
+@runtime_checkable
+class HasBatching(Protocol):
+    """Data that says how large its rows are, and what its first step holds."""
+
+    @property
+    def batching(self) -> Any:
+        """Settings, of which ``max_tokens`` is the size of a row."""
+
+    @property
+    def plan(self) -> Any:
+        """The steps."""
 
 
 class OSFT(SFT):
@@ -41,6 +68,15 @@ class OSFT(SFT):
             is left alone. Their directions count in unfreeze_rank_ratio.
         lr_scale: Factor of the learning rate for the changes. They move a weight about ten times as far a step as
             the published factor form does at the same learning rate.
+        forward: How layers apply their changes: merged into the weight, factored beside it (less memory, less to
+            compute for few tokens or directions), or auto: what computes less for each weight.
+        parametrization: delta is exact whatever moves it; usv is the published form of three factors, projected before
+            and after each step: a reference, dearer than all else.
+        fused: Whether layers that do the work of several (qkv_proj, gate_up_proj, c_attn) count as one weight for each
+            of their parts, or as a whole.
+        ranks: uniform gives every weight unfreeze_rank_ratio; adaptive gives more to layers that matter less, by the
+            similarity of their inputs and outputs on the first rows of the data, and unfreeze_rank_ratio on average.
+        rank_bounds: With adaptive ranks, the least and the largest ratio of a layer.
         **options: SFT's.
     """
 
@@ -53,19 +89,40 @@ class OSFT(SFT):
         train_other: Literal["none", "norms", "all"] = "none",
         previous: list[str] | None = None,
         lr_scale: float = 1.0,
+        forward: Literal["auto", "merged", "factored"] = "auto",
+        parametrization: Parametrization = "delta",
+        fused: Literal["parts", "whole"] = "parts",
+        ranks: Literal["uniform", "adaptive"] = "uniform",
+        rank_bounds: tuple[float, float] = (0.0, 1.0),
         **options: Any,
     ) -> None:
         super().__init__(model, **options)
         if not 0.0 <= unfreeze_rank_ratio <= 1.0:
             raise ConfigError(
                 f"unfreeze_rank_ratio is {unfreeze_rank_ratio}",
-                where="model.init_args.unfreeze_rank_ratio",
+                where=_RATIO,
                 remedy="use 0 to 1",
             )
-        self.unfreeze_rank_ratio = unfreeze_rank_ratio
+        if ranks == "adaptive":
+            ratios([1.0], unfreeze_rank_ratio, rank_bounds)  # refuses bounds that cannot be kept
+        elif rank_bounds != (0.0, 1.0):
+            raise ConfigError(
+                "rank_bounds holds for adaptive ranks only",
+                where="model.init_args.rank_bounds",
+                remedy="set ranks to adaptive, or leave it out",
+            )
+        if parametrization == "usv" and (complement == "thin" or previous):
+            raise ConfigError(
+                f"{'previous' if previous else 'complement thin'} does not go with the published form",
+                where="model.init_args.parametrization",
+                remedy="use delta",
+            )
+        self.form = Form(unfreeze_rank_ratio, complement, forward, parametrization, fused)
         self.targets = targets
-        self.complement: Complement = complement
         self.train_other = train_other
+        self.ranks = ranks
+        self.rank_bounds = rank_bounds
+        self.layer_ratios: list[float] | None = None
         self.earlier = Earlier.of(previous or [])
         self.lr_scale = lr_scale
         self.decomposed = 0
@@ -79,7 +136,7 @@ class OSFT(SFT):
         groups = {matrix.group for matrix in matrices(model)}
         default = [group for group in ("attention", "mlp", "experts") if group in groups]
         self._chosen = resolve(model, self.targets or default)
-        add_changes(model, self._chosen, self.unfreeze_rank_ratio, self.complement, self.earlier.rank)
+        add_changes(model, self._chosen, self._form(), self._ratios(model), self.earlier.rank)
         names = {matrix.full_name for matrix in self._chosen}
         norms = _norms(model)
         for name, parameter in model.named_parameters():
@@ -88,18 +145,66 @@ class OSFT(SFT):
                 parameter.requires_grad_(True)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ConfigError(
-                f"with unfreeze_rank_ratio {self.unfreeze_rank_ratio} nothing at all would train",
-                where="model.init_args.unfreeze_rank_ratio",
+                f"with unfreeze_rank_ratio {self.form.ratio} nothing at all would train",
+                where=_RATIO,
                 remedy="raise it, or set train_other",
             )
 
+    def _form(self) -> Form:
+        """Return what the changes look like, with what is known of the data by now."""
+        data = getattr(self._trainer, "datamodule", None)
+        return replace(self.form, row_tokens=data.batching.max_tokens if isinstance(data, HasBatching) else None)
+
+    def _ratios(self, model: PreTrainedModel) -> Callable[[Matrix], float] | None:
+        """Return what gives the ratio of each weight; None where all have the same."""
+        if self.ranks == "uniform":
+            return None
+        assert self.layer_ratios is not None, "they are found before anything is made trainable"
+        names = {block: name for name, block in model.named_modules()}
+        layers = [f"{names[block]}." for block in decoder_blocks(model)]
+        found = dict(zip(layers, self.layer_ratios, strict=True))
+
+        def ratio(matrix: Matrix) -> float:
+            return next((own for layer, own in found.items() if matrix.full_name.startswith(layer)), self.form.ratio)
+
+        return ratio
+
     def configure_model(self) -> None:
-        """Read the weights, and find out along which directions each may learn."""
+        """Read the weights, and find out along which directions each may learn: a checkpoint knows it already."""
         if self.model is not None:
             return
+        self._remember()
         super().configure_model()
-        with_bases = [site for site in self.sites() if site.delta.side != "all"]
-        self.decomposed = fill_bases(with_bases, BasesCache(default_cache_dir()), self.earlier)
+        if self.filled_from is not None:
+            return
+        with_bases = [site for site in self.sites() if any(piece.basis_names for _, _, piece, _ in site.pieces())]
+        with Progressing(speaks=self.trainer.is_global_zero) as progress:
+            cache = BasesCache(default_cache_dir())
+            self.decomposed = fill_bases(with_bases, cache, self.earlier, progress.done)
+
+    def build(self) -> None:
+        """Build the model with the ranks of the checkpoint that is to fill it."""
+        self._remember()
+        super().build()
+
+    def _remember(self) -> None:
+        if self.filled_from is not None:
+            self.layer_ratios = read_state(self.filled_from).get(LAYER_RATIOS)
+
+    def _load(self) -> PreTrainedModel:
+        model = super()._load()
+        if self.ranks == "adaptive" and self.layer_ratios is None:
+            data = getattr(self.trainer, "datamodule", None)
+            if not isinstance(data, HasBatching):
+                raise ConfigError("adaptive ranks need data", where="model.init_args.ranks", remedy="use ChatData")
+            alike = similarities(model, data.plan.step(0, 0).rows)
+            self.layer_ratios = ratios(alike, self.form.ratio, self.rank_bounds)
+        return model
+
+    def _skeleton(self) -> PreTrainedModel:
+        if self.ranks == "adaptive":
+            self.layer_ratios = from_rank_zero(lambda: self.layer_ratios)
+        return super()._skeleton()
 
     def sites(self) -> Iterator[Site]:
         """Yield the weights that have a change."""
@@ -108,7 +213,7 @@ class OSFT(SFT):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Give the changes a learning rate of their own."""
-        changes = {id(site.delta.delta) for site in self.sites()}
+        changes = {id(parameter) for site in self.sites() for parameter in site.change.trained()}
         return [
             {**group, "params": params, "lr": self.learning_rate * scale}
             for group in super().parameter_groups()
@@ -121,14 +226,13 @@ class OSFT(SFT):
 
     def describe(self) -> list[str]:
         """Return what trains, by shape, and what no target names."""
-        found: dict[tuple[int, ...], list[Site]] = {}
+        found: dict[tuple[int, ...], list[tuple[Site, Piece]]] = {}
         for site in self.sites():
-            found.setdefault(site.matrix.shape, []).append(site)
-        lines = [
-            f"osft   {len(same)} weights of {' x '.join(map(str, shape))}: {same[0].delta.rank} of "
-            f"{same[0].delta.rank + same[0].delta.protected} directions train"
-            for shape, same in found.items()
-        ]
+            for _, _, piece, part in site.pieces():
+                found.setdefault(tuple(part.shape), []).append((site, piece))
+        lines = [f"osft   {_told(shape, same)}" for shape, same in found.items()]
+        if self.layer_ratios is not None:
+            lines.append(f"osft   ratio of each layer: {' '.join(f'{ratio:.3f}' for ratio in self.layer_ratios)}")
         named = {matrix.full_name for matrix in self._chosen}
         changed = {site.matrix.full_name for site in self.sites()}
         assert self.model is not None, "configure_model has run"
@@ -142,7 +246,26 @@ class OSFT(SFT):
     def _name_before(matrix: Matrix) -> str | None:
         return merged_name(matrix.full_name)
 
+    # ---- the published form is projected around each step ------------------------------------------------------------
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Project the gradients, before they are clipped."""
+        for site in self.sites():
+            site.change.project_gradients()
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, and project what has moved."""
+        super().optimizer_step(*args, **kwargs)
+        for site in self.sites():
+            site.change.project()
+
     # ---- what is kept ------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the ranks of the layers: they cannot be told from the options alone."""
+        super().on_save_checkpoint(checkpoint)
+        if self.layer_ratios is not None:
+            checkpoint[LAYER_RATIOS] = self.layer_ratios
 
     def export_state(self) -> tuple[PreTrainedModel, dict[str, Tensor]]:
         """Return the model and its weights with their changes, under the names that they had before."""
@@ -165,7 +288,7 @@ class OSFT(SFT):
         state = full_state(self.model)
         rounding = Rounding()
         for site, one in zip(self.sites(), merged(self.sites(), state), strict=True):
-            rounding.add(one, site.delta, wanted)
+            rounding.add(one, site.change, wanted)
         weights = {name: tensor.to(wanted) for name, tensor in merged_state(self.sites(), state).items()}
         self._write(target, tokenizer, state, weights)
         return rounding.describe(wanted)
@@ -174,12 +297,23 @@ class OSFT(SFT):
         self, target: Path, tokenizer: PreTrainedTokenizerBase, state: dict[str, Tensor], weights: dict[str, Tensor]
     ) -> None:
         assert self.model is not None, "configure_model has run"
-        settings = {"unfreeze_rank_ratio": self.unfreeze_rank_ratio, "complement": self.complement}
+        settings = {"unfreeze_rank_ratio": self.form.ratio, **asdict(self.form)}
 
         def changes(folder: Path) -> None:
             write_changes(folder / DELTA_FILE, merged(self.sites(), state), settings)
 
         write_export(target, self.model, weights, tokenizer, changes)
+
+
+def _told(shape: tuple[int, ...], same: Sequence[tuple[Site, Piece]]) -> str:
+    """Return for a person what trains of the weights of one shape."""
+    ranks = sorted({piece.rank for _, piece in same})
+    some = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    size = same[0][1].rank + same[0][1].protected
+    ways = Counter(site.change.forward_as for site, _ in same)
+    parts = "parts of weights" if any(isinstance(site.change, Fused) for site, _ in same) else "weights"
+    how = ", ".join(ways) if len(ways) == 1 else ", ".join(f"{count} {way}" for way, count in ways.items())
+    return f"{len(same)} {parts} of {' x '.join(map(str, shape))}: {some} of {size} directions train ({how})"
 
 
 def _norms(model: PreTrainedModel) -> set[str]:

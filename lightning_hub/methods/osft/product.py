@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightning_hub.methods.osft.delta import Delta
+from lightning_hub.methods.osft.change import Change, Factors, product
 from lightning_hub.methods.osft.surgery import Site, merged_name
 
 DELTA_FILE = "osft_delta.safetensors"
-"""The exact changes, float32: ``<weight>.left`` times ``<weight>.right``; only ``left`` where everything trained."""
+"""The exact changes, float32: ``<weight>.left`` times ``<weight>.right``; only ``left`` where everything trained. Parts
+of a fused weight are ``<weight>.0`` and so on, in the order of their outputs."""
 
 
 @dataclass(frozen=True)
@@ -26,24 +27,18 @@ class Merged:
     Attributes:
         name: The weight's own name.
         weight: ``W0``.
-        left: First factor of the change, or all of it.
-        right: Second factor, if there is one.
+        change: The change, float32.
+        factors: What the change is the product of: by the name of the weight, or those of its parts.
     """
 
     name: str
     weight: Tensor
-    left: Tensor
-    right: Tensor | None
-
-    @property
-    def change(self) -> Tensor:
-        """The change, float32."""
-        return self.left if self.right is None else self.left @ self.right
+    change: Tensor
+    factors: dict[str, Factors]
 
     def apply(self) -> Tensor:
         """Return the weight with its change, in its dtype; numbers that do not change keep their bits."""
-        change = self.change
-        return torch.where(change == 0, self.weight, (self.weight + change).to(self.weight.dtype))
+        return torch.where(self.change == 0, self.weight, (self.weight + self.change).to(self.weight.dtype))
 
 
 @torch.no_grad()
@@ -56,23 +51,24 @@ def merged(sites: Iterable[Site], state: Mapping[str, Tensor]) -> Iterator[Merge
     """
     for site in sites:
         prefix = f"{site.matrix.module}.parametrizations.{site.matrix.parameter}"
-        tensors = {f"inner.{name}": state[f"{prefix}.0.{name}"] for name, _ in site.delta.named_parameters()}
-        if site.delta.kept is not None:
-            tensors["inner.kept"] = site.delta.kept.cpu()
+        tensors = {f"inner.{name}": state[f"{prefix}.0.{name}"] for name, _ in site.change.named_parameters()}
+        tensors |= {f"inner.{name}": kept.cpu() for name, kept in site.change.named_buffers()}
         weight = state[f"{prefix}.original"]
-        left, right = torch.func.functional_call(_Factors(site.delta), tensors, (weight,))
-        yield Merged(site.matrix.full_name, weight, left, right)
+        factors = torch.func.functional_call(_Factors(site.change), tensors, (weight,))
+        change = site.change.join([product(pair) for pair in factors], site.change.axis)
+        names = [name for name, *_ in site.pieces(weight)]
+        yield Merged(site.matrix.full_name, weight, change, dict(zip(names, factors, strict=True)))
 
 
 class _Factors(nn.Module):
     """Computes the factors of a change from tensors that are handed to it."""
 
-    def __init__(self, delta: Delta) -> None:
+    def __init__(self, change: Change) -> None:
         super().__init__()
-        self.inner = delta
+        self.inner = change
 
-    def forward(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self.inner.factors(weight)
+    def forward(self, weight: Tensor) -> list[Factors]:
+        return [piece.factors(part) for _, piece, part in self.inner.pieces(weight)]
 
 
 def merged_state(sites: Iterable[Site], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -93,9 +89,10 @@ def write_changes(path: Path, found: Iterable[Merged], settings: Mapping[str, ob
     tensors: dict[str, Tensor] = {}
     hashes: dict[str, str] = {}
     for one in found:
-        tensors[f"{one.name}.left"] = one.left.contiguous()
-        if one.right is not None:
-            tensors[f"{one.name}.right"] = one.right.contiguous()
+        for name, (left, right) in one.factors.items():
+            tensors[f"{name}.left"] = left.contiguous()
+            if right is not None:
+                tensors[f"{name}.right"] = right.contiguous()
         bits = one.weight.contiguous().view(torch.uint8).numpy().tobytes()
         hashes[one.name] = hashlib.sha256(bits).hexdigest()
     about = json.dumps({"settings": dict(settings), "weights": hashes}, default=str)
@@ -120,7 +117,7 @@ class Rounding:
     moved: int = 0
     leaks: dict[str, float] = field(default_factory=dict)
 
-    def add(self, one: Merged, delta: Delta, dtype: torch.dtype) -> None:
+    def add(self, one: Merged, form: Change, dtype: torch.dtype) -> None:
         """Count one weight."""
         change = one.change
         cast = one.apply().to(dtype)
@@ -129,7 +126,7 @@ class Rounding:
         self.lost += float((kept - change).square().sum())
         self.numbers += int((change != 0).sum())
         self.moved += int(((change != 0) & (cast != one.weight.to(dtype))).sum())
-        self.leaks[one.name] = max(delta.leaks(one.weight, kept)) if change.any() else 0.0
+        self.leaks[one.name] = max(form.leaks(one.weight, kept)) if change.any() else 0.0
 
     def describe(self, dtype: torch.dtype) -> str:
         """Return a line for a person."""

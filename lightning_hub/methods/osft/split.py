@@ -45,6 +45,11 @@ class Split:
     protected: int
     error: float
 
+    @property
+    def low(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The trained directions with their values: ``u`` (out, r), ``values`` (r,), ``v`` (r, in)."""
+        return self.u[:, self.protected :], self.values[self.protected :], self.v[self.protected :]
+
 
 def trained_rank(ratio: float, size: int) -> int:
     """Return how many of ``size`` directions train: the nearest integer to ``ratio * size``, halves upwards.
@@ -85,7 +90,8 @@ def _split_tall(weight: Tensor, rank: int) -> Split:
     if error > LOOSE:
         _, values, right = torch.linalg.svd(weight, full_matrices=False)
         error = _error(values, protected)
-    left, _ = torch.linalg.qr(weight @ right.mT)  # its first columns span what the first rows of `right` reach
+    left, reached = torch.linalg.qr(weight @ right.mT)  # its first columns span what the first rows of `right` reach
+    left = left * torch.where(reached.diagonal() < 0, -1.0, 1.0)  # so that a value is how far its direction is reached
     return Split(left, right, values, protected, error)
 
 

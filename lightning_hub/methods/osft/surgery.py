@@ -4,18 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from lightning_hub.errors import ConfigError
+from lightning_hub.methods.osft.change import Change, Fused, Piece
 from lightning_hub.methods.osft.delta import Complement, Delta
+from lightning_hub.methods.osft.fused import output_axis, sizes
+from lightning_hub.methods.osft.usv import Usv
 from lightning_hub.methods.targets import Matrix
 
 _PLACE = "model.init_args.targets"
+
+Parametrization = Literal["delta", "usv"]
+
+
+@dataclass(frozen=True)
+class Form:
+    """What the changes of a model look like.
+
+    Attributes:
+        ratio: Share of the singular directions that may be trained.
+        complement: See ``Delta``.
+        forward: How a layer applies its change; auto takes what computes less for each weight.
+        parametrization: ``delta`` is the exact form, ``usv`` the published one.
+        fused: Whether layers that do the work of several count as one weight, or as one for each part.
+        row_tokens: Tokens of a row, by which auto decides; as many as there may be if None.
+    """
+
+    ratio: float
+    complement: Complement = "full"
+    forward: Literal["auto", "merged", "factored"] = "auto"
+    parametrization: Parametrization = "delta"
+    fused: Literal["parts", "whole"] = "parts"
+    row_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -24,12 +51,12 @@ class Site:
 
     Attributes:
         matrix: Which one.
-        delta: Its change.
+        change: Its change.
         holder: The module that holds both.
     """
 
     matrix: Matrix
-    delta: Delta
+    change: Change
     holder: parametrize.ParametrizationList
 
     @property
@@ -37,16 +64,27 @@ class Site:
         """The weight without its change, as it is stored."""
         return cast("nn.Parameter", self.holder.original)
 
-    def merged(self) -> Tensor:
-        """Return the weight with its change."""
-        return cast("Tensor", self.holder())
+    def pieces(self, weight: Tensor | None = None) -> Iterator[tuple[str, str, Piece, Tensor]]:
+        """Yield the pieces of the change: name of its weight, where it lies in the change, itself, its part.
+
+        Args:
+            weight: What it takes a part of; the weight itself if None.
+        """
+        found = list(self.change.pieces(self.original if weight is None else weight))
+        for place, (path, piece, part) in enumerate(found):
+            yield piece_name(self.matrix, place, len(found)), path, piece, part
+
+
+def piece_name(matrix: Matrix, place: int, count: int) -> str:
+    """Return the name of a part of a weight: the weight's own where there is one part only."""
+    return matrix.full_name if count == 1 else f"{matrix.full_name}.{place}"
 
 
 def add_changes(
     model: PreTrainedModel,
     targets: Sequence[Matrix],
-    ratio: float,
-    complement: Complement,
+    form: Form,
+    ratios: Callable[[Matrix], float] | None = None,
     taken: Callable[[str], int] = lambda name: 0,
 ) -> None:
     """Freeze the targets and put a change under each that trains anything.
@@ -57,12 +95,12 @@ def add_changes(
     Args:
         model: With or without memory.
         targets: Weights of the model.
-        ratio: Share of the singular directions that may be trained.
-        complement: See ``Delta``.
-        taken: Tells how many directions of a weight earlier tasks have taken.
+        form: Of the changes.
+        ratios: Gives the ratio of each weight, where they differ.
+        taken: Tells how many directions of a weight, by its name, earlier tasks have taken.
 
     Raises:
-        ConfigError: A target is tied to another weight, which would change with it.
+        ConfigError: A target is tied to another weight, which would change with it, or nothing of it is left to train.
     """
     shared = _shared(model)
     for matrix in targets:
@@ -75,17 +113,68 @@ def add_changes(
                 remedy="leave it out",
             )
         weight.requires_grad_(False)
-        *experts, out, into = matrix.shape
-        used = taken(matrix.full_name)
-        delta = Delta((out, into), ratio, complement, weight.dtype, experts[0] if experts else None, used)
-        if used and not delta.rank:
+        change = _change(model, matrix, form, ratios(matrix) if ratios else form.ratio, taken)
+        if not any(parameter.numel() for parameter in change.trained()):
+            continue
+        parametrize.register_parametrization(module, matrix.parameter, change.to(weight.device), unsafe=True)
+        if isinstance(module, nn.Linear | Conv1D) and _is_factored(change, matrix, form):
+            change.forward_as = "factored"
+            module.register_forward_hook(change.add_to_output)
+
+
+def _change(model: PreTrainedModel, matrix: Matrix, form: Form, ratio: float, taken: Callable[[str], int]) -> Change:
+    """Return the change of one weight, or of its parts."""
+    *experts, out, into = matrix.shape
+    axis = output_axis(model, matrix)
+    lengths = sizes(model, matrix) if form.fused == "parts" else [matrix.shape[axis]]
+    dtype = model.get_parameter(matrix.full_name).dtype
+    count = len(lengths)
+    if any(map(taken, [matrix.full_name] if count > 1 else [piece_name(matrix, 0, 2)])):
+        raise ConfigError(
+            f"an earlier task has changed {matrix.name} as {'one weight' if count > 1 else 'several'}",
+            where="model.init_args.fused",
+            remedy=f"set {'whole' if count > 1 else 'parts'}",
+        )
+    parts: list[Piece] = []
+    for place, length in enumerate(lengths):
+        shape = (length, into) if axis == -2 else (out, length)
+        name = piece_name(matrix, place, count)
+        if form.parametrization == "usv":
+            parts.append(Usv(shape, ratio, dtype, *experts))
+            continue
+        used = taken(name)
+        parts.append(Delta(shape, ratio, form.complement, dtype, experts[0] if experts else None, used))
+        if used and not parts[-1].rank:
             raise ConfigError(
-                f"earlier tasks have taken {used} directions of {matrix.name}, all that ratio {ratio} frees",
+                f"earlier tasks have taken {used} directions of {name}, all that ratio {ratio} frees",
                 where="model.init_args.previous",
                 remedy="raise unfreeze_rank_ratio",
             )
-        if delta.rank:
-            parametrize.register_parametrization(module, matrix.parameter, delta.to(weight.device), unsafe=True)
+    change = parts[0] if count == 1 else Fused(parts, lengths, axis)
+    change.axis = axis
+    return change
+
+
+def _is_factored(change: Change, matrix: Matrix, form: Form) -> bool:
+    """Decide how a layer applies its change."""
+    found = [(piece, part.shape) for _, piece, part in change.pieces(torch.empty(matrix.shape, device="meta"))]
+    if form.forward == "merged" or not all(piece.protected for piece, _ in found):
+        return False
+    if form.forward == "factored":
+        return True
+    merged, factored = zip(*(_products(piece, shape, form.row_tokens) for piece, shape in found), strict=True)
+    return form.parametrization == "delta" and sum(factored) < sum(merged)
+
+
+def _products(piece: Piece, shape: Sequence[int], tokens: int | None) -> tuple[float, float]:
+    """Return the multiplications of a row that a change takes when it is merged, and when it is not; relative ones.
+
+    Merged, the change is built, and every token adds to a dense gradient, which two products bring back to what
+    trains. Factored, each token goes through both factors forth and back, and adds to the gradient of one of them.
+    """
+    out, into = shape
+    build = 2 * piece.rank / tokens if tokens else 0.0
+    return out * into * (1 + build), piece.rank * (2 * (out + into) + max(out, into))
 
 
 def _shared(model: nn.Module) -> set[int]:
@@ -104,12 +193,11 @@ def sites(model: nn.Module, targets: Sequence[Matrix]) -> Iterator[Site]:
         if parametrize.is_parametrized(module, matrix.parameter):
             holder = cast("nn.ModuleDict", module.parametrizations)[matrix.parameter]
             assert isinstance(holder, parametrize.ParametrizationList)
-            delta = holder[0]
-            assert isinstance(delta, Delta)
-            yield Site(matrix, delta, holder)
+            change = holder[0]
+            assert isinstance(change, Change)
+            yield Site(matrix, change, holder)
 
 
-@torch.no_grad()
 def merged_name(name: str) -> str | None:
     """Return the name that a weight has without its change; None for what belongs to the change.
 

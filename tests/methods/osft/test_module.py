@@ -19,7 +19,7 @@ from lightning_hub.methods.osft.bases import BasesCache, decompose, fill_bases, 
 from lightning_hub.methods.osft.delta import Delta
 from lightning_hub.methods.osft.product import DELTA_FILE
 from lightning_hub.methods.osft.split import split, trained_rank
-from lightning_hub.methods.osft.surgery import Site, add_changes, sites
+from lightning_hub.methods.osft.surgery import Form, Site, add_changes, sites
 from lightning_hub.methods.targets import resolve
 from lightning_hub.parallel.strategies import strategy_for
 from tests.methods.test_targets import MIXTRAL
@@ -39,10 +39,15 @@ def random_model(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedM
 def changed(model: PreTrainedModel, folder: Path, ratio: float = 0.25, **options: str) -> list[Site]:
     groups = [group for group in ("attention", "mlp", "experts") if group != "experts" or has_experts(model)]
     targets = resolve(model, [group for group in groups if group != "mlp" or not has_experts(model)])
-    add_changes(model, targets, ratio, "full")
+    add_changes(model, targets, Form(ratio))
     found = list(sites(model, targets))
     fill_bases(found, BasesCache(folder))
     return found
+
+
+def rank_of(site: Site) -> int:
+    ((_, _, piece, _),) = site.pieces()
+    return piece.rank
 
 
 def has_experts(model: PreTrainedModel) -> bool:
@@ -67,7 +72,8 @@ def test_gradients_reach_every_change_and_leave_what_is_protected(family: str, t
     model = random_model(family)
     found = changed(model, tmp_path)
     originals = [site.original.detach().clone() for site in found]
-    optimizer = torch.optim.AdamW([site.delta.delta for site in found], lr=1e-2, weight_decay=0.1)
+    trained = [parameter for site in found for parameter in site.change.trained()]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1)
     for seed in range(5):
         torch.manual_seed(seed)
         ids = torch.randint(3, VOCABULARY, (4, 16))
@@ -76,11 +82,14 @@ def test_gradients_reach_every_change_and_leave_what_is_protected(family: str, t
         optimizer.step()
     for site, original in zip(found, originals, strict=True):
         assert site.original.equal(original)
-        assert float(site.delta.delta.abs().sum()) > 0
-        for change, weight in slices(site.delta.change(original).detach(), original):
-            exact = split(weight, site.delta.rank)
-            for leak in leaks(change, exact.u[:, : exact.protected], exact.v[: exact.protected]):
-                assert leak <= 1e-5, site.matrix.name
+        change = site.change.change(original).detach()
+        pieces = zip(site.pieces(change), site.pieces(original), strict=True)
+        for (name, _, piece, own), (_, _, _, part) in pieces:
+            assert float(own.abs().sum()) > 0
+            for moved, weight in slices(own, part):
+                exact = split(weight, piece.rank)
+                for leak in leaks(moved, exact.u[:, : exact.protected], exact.v[: exact.protected]):
+                    assert leak <= 1e-5, name
 
 
 def slices(change: Tensor, weight: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -213,7 +222,7 @@ def test_what_rounding_does_to_a_change_is_said(train: Callable[..., OSFT], tmp_
     plain = module.pretrained.load(dtype=torch.float32, attn_implementation="sdpa").state_dict()
     worst = 0.0
     for site in module.sites():
-        exact = split(site.original, site.delta.rank)
+        exact = split(site.original, rank_of(site))
         change = rounded[site.matrix.full_name].float() - plain[site.matrix.full_name]
         worst = max(worst, *leaks(change, exact.u[:, : exact.protected], exact.v[: exact.protected]))
     assert f"up to {worst:.1%} of it lies in protected directions" in said
@@ -231,7 +240,7 @@ def test_a_further_task_leaves_alone_what_the_first_has_learnt(
     learnt = load_file(export / DELTA_FILE)
     for site in second.sites():
         name = site.matrix.full_name
-        change = site.delta.change(site.original).detach().double()
+        change = site.change.change(site.original).detach().double()
         columns, _ = torch.linalg.qr(learnt[f"{name}.left"].double())
         rows, _ = torch.linalg.qr(learnt[f"{name}.right"].double().mT)
         assert change.norm() > 0
