@@ -87,12 +87,15 @@ class Change(nn.Module, ABC):
             parts.append((given @ first.to(given.dtype)) @ second.to(given.dtype))
         return output + self.join(parts, -1).to(output.dtype)
 
+    @abstractmethod
     def begin(self) -> None:
         """Start at no change; called when the bases are there."""
 
+    @abstractmethod
     def project_gradients(self) -> None:
         """Take out of the gradients what must not be learnt; called before clipping."""
 
+    @abstractmethod
     def project(self) -> None:
         """Take out of what is trained what must not be learnt; called after each step of the optimizer."""
 
@@ -137,6 +140,15 @@ class Piece(Change):
         """Return that basis."""
         raise NotImplementedError
 
+    def begin(self) -> None:
+        """Do nothing: what trains starts at zero."""
+
+    def project_gradients(self) -> None:
+        """Do nothing: every gradient is allowed."""
+
+    def project(self) -> None:
+        """Do nothing: nothing can leave what is allowed."""
+
     def pieces(self, weight: Tensor) -> Iterator[tuple[str, Piece, Tensor]]:
         """Yield itself."""
         yield "", self, weight
@@ -165,8 +177,8 @@ class Fused(Change):
     def pieces(self, weight: Tensor) -> Iterator[tuple[str, Piece, Tensor]]:
         """Yield the parts."""
         slices = weight.split(self.sizes, self.axis)
-        for place, (part, own) in enumerate(zip(self.parts, slices, strict=True)):
-            yield f"parts.{place}.", cast("Piece", part), own
+        for place, (part, own) in enumerate(zip(self._parts(), slices, strict=True)):
+            yield f"parts.{place}.", part, own
 
     def join(self, parts: Sequence[Tensor], axis: int) -> Tensor:
         """Return the parts side by side."""
@@ -174,8 +186,26 @@ class Fused(Change):
 
     def plan(self) -> str:
         """Return the plans of the parts."""
-        each = (cast("Piece", part).plan() for part in self.parts)
+        each = (part.plan() for part in self._parts())
         return f"{self.axis} " + " ".join(f"{size} {plan}" for size, plan in zip(self.sizes, each, strict=True))
+
+    def begin(self) -> None:
+        """Let the parts begin."""
+        for part in self._parts():
+            part.begin()
+
+    def project_gradients(self) -> None:
+        """Project those of the parts."""
+        for part in self._parts():
+            part.project_gradients()
+
+    def project(self) -> None:
+        """Project the parts."""
+        for part in self._parts():
+            part.project()
+
+    def _parts(self) -> Iterator[Piece]:
+        return (cast("Piece", part) for part in self.parts)
 
 
 def product(factors: Factors) -> Tensor:
