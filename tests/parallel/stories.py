@@ -102,6 +102,7 @@ def prepare(story: Story, *callbacks: Callback) -> tuple[Trainer, SFT, ChatData]
     )
     torch.manual_seed(0)
     module = story.kind(story.model, **{"learning_rate": 3e-4, **story.method})
+    module.filled_from = story.resume
     data = ChatData(str(story.data), val=0.2, max_seq_len=64, effective_batch_size=8, num_workers=story.workers, seed=1)
     return trainer, module, data
 

@@ -47,8 +47,8 @@ def similarities(model: PreTrainedModel, rows: Iterable[Row]) -> list[float]:
     def hook(place: int) -> Any:
         return lambda block, args, kwargs, output: watch(place, args, kwargs, output)
 
+    was_training, head = model.training, LossHead(model.eval())  # which tries the model, before anybody watches
     hooks = [block.register_forward_hook(hook(place), with_kwargs=True) for place, block in enumerate(blocks)]
-    was_training, head = model.training, LossHead(model.eval())
     try:
         for row in rows:
             head(row)

@@ -91,7 +91,7 @@ def test_beside_the_weight_is_in_the_weight(family: str, form: Form, tmp_path: P
     losses, gradients = [], []
     for how in ("merged", "factored"):
         model = model_of(family)
-        found = changed(model, tmp_path, replace(form, forward=how))  # type: ignore[arg-type]
+        found = changed(model, tmp_path, replace(form, forward=how))
         assert {site.change.forward_as for site in found} == {how}
         disturb(found)
         loss = loss_of(model)

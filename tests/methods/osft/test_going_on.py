@@ -1,0 +1,159 @@
+"""A run goes on from the bases and ranks of its checkpoint, and finds out nothing anew."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_hub.launch.place import Place
+from lightning_hub.methods.osft import OSFT
+from lightning_hub.methods.osft.bases import BasesCache, fill_bases
+from lightning_hub.methods.osft.importance import ratios, similarities
+from lightning_hub.methods.osft.split import DecompositionError
+from lightning_hub.methods.osft.surgery import Form, add_changes, sites
+from lightning_hub.methods.targets import resolve
+from lightning_hub.ops.rows import Row
+from lightning_hub.parallel.joining import join, leave
+from tests.conftest import WriteRows
+from tests.ops.models import VOCABULARY, make
+from tests.parallel.harness import processes
+from tests.parallel.stories import Story, Told, tell_all
+
+SETTINGS: dict[str, dict[str, object]] = {
+    "adaptive": {"ranks": "adaptive", "rank_bounds": (0.05, 0.6), "learning_rate": 1e-3},
+    "published": {"parametrization": "usv", "learning_rate": 1e-3},
+    "beside": {"forward": "factored", "complement": "thin", "unfreeze_rank_ratio": 0.1, "learning_rate": 1e-3},
+}
+
+
+def stories(topology: str, data: Path, folder: Path) -> tuple[list[Story], list[Story]]:
+    """Return trainings, and the same from their third step on."""
+    whole = [
+        Story(topology, data, folder / name, kind=OSFT, method=options, trainer={"max_steps": 5})
+        for name, options in SETTINGS.items()
+    ]
+    rest = [replace(one, folder=folder / f"{one.folder.name}-3", resume=one.folder / "step-3") for one in whole]
+    return whole, rest
+
+
+def assert_same(resumed: Told, straight: Told) -> None:
+    assert resumed.losses == {step: loss for step, loss in straight.losses.items() if step > 3}
+    assert resumed.weights.keys() == straight.weights.keys()
+    assert all(resumed.weights[name].equal(tensor) for name, tensor in straight.weights.items())
+
+
+def test_one_process_goes_on_without_a_cache(
+    tmp_path: Path, write_rows: WriteRows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, rest = stories("single", write_rows(50), tmp_path)
+    monkeypatch.setenv("LIGHTNING_HUB_CACHE", str(tmp_path / "cache"))
+    straight = tell_all(whole)
+    assert list((tmp_path / "cache" / "bases").iterdir())
+    monkeypatch.setenv("LIGHTNING_HUB_CACHE", str(tmp_path / "empty"))
+    for resumed, expected in zip(tell_all(rest), straight, strict=True):
+        assert_same(resumed, expected)
+    assert not (tmp_path / "empty" / "bases").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["ddp", "fsdp"])
+def test_two_ranks_go_on_without_a_cache(
+    topology: str, tmp_path: Path, write_rows: WriteRows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, rest = stories(topology, write_rows(50), tmp_path)
+    monkeypatch.setenv("LIGHTNING_HUB_CACHE", str(tmp_path / "cache"))
+    for told in processes(2, partial(_in_turn, whole, rest, tmp_path / "empty"), tmp_path):
+        for resumed, expected in zip(told[len(whole) :], told[: len(whole)], strict=True):
+            assert_same(resumed, expected)
+    assert not (tmp_path / "empty" / "bases").exists()
+
+
+def _in_turn(whole: list[Story], rest: list[Story], empty: Path) -> list[Told]:
+    first = tell_all(whole)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LIGHTNING_HUB_CACHE", str(empty))
+        return first + tell_all(rest)
+
+
+# ---- ranks by importance -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bounds", [(0.0, 1.0), (0.2, 0.3), (0.25, 0.25)])
+@pytest.mark.parametrize("alike", [[0.9, 0.5, 0.99, 0.7], [1.0, 1.0, 1.0], [-0.5, 0.9], [0.0, 0.0]])
+def test_shares_keep_their_mean_and_bounds_and_follow_importance(
+    alike: list[float], bounds: tuple[float, float]
+) -> None:
+    shares = ratios(alike, 0.25, bounds)
+    assert sum(shares) / len(shares) == pytest.approx(0.25, abs=2e-4)
+    assert all(bounds[0] <= share <= bounds[1] for share in shares)
+    order = sorted(range(len(alike)), key=lambda layer: alike[layer])
+    assert [shares[layer] for layer in order] == sorted(shares, reverse=True)
+
+
+def test_without_bounds_the_shares_are_those_of_the_paper() -> None:
+    alike = [0.95, 0.85, 0.9]
+    mean = sum(alike) / 3
+    protected = [0.1 + one / mean * (0.8 - 0.1) for one in alike]
+    assert ratios(alike, 0.2) == pytest.approx([1 - share for share in protected], abs=1e-4)
+
+
+def test_similarities_are_those_of_the_hidden_states() -> None:
+    model = make("llama", "sdpa").eval()
+    ids = torch.randint(3, VOCABULARY, (1, 30))
+    seen: list[torch.Tensor] = []
+    for layer in model.get_submodule("model.layers").children():
+        layer.register_forward_hook(lambda layer, args, output: seen.extend([args[0], output]))
+    with torch.no_grad():
+        model(ids, use_cache=False)
+    expected = [
+        float(nn.functional.cosine_similarity(given.double(), made.double(), dim=-1).mean())
+        for given, made in zip(seen[::2], seen[1::2], strict=True)
+    ]
+    found = similarities(make("llama", "sdpa"), [Row.pack([(ids[0], ids[0])], (0,))])
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
+# ---- a rank that cannot decompose --------------------------------------------------------------------------------
+
+
+def one_is_broken(cache: Path) -> str:
+    """Decompose as a rank of two, of which one has a weight with a NaN."""
+    rank = int(os.environ["RANK"])
+    join(Place(rank, 2, rank, 2, "env"), on_gpu=False)
+    model = make("llama", "sdpa")
+    targets = resolve(model, "all-linear")
+    add_changes(model, targets, Form(0.25))
+    found = list(sites(model, targets))
+    with torch.no_grad():
+        found[3].original[0, 0] = float("nan")
+    try:
+        fill_bases(found, BasesCache(cache))
+    except DecompositionError as error:
+        return str(error)
+    finally:
+        leave()
+    return "nothing was said"
+
+
+@pytest.mark.slow
+def test_a_weight_that_is_no_number_stops_every_rank(tmp_path: Path) -> None:
+    sentences = processes(2, partial(one_is_broken, tmp_path / "cache"), tmp_path)
+    assert sentences[0] == sentences[1]
+    assert "model.layers.0.self_attn.o_proj" in sentences[0]
+
+
+def test_what_is_behind_is_told(tmp_path: Path) -> None:
+    model = make("llama", "sdpa")
+    targets = resolve(model, "all-linear")
+    add_changes(model, targets, Form(0.25))
+    told: list[float] = []
+    assert fill_bases(list(sites(model, targets)), BasesCache(tmp_path), done=told.append) == len(targets)
+    assert told == sorted(told)
+    assert told[-1] == pytest.approx(1.0)
+    assert len(told) == len(targets)
