@@ -105,10 +105,11 @@ def resolve(model: PreTrainedModel, targets: str | Sequence[str]) -> list[Matrix
             such names (``q_proj``, ``self_attn.q_proj``), or regular expressions for whole names.
 
     Raises:
-        ConfigError: An entry matches nothing, or is no pattern; the model's own names are listed.
+        ConfigError: An entry matches nothing (the model's own names are listed), is no pattern, or names again what
+            another one has named.
     """
     everything = matrices(model)
-    chosen: set[str] = set()
+    chosen: dict[str, str] = {}
     for entry in [targets] if isinstance(targets, str) else targets:
         found = [matrix.full_name for matrix in everything if _is_meant(entry, matrix)]
         if not found:
@@ -117,7 +118,14 @@ def resolve(model: PreTrainedModel, targets: str | Sequence[str]) -> list[Matrix
                 where="model.init_args.targets",
                 remedy=f"it has {describe(everything)}",
             )
-        chosen.update(found)
+        twice = next((name for name in found if name in chosen), None)
+        if twice is not None:
+            raise ConfigError(
+                f"{chosen[twice]!r} and {entry!r} both name {twice}",
+                where="model.init_args.targets",
+                remedy="let each weight be named once",
+            )
+        chosen |= dict.fromkeys(found, entry)
     return [matrix for matrix in everything if matrix.full_name in chosen]
 
 

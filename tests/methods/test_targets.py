@@ -59,6 +59,11 @@ def test_an_entry_that_matches_nothing_is_refused_with_the_names_there_are(targe
         assert "attention: q_proj, k_proj, v_proj, o_proj; mlp: gate_proj" in str(refused.value)
 
 
+def test_what_is_named_twice_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"'attention' and 'q_proj' both name model\.layers\.0\.self_attn\.q_proj"):
+        resolve(model("llama"), ["attention", "q_proj"])
+
+
 @pytest.mark.parametrize("family", [*CONFIGS, "mixtral"])
 def test_every_matrix_is_found_once(family: str) -> None:
     made = model(family)

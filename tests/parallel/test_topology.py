@@ -58,7 +58,20 @@ def cases() -> list[Case]:
         Case("sft, biases", model=saved("qwen2"), options={"weight_decay": 0.1}, trainer=clip),
         Case("sft, head not linear", model=saved("granite, scaled logits"), trainer=clip),
         Case("osft, square, tall and wide", method=OSFT, model=calm(), options=osft, trainer=clip),
-        Case("osft, untied", method=OSFT, model=saved("qwen3"), options=osft, trainer=clip),
+        Case(
+            "osft, untied, beside the weights",
+            method=OSFT,
+            model=saved("qwen3"),
+            options=osft | {"forward": "factored"},
+            trainer=clip,
+        ),
+        Case(
+            "osft, as published",
+            method=OSFT,
+            model=saved("qwen2"),
+            options=osft | {"parametrization": "usv"},
+            trainer=clip,
+        ),
         Case(
             "osft, thin and norms, biases",
             method=OSFT,

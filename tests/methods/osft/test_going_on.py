@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from lightning_hub.errors import HubError
 from lightning_hub.launch.place import Place
 from lightning_hub.methods.osft import OSFT
 from lightning_hub.methods.osft.bases import BasesCache, fill_bases
@@ -20,6 +22,7 @@ from lightning_hub.methods.osft.surgery import Form, add_changes, sites
 from lightning_hub.methods.targets import resolve
 from lightning_hub.ops.rows import Row
 from lightning_hub.parallel.joining import join, leave
+from lightning_hub.runs.manifest import DamagedError
 from tests.conftest import WriteRows
 from tests.ops.models import VOCABULARY, make
 from tests.parallel.harness import processes
@@ -79,6 +82,32 @@ def _in_turn(whole: list[Story], rest: list[Story], empty: Path) -> list[Told]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LIGHTNING_HUB_CACHE", str(empty))
         return first + tell_all(rest)
+
+
+def test_altered_bases_are_refused(tmp_path: Path, write_rows: WriteRows, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTNING_HUB_CACHE", str(tmp_path / "cache"))
+    whole = Story("single", write_rows(50), tmp_path / "run", kind=OSFT, trainer={"max_steps": 2})
+    tell_all([whole])
+    weights = tmp_path / "run" / "step-2" / "weights.safetensors"
+    held = load_file(weights)
+    name = next(name for name in held if name.endswith("u_low"))
+    held[name][:, 0] *= -1  # as good a basis, but not the one that the trained numbers belong to
+    save_file(held, weights)
+    with pytest.raises(DamagedError, match=r"weights\.safetensors has"):
+        tell_all([replace(whole, folder=tmp_path / "again", resume=tmp_path / "run" / "step-2")])
+
+
+def test_a_checkpoint_of_other_ranks_is_refused(
+    tmp_path: Path, write_rows: WriteRows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIGHTNING_HUB_CACHE", str(tmp_path / "cache"))
+    whole = Story("single", write_rows(50), tmp_path / "run", kind=OSFT, trainer={"max_steps": 2})
+    tell_all([whole])
+    other = replace(
+        whole, folder=tmp_path / "again", resume=tmp_path / "run" / "step-2", method={"unfreeze_rank_ratio": 0.5}
+    )
+    with pytest.raises(HubError, match=r"is stored in the shape \(32, 32\)"):
+        tell_all([other])
 
 
 # ---- ranks by importance -----------------------------------------------------------------------------------------
