@@ -18,14 +18,13 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from benchmarks.records import ONE_THREAD, alternated, record, table
 from benchmarks.strategy_memory import MODELS
 from benchmarks.work import SHAPES, chat_lengths, make_model, make_rows
 from lightning_hub.data.module import ChatData
 from lightning_hub.methods.osft import OSFT
-from lightning_hub.methods.osft.delta import Complement
 from lightning_hub.methods.osft.surgery import Form, add_changes
 from lightning_hub.methods.sft import SFT
 from lightning_hub.methods.targets import resolve
@@ -35,8 +34,12 @@ RATIO = 0.25
 CONTENDERS: dict[str, Callable[[str], SFT]] = {
     "sft": lambda model: SFT(model, learning_rate=1e-5),
     "osft full": lambda model: OSFT(model, RATIO, learning_rate=1e-5),
+    "osft full, merged": lambda model: OSFT(model, RATIO, forward="merged", learning_rate=1e-5),
     "osft thin": lambda model: OSFT(model, RATIO, complement="thin", learning_rate=1e-5),
+    "osft usv": lambda model: OSFT(model, RATIO, parametrization="usv", learning_rate=1e-5),
 }
+
+FORMS = {"full": Form(RATIO), "thin": Form(RATIO, "thin"), "usv": Form(RATIO, parametrization="usv")}
 
 
 class Clock(Callback):
@@ -78,12 +81,12 @@ def _of(model: PreTrainedModel, part: str) -> Iterator[torch.nn.Parameter]:
     return (parameter for name, parameter in model.named_parameters() if part in name)
 
 
-def large_model(complement: Complement) -> PreTrainedModel:
-    """Return Llama-3.1-8B in bfloat16 with changes under its layers, without memory."""
+def with_changes(config: PretrainedConfig, form: Form, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+    """Return a model with changes under its layers, without memory."""
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(MODELS["Llama-3.1-8B"], dtype=torch.bfloat16)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.requires_grad_(False)
-    add_changes(model, resolve(model, "all-linear"), Form(RATIO, complement))
+    add_changes(model, resolve(model, "all-linear"), form)
     return model
 
 
@@ -111,7 +114,7 @@ def main() -> None:
         name: statistics.median(a / b for a, b in zip(times, found["sft"], strict=True))
         for name, times in found.items()
     }
-    state = {complement: state_gb(large_model(complement)) for complement in ("full", "thin")}
+    state = {name: state_gb(with_changes(MODELS["Llama-3.1-8B"], form)) for name, form in FORMS.items()}
     table(
         ("contender", "CPU ms", "to SFT"),
         [(n, round(statistics.median(t)), round(ratios[n], 3)) for n, t in found.items()],

@@ -93,6 +93,7 @@ def fill_bases(
     cache: BasesCache,
     earlier: Earlier | None = None,
     done: Callable[[float], None] = lambda share: None,
+    device: torch.device | None = None,
 ) -> int:
     """Give every change its bases, and return how many weights had to be decomposed on this rank.
 
@@ -103,6 +104,7 @@ def fill_bases(
         cache: Where bases are looked for and kept.
         earlier: What earlier tasks have learnt, which is protected as well.
         done: Called after each weight that this rank has decomposed, with the share of its work that is behind it.
+        device: Where decompositions are computed; where the weights are if None.
 
     Raises:
         DecompositionError: A weight cannot be decomposed; on every rank.
@@ -120,7 +122,7 @@ def fill_bases(
     def work() -> int:
         decomposed, behind, total = 0, 0.0, sum(costs[place] for place in mine)
         for place, weight in mine.items():
-            made[place], is_new = _bases(found[place], weight, cache, earlier)
+            made[place], is_new = _bases(found[place], weight if device is None else weight.to(device), cache, earlier)
             decomposed += is_new
             behind += costs[place]
             if is_new:

@@ -166,9 +166,12 @@ class Delta(Piece):
 
     def _kept(self, like: Tensor) -> Tensor | None:
         """Return the kept basis, in the form in which it goes with ``like``."""
-        if isinstance(like, DTensor) and self.kept is not None and not isinstance(self.kept, DTensor):
-            return DTensor.from_local(self.kept, like.device_mesh, [Replicate()] * like.device_mesh.ndim)
-        return self.kept
+        if self.kept is None:
+            return None
+        kept = self.kept.to(like.dtype)
+        if isinstance(like, DTensor) and not isinstance(kept, DTensor):
+            return DTensor.from_local(kept, like.device_mesh, [Replicate()] * like.device_mesh.ndim)
+        return kept
 
     def _protected_left(self, weight: Tensor, delta: Tensor) -> Tensor:
         """Return the part of the columns of ``delta`` that lies in the span of ``U_h``."""

@@ -180,7 +180,8 @@ class OSFT(SFT):
         with_bases = [site for site in self.sites() if any(piece.basis_names for _, _, piece, _ in site.pieces())]
         with Progressing(speaks=self.trainer.is_global_zero) as progress:
             cache = BasesCache(default_cache_dir())
-            self.decomposed = fill_bases(with_bases, cache, self.earlier, progress.done)
+            device = self.trainer.strategy.root_device
+            self.decomposed = fill_bases(with_bases, cache, self.earlier, progress.done, device)
 
     def build(self) -> None:
         """Build the model with the ranks of the checkpoint that is to fill it."""

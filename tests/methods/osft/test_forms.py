@@ -12,8 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Phi3Config, PreTrainedModel
 
+from lightning_hub.errors import ConfigError
 from lightning_hub.methods.osft.bases import BasesCache, fill_bases
+from lightning_hub.methods.osft.chain import Earlier
 from lightning_hub.methods.osft.change import Change, Fused
+from lightning_hub.methods.osft.product import DELTA_FILE, merged, write_changes
 from lightning_hub.methods.osft.split import split
 from lightning_hub.methods.osft.surgery import Form, Site, add_changes, sites
 from lightning_hub.methods.osft.usv import Usv
@@ -34,14 +37,15 @@ def model_of(family: str) -> PreTrainedModel:
     return made.double()
 
 
-def changed(model: PreTrainedModel, cache: Path, form: Form) -> list[Site]:
+def changed(model: PreTrainedModel, cache: Path, form: Form, earlier: Earlier | None = None) -> list[Site]:
     """Put changes under all layers, in float64."""
+    earlier = earlier or Earlier()
     targets = resolve(model, ["attention", "experts"] if "Mixtral" in type(model).__name__ else "all-linear")
-    add_changes(model, targets, form)
+    add_changes(model, targets, form, taken=earlier.rank)
     found = list(sites(model, targets))
     for site in found:
         site.change.double()
-    fill_bases(found, BasesCache(cache))
+    fill_bases(found, BasesCache(cache), earlier)
     return found
 
 
@@ -99,10 +103,10 @@ def test_beside_the_weight_is_in_the_weight(family: str, form: Form, tmp_path: P
         losses.append(float(loss.detach()))
         gradients.append([parameter.grad for site in found for parameter in site.change.trained()])
     assert losses[0] == pytest.approx(losses[1], rel=1e-12)
-    for merged, factored in zip(*gradients, strict=True):
-        assert merged is not None
-        assert factored is not None
-        assert distance(factored, merged) < 1e-10
+    for one, other in zip(*gradients, strict=True):
+        assert one is not None
+        assert other is not None
+        assert distance(other, one) < 1e-10
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -210,6 +214,32 @@ def test_the_change_of_a_fused_layer_leaks_in_no_part(tmp_path: Path) -> None:
             assert float((exact.u[:, : exact.protected].mT @ own).norm() / own.norm()) < 1e-10
             assert float((own @ exact.v[: exact.protected].mT).norm() / own.norm()) < 1e-10
         assert max(site.change.leaks(site.original.detach(), change)) < 1e-10
+
+
+def test_a_further_task_leaves_alone_what_parts_have_learnt(tmp_path: Path) -> None:
+    model = model_of("phi3")
+    first = changed(model, tmp_path, Form(0.25))
+    train(model, first)
+    learnt = list(merged(first, model.state_dict()))
+    write_changes(tmp_path / DELTA_FILE, learnt, {})
+    earlier = Earlier.of([str(tmp_path)])
+    further = model_of("phi3")
+    second = changed(further, tmp_path, Form(0.5), earlier)
+    train(further, second)
+    before = {name: factors for one in learnt for name, factors in one.factors.items()}
+    for site in second:
+        change = site.change.change(site.original).detach()
+        for name, *_, own in site.pieces(change):
+            left, right = before.pop(name)
+            assert right is not None
+            columns, rows = torch.linalg.qr(left)[0], torch.linalg.qr(right.mT)[0].mT
+            assert own.norm() > 0
+            # what was written is float32
+            assert float((columns.mT @ own).norm() / own.norm()) < 1e-6
+            assert float((own @ rows.mT).norm() / own.norm()) < 1e-6
+    assert not before
+    with pytest.raises(ConfigError, match=r"has changed .*qkv_proj as several; set parts"):
+        changed(model_of("phi3"), tmp_path, Form(0.5, fused="whole"), earlier)
 
 
 # ---- the published form ------------------------------------------------------------------------------------------
