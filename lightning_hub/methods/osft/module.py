@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,12 +17,12 @@ from lightning_hub.checkpoints.plugin import read_state
 from lightning_hub.errors import ConfigError
 from lightning_hub.methods.osft.bases import BasesCache, fill_bases
 from lightning_hub.methods.osft.chain import Earlier
-from lightning_hub.methods.osft.change import Fused, Piece
 from lightning_hub.methods.osft.delta import Complement
 from lightning_hub.methods.osft.importance import ratios, similarities
 from lightning_hub.methods.osft.product import DELTA_FILE, Rounding, merged, merged_state, write_changes
 from lightning_hub.methods.osft.progress import Progressing
-from lightning_hub.methods.osft.surgery import Form, Parametrization, Site, add_changes, merged_name, sites
+from lightning_hub.methods.osft.surgery import RATIO, Form, Parametrization, Site, add_changes, merged_name, sites
+from lightning_hub.methods.osft.telling import by_shape
 from lightning_hub.methods.sft import SFT
 from lightning_hub.methods.targets import Matrix, describe, matrices, resolve
 from lightning_hub.parallel.agreement import from_rank_zero
@@ -31,23 +30,8 @@ from lightning_hub.parallel.gathering import full_state
 from lightning_hub.parallel.sharding import decoder_blocks
 from lightning_hub.runs.folder import default_cache_dir
 
-_RATIO = "model.init_args.unfreeze_rank_ratio"
-
 LAYER_RATIOS = "osft_layer_ratios"
 """Under which name a checkpoint keeps adaptive ratios."""
-
-
-@runtime_checkable
-class HasBatching(Protocol):
-    """Data that says how large its rows are, and what its first step holds."""
-
-    @property
-    def batching(self) -> Any:
-        """Settings, of which ``max_tokens`` is the size of a row."""
-
-    @property
-    def plan(self) -> Any:
-        """The steps."""
 
 
 class OSFT(SFT):
@@ -97,12 +81,6 @@ class OSFT(SFT):
         **options: Any,
     ) -> None:
         super().__init__(model, **options)
-        if not 0.0 <= unfreeze_rank_ratio <= 1.0:
-            raise ConfigError(
-                f"unfreeze_rank_ratio is {unfreeze_rank_ratio}",
-                where=_RATIO,
-                remedy="use 0 to 1",
-            )
         if ranks == "adaptive":
             ratios([1.0], unfreeze_rank_ratio, rank_bounds)  # refuses bounds that cannot be kept
         elif rank_bounds != (0.0, 1.0):
@@ -111,19 +89,17 @@ class OSFT(SFT):
                 where="model.init_args.rank_bounds",
                 remedy="set ranks to adaptive, or leave it out",
             )
-        if parametrization == "usv" and (complement == "thin" or previous):
-            raise ConfigError(
-                f"{'previous' if previous else 'complement thin'} does not go with the published form",
-                where="model.init_args.parametrization",
-                remedy="use delta",
-            )
         self.form = Form(unfreeze_rank_ratio, complement, forward, parametrization, fused)
+        self.earlier = Earlier.of(previous or [])
+        if parametrization == "usv" and previous:
+            raise ConfigError(
+                "previous does not go with the published form", where="model.init_args.previous", remedy="use delta"
+            )
         self.targets = targets
         self.train_other = train_other
         self.ranks = ranks
         self.rank_bounds = rank_bounds
         self.layer_ratios: list[float] | None = None
-        self.earlier = Earlier.of(previous or [])
         self.lr_scale = lr_scale
         self.decomposed = 0
         self._chosen: list[Matrix] = []
@@ -146,14 +122,18 @@ class OSFT(SFT):
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ConfigError(
                 f"with unfreeze_rank_ratio {self.form.ratio} nothing at all would train",
-                where=_RATIO,
+                where=RATIO,
                 remedy="raise it, or set train_other",
             )
 
     def _form(self) -> Form:
         """Return what the changes look like, with what is known of the data by now."""
-        data = getattr(self._trainer, "datamodule", None)
-        return replace(self.form, row_tokens=data.batching.max_tokens if isinstance(data, HasBatching) else None)
+        batching = getattr(self._data(), "batching", None)
+        return replace(self.form, row_tokens=batching.max_tokens if batching else None)
+
+    def _data(self) -> object:
+        """Return the data module, if the trainer has one: rows may come from elsewhere."""
+        return getattr(self._trainer, "datamodule", None)
 
     def _ratios(self, model: PreTrainedModel) -> Callable[[Matrix], float] | None:
         """Return what gives the ratio of each weight; None where all have the same."""
@@ -195,10 +175,10 @@ class OSFT(SFT):
     def _load(self) -> PreTrainedModel:
         model = super()._load()
         if self.ranks == "adaptive" and self.layer_ratios is None:
-            data = getattr(self.trainer, "datamodule", None)
-            if not isinstance(data, HasBatching):
+            plan = getattr(self._data(), "plan", None)
+            if plan is None:
                 raise ConfigError("adaptive ranks need data", where="model.init_args.ranks", remedy="use ChatData")
-            alike = similarities(model, data.plan.step(0, 0).rows)
+            alike = similarities(model, plan.step(0, 0).rows)
             self.layer_ratios = ratios(alike, self.form.ratio, self.rank_bounds)
         return model
 
@@ -227,11 +207,7 @@ class OSFT(SFT):
 
     def describe(self) -> list[str]:
         """Return what trains, by shape, and what no target names."""
-        found: dict[tuple[int, ...], list[tuple[Site, Piece]]] = {}
-        for site in self.sites():
-            for _, _, piece, part in site.pieces():
-                found.setdefault(tuple(part.shape), []).append((site, piece))
-        lines = [f"osft   {_told(shape, same)}" for shape, same in found.items()]
+        lines = [f"osft   {line}" for line in by_shape(self.sites())]
         if self.layer_ratios is not None:
             lines.append(f"osft   ratio of each layer: {' '.join(f'{ratio:.3f}' for ratio in self.layer_ratios)}")
         named = {matrix.full_name for matrix in self._chosen}
@@ -304,17 +280,6 @@ class OSFT(SFT):
             write_changes(folder / DELTA_FILE, merged(self.sites(), state), settings)
 
         write_export(target, self.model, weights, tokenizer, changes)
-
-
-def _told(shape: tuple[int, ...], same: Sequence[tuple[Site, Piece]]) -> str:
-    """Return for a person what trains of the weights of one shape."""
-    ranks = sorted({piece.rank for _, piece in same})
-    some = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-    size = same[0][1].rank + same[0][1].protected
-    ways = Counter(site.change.forward_as for site, _ in same)
-    parts = "parts of weights" if any(isinstance(site.change, Fused) for site, _ in same) else "weights"
-    how = ", ".join(ways) if len(ways) == 1 else ", ".join(f"{count} {way}" for way, count in ways.items())
-    return f"{len(same)} {parts} of {' x '.join(map(str, shape))}: {some} of {size} directions train ({how})"
 
 
 def _norms(model: PreTrainedModel) -> set[str]:

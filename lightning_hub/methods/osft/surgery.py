@@ -19,6 +19,8 @@ from lightning_hub.methods.osft.fused import output_axis, sizes
 from lightning_hub.methods.osft.usv import Usv
 from lightning_hub.methods.targets import Matrix
 
+RATIO = "model.init_args.unfreeze_rank_ratio"
+
 _PLACE = "model.init_args.targets"
 
 Parametrization = Literal["delta", "usv"]
@@ -43,6 +45,16 @@ class Form:
     parametrization: Parametrization = "delta"
     fused: Literal["parts", "whole"] = "parts"
     row_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.ratio <= 1.0:
+            raise ConfigError(f"unfreeze_rank_ratio is {self.ratio}", where=RATIO, remedy="use 0 to 1")
+        if self.parametrization == "usv" and self.complement == "thin":
+            raise ConfigError(
+                "complement thin does not go with the published form",
+                where="model.init_args.complement",
+                remedy="use delta",
+            )
 
 
 @dataclass(frozen=True)

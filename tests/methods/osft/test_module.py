@@ -266,6 +266,10 @@ def test_where_nothing_is_left_to_train_it_is_said(train: Callable[..., OSFT], t
         ({"targets": ["embed_tokens"]}, "shares its weight"),
         ({"previous": ["nowhere.safetensors"]}, "nowhere.safetensors cannot be read"),
         ({"targets": ["q_proj", "typo"]}, "'typo' matches no weight"),
+        ({"parametrization": "usv", "complement": "thin"}, "thin does not go with the published form"),
+        ({"rank_bounds": (0.1, 0.5)}, "rank_bounds holds for adaptive ranks only"),
+        ({"ranks": "adaptive", "rank_bounds": (0.3, 0.5)}, "do not lie around unfreeze_rank_ratio 0.25"),
+        ({"ranks": "adaptive"}, "adaptive ranks need data"),
     ],
 )
 def test_settings_that_cannot_be_meant(train: Callable[..., OSFT], options: dict[str, object], said: str) -> None:
