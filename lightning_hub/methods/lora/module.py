@@ -25,7 +25,7 @@ from lightning_hub.methods.lora.adapters import (
     layers_of,
 )
 from lightning_hub.methods.lora.folder import fill_from, finished, read_config, write_adapter
-from lightning_hub.methods.lora.health import DeadAdapterError, Pulse
+from lightning_hub.methods.lora.health import DeadAdapterError, Pulse, group_of
 from lightning_hub.methods.lora.merge import write_merged
 from lightning_hub.methods.lora.quantization import Quantization, check_quantization, load_quantized
 from lightning_hub.methods.sft import SFT
@@ -242,7 +242,8 @@ class LoRA(SFT):
 
 def _check_alive(state: dict[str, Tensor]) -> None:
     """Refuse an adapter of which some layers have learnt and others nothing; untrained as a whole it may be."""
-    ends = {name: bool(tensor.any()) for name, tensor in state.items() if ".lora_B." in name and "expert" not in name}
-    dead = [name for name, moved in ends.items() if not moved]
-    if dead and len(dead) < len(ends):
+    ends = {name: bool(tensor.any()) for name, tensor in state.items() if ".lora_B." in name}
+    alive = {group_of(name) for name, moved in ends.items() if moved}
+    dead = [name for name in ends if group_of(name) not in alive]
+    if dead and alive:
         raise DeadAdapterError("are zero after the training", dead, len(state))
