@@ -8,7 +8,16 @@ from typing import Any
 
 from lightning_hub.config.recipe import Recipe
 from lightning_hub.errors import ConfigError
-from lightning_hub.launch.meshes import MESH, STRATEGY, Mesh, check_mesh, check_replicas, nearest, read_mesh
+from lightning_hub.launch.meshes import (
+    MESH,
+    STRATEGY,
+    Mesh,
+    check_adapters,
+    check_mesh,
+    check_replicas,
+    nearest,
+    read_mesh,
+)
 from lightning_hub.launch.place import Place
 
 NODES, DEVICES = "trainer.num_nodes", "trainer.devices"
@@ -119,7 +128,8 @@ def _check_gpus(recipe: Recipe, topology: Topology, gpus: int, say: Callable[[st
 def _settle_strategy(recipe: Recipe, trainer: dict[str, Any], world_size: int, say: Callable[[str], None]) -> None:
     """Check the strategy against the number of processes; in one process there is nothing to share out."""
     try:
-        mesh_of(trainer["strategy"], world_size)
+        mesh = mesh_of(trainer["strategy"], world_size)
+        _check_method(recipe, mesh.tp if mesh else 1, world_size)
     except ConfigError as error:
         error.where = recipe.where(error.where or STRATEGY) or error.where
         raise
@@ -133,6 +143,12 @@ def _settle_strategy(recipe: Recipe, trainer: dict[str, Any], world_size: int, s
             where=recipe.where(STRATEGY) or STRATEGY,
             remedy="use ddp, fsdp or ModelParallel",
         )
+
+
+def _check_method(recipe: Recipe, tp: int, world_size: int) -> None:
+    """Refuse what a method cannot do on several processes; options that the recipe leaves out can do everything."""
+    use_dora, quantization = (recipe.get(f"model.init_args.{name}") for name in ("use_dora", "quantization"))
+    check_adapters(use_dora=use_dora is True, quantization=str(quantization or "none"), tp=tp, world_size=world_size)
 
 
 def mesh_of(strategy: str | dict[str, Any] | None, world_size: int) -> Mesh | None:

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Callback
 
 from lightning_hub.callbacks import live
 from lightning_hub.callbacks.checkpoints import SaveCheckpoints, StopRun, Wish
+from lightning_hub.callbacks.memory import KeepMemory
 from lightning_hub.callbacks.progress import ProgressLine
 from lightning_hub.callbacks.recorder import Recorder
 from lightning_hub.callbacks.samples import GenerateSamples
@@ -109,7 +110,8 @@ class Session:
                 saved=self._saved,
                 allow_changed_data=options.allow_changed_data,
             )
-            return [self.recorder, Announcement(), ProgressLine(self.recorder), *([] if trial else [saver])]
+            savers = [] if trial else [saver]
+            return [self.recorder, Announcement(), ProgressLine(self.recorder), KeepMemory(), *savers]
 
         checkpoint_io = FolderCheckpointIO(facts, trusted=options.trust_checkpoint)
         cli = build(self.tree, self.folder.path, ours, checkpoint_io, options.trust_remote_code, self.environment)

@@ -10,8 +10,10 @@ from lightning_hub.launch.place import Place
 from lightning_hub.launch.topology import Topology, settle
 
 
-def settled(text: str, place: Place | None = None, gpus: int = 0) -> tuple[Topology, dict[str, Any], list[str]]:
-    recipe = recipe_from_text(f"trainer: {{{text}}}", "recipe.yaml")
+def settled(
+    text: str, place: Place | None = None, gpus: int = 0, model: str = ""
+) -> tuple[Topology, dict[str, Any], list[str]]:
+    recipe = recipe_from_text(f"trainer: {{{text}}}\nmodel: {{init_args: {{{model}}}}}", "recipe.yaml")
     given: Any = recipe.tree["trainer"]
     trainer = {"num_nodes": 1, "devices": "auto", "strategy": "auto", "accelerator": "auto", **given}
     said: list[str] = []
@@ -60,6 +62,26 @@ def test_the_shape_of_a_run(text: str, place: Place | None, gpus: int, shape: tu
 def test_what_does_not_fit_is_refused_with_both_numbers(text: str, place: Place | None, gpus: int, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         settled(text, place, gpus)
+
+
+TWO_PARTS = "devices: 2, strategy: {class_path: ModelParallel, init_args: {mesh_shape: [[1, 2], [fsdp, tp]]}}"
+
+
+@pytest.mark.parametrize(
+    ("text", "model", "said"),
+    [
+        (TWO_PARTS, "use_dora: true", r"recipe.yaml:2: use_dora does not go with tensor parallelism \(tp 2\)"),
+        ("devices: 2", "quantization: nf4", "recipe.yaml:2: nf4 weights are trained by one process only, .* has 2"),
+    ],
+)
+def test_what_a_method_cannot_do_on_several_processes_is_refused(text: str, model: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        settled(text, model=model)
+
+
+def test_a_method_that_can_be_spread_is_settled() -> None:
+    assert settled("devices: 2, strategy: fsdp", model="use_dora: true")[0] == Topology(1, 2)
+    assert settled(TWO_PARTS, model="use_dora: false, quantization: none")[0] == Topology(1, 2)
 
 
 def test_idle_devices_are_named() -> None:

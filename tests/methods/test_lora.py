@@ -21,7 +21,6 @@ from lightning_hub.cli import run
 from lightning_hub.errors import ConfigError, HubError
 from lightning_hub.methods.lora import LoRA
 from lightning_hub.methods.lora.folder import probe
-from lightning_hub.methods.lora.health import DeadAdapterError
 from lightning_hub.models.pretrained import EMBEDDED_FOLDER, Pretrained
 from lightning_hub.ops.attention import PACKED
 from lightning_hub.ops.loss import LossHead
@@ -245,57 +244,6 @@ def test_an_adapter_for_something_else_is_refused(
             **{"targets": ["attention"], "adapter": str(tmp_path / "adapter"), **options},
         )
     assert all(part in str(refused.value) for part in parts), refused.value
-
-
-# ---- adapters that do not learn --------------------------------------------------------------------------------------
-
-
-def frozen_at_the_start(module: LoRA, step: int) -> None:
-    if step == 0:
-        module.get_parameter("model.model.layers.1.self_attn.k_proj.lora_B.default.weight").requires_grad_(False)
-
-
-def without_gradient(module: LoRA, step: int) -> None:
-    module.get_parameter("model.model.layers.1.mlp.up_proj.lora_A.default.weight").grad = None
-
-
-def not_in_the_optimizer(module: LoRA, step: int) -> None:
-    if step == 0:
-        del module.trainer.optimizers[0].param_groups[0]["params"][3]
-
-
-@pytest.mark.parametrize(
-    ("harm", "hook", "parts"),
-    [
-        (frozen_at_the_start, "on_train_start", ["1 of 42", "are frozen", "layers.1.self_attn.k_proj.lora_B"]),
-        (not_in_the_optimizer, "on_train_start", ["1 of 42", "in no optimizer", "layers.0.self_attn.k_proj.lora_B"]),
-        (without_gradient, "on_before_optimizer_step", ["have not moved in 2 steps", "layers.1.mlp.up_proj.lora_A"]),
-    ],
-)
-def test_a_dead_adapter_is_named(harm: Callable[[LoRA, int], None], hook: str, parts: list[str]) -> None:
-    class Harmed(LoRA):
-        pass
-
-    def harmed(self: LoRA, *args: Any) -> None:
-        if hook == "on_train_start":
-            getattr(LoRA, hook)(self, *args)
-        harm(self, self.trainer.global_step)
-        if hook == "on_train_start":
-            assert self.pulse is not None
-            self.pulse.check(self.trainer.optimizers)
-        else:
-            getattr(LoRA, hook)(self, *args)
-
-    setattr(Harmed, hook, harmed)
-    with pytest.raises(DeadAdapterError) as dead:
-        trained(Case("lora", method=Harmed, options=SMALL), ONE)
-    assert all(part in str(dead.value) for part in parts), dead.value
-
-
-def test_a_warm_up_from_zero_raises_no_alarm() -> None:
-    options = {**SMALL, "warmup_steps": 4, "learning_rate": 1e-4}
-    seen = trained(Case("lora", method=LoRA, options=options), ONE)
-    assert len(seen.losses) == 10
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_hub.checkpoints.rng import seed_anew
 from lightning_hub.errors import ConfigError
+from lightning_hub.launch.meshes import check_adapters
 from lightning_hub.methods.lora.adapters import (
     Init,
     Settings,
@@ -24,13 +25,13 @@ from lightning_hub.methods.lora.adapters import (
     layers_of,
 )
 from lightning_hub.methods.lora.folder import fill_from, finished, read_config, write_adapter
-from lightning_hub.methods.lora.health import DeadAdapterError, Pulse
+from lightning_hub.methods.lora.health import DeadAdapterError, Pulse, group_of
 from lightning_hub.methods.lora.merge import write_merged
-from lightning_hub.methods.lora.quantization import QUANTIZATION, Quantization, check_quantization, load_quantized
+from lightning_hub.methods.lora.quantization import Quantization, check_quantization, load_quantized
 from lightning_hub.methods.sft import SFT
 from lightning_hub.ops.rows import Step
 from lightning_hub.parallel.agreement import from_rank_zero
-from lightning_hub.parallel.data_parallel import Placing, data_parallel
+from lightning_hub.parallel.data_parallel import data_parallel
 from lightning_hub.parallel.gathering import full_tensors
 from lightning_hub.parallel.strategies import MeshStrategy
 
@@ -113,20 +114,18 @@ class LoRA(SFT):
                 layer.cast_input_dtype_enabled = False  # autocast casts the small adapters, not the activations
 
     def _check_strategy(self) -> None:
-        """Refuse what has not been made right, before anything is read.
+        """Refuse what has not been made right, where no recipe was checked before the processes started.
 
         Raises:
             ConfigError: The strategy cuts what the adapters need whole.
         """
         strategy = self.trainer.strategy
-        if self.quantization != "none" and isinstance(strategy, Placing):
-            message = "quantized weights are trained by one process only"
-            raise ConfigError(message, where=QUANTIZATION, remedy="use one device, or leave it out")
         mesh = strategy.device_mesh if isinstance(strategy, MeshStrategy) else None
-        is_cut = mesh is not None and "tp" in (mesh.mesh_dim_names or ()) and mesh["tp"].size() > 1
-        if self.settings.use_dora and is_cut:
-            message = "use_dora does not go with tensor parallelism: it needs the lengths of whole columns"
-            raise ConfigError(message, where="model.init_args.use_dora", remedy="use the strategy fsdp")
+        is_named = mesh is not None and "tp" in (mesh.mesh_dim_names or ())
+        tp = mesh["tp"].size() if mesh is not None and is_named else 1
+        check_adapters(
+            use_dora=self.settings.use_dora, quantization=self.quantization, tp=tp, world_size=self.trainer.world_size
+        )
 
     def _load(self) -> PreTrainedModel:
         if self.quantization == "none":
@@ -243,7 +242,8 @@ class LoRA(SFT):
 
 def _check_alive(state: dict[str, Tensor]) -> None:
     """Refuse an adapter of which some layers have learnt and others nothing; untrained as a whole it may be."""
-    ends = {name: bool(tensor.any()) for name, tensor in state.items() if ".lora_B." in name and "expert" not in name}
-    dead = [name for name, moved in ends.items() if not moved]
-    if dead and len(dead) < len(ends):
+    ends = {name: bool(tensor.any()) for name, tensor in state.items() if ".lora_B." in name}
+    alive = {group_of(name) for name, moved in ends.items() if moved}
+    dead = [name for name in ends if group_of(name) not in alive]
+    if dead and alive:
         raise DeadAdapterError("are zero after the training", dead, len(state))
