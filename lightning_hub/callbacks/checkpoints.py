@@ -17,12 +17,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from lightning_hub.callbacks import live
 from lightning_hub.callbacks.facts import compare
 from lightning_hub.checkpoints.background import Background
-from lightning_hub.checkpoints.crew import Crew
 from lightning_hub.checkpoints.plugin import FolderCheckpointIO
 from lightning_hub.checkpoints.rng import random_state
 from lightning_hub.checkpoints.settings import CheckpointSettings
 from lightning_hub.checkpoints.storage import point_latest, prune
 from lightning_hub.errors import ConfigError, ExitCode, HubError
+from lightning_hub.parallel.crew import Crew
 from lightning_hub.parallel.data_parallel import data_parallel, strategy_word
 from lightning_hub.runs.manifest import committed
 

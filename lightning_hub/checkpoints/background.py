@@ -8,7 +8,7 @@ from threading import Thread
 import torch.distributed
 from torch.distributed import ProcessGroup
 
-from lightning_hub.checkpoints.crew import Crew
+from lightning_hub.parallel.crew import Crew
 
 
 class Background:

@@ -19,12 +19,12 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 
 from lightning_hub.checkpoints.background import Background
-from lightning_hub.checkpoints.crew import Crew
 from lightning_hub.checkpoints.rng import restore_random_state, seed_anew
 from lightning_hub.checkpoints.snapshot import Share, Snapshot
 from lightning_hub.checkpoints.storage import Files, commit, write_file
 from lightning_hub.checkpoints.tensors import Stored, write_tensors
 from lightning_hub.errors import ConfigError
+from lightning_hub.parallel.crew import Crew
 from lightning_hub.runs.manifest import DamagedError, Manifest, chosen, verify
 
 WEIGHTS = "weights"

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightning_hub.checkpoints.crew import Crew
 from lightning_hub.checkpoints.tensors import Part
 from lightning_hub.errors import HubError
+from lightning_hub.parallel.crew import Crew
 
 Key: TypeAlias = tuple[str, str, tuple[int, ...]]
 """What identifies a part in every process: its kind, the name of the whole, and where it begins."""

@@ -17,8 +17,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TypeAlias, TypeVar
 
-from lightning_hub.checkpoints.crew import Crew
 from lightning_hub.errors import HubError
+from lightning_hub.parallel.crew import Crew
 from lightning_hub.runs.manifest import MANIFEST, Manifest, committed
 
 T = TypeVar("T")

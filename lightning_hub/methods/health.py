@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_hub.errors import ConfigError, HubError
 
 
-class NotFiniteError(HubError):
+class UnfitStepError(HubError):
     """The loss or the gradient of a step is NaN or infinite.
 
     Attributes:
@@ -60,7 +60,7 @@ class Health:
             norm: Its gradient norm over all ranks.
 
         Raises:
-            NotFiniteError: It is not fit and may not be left out, or, on a GPU, the step before was not.
+            UnfitStepError: It is not fit and may not be left out, or, on a GPU, the step before was not.
         """
         values = torch.stack([loss.detach().float(), norm.detach().float()])
         if values.is_cuda and not self.limit:
@@ -84,6 +84,6 @@ class Health:
         if bool(values.isfinite().all()):
             return True
         if self.skipped >= self.limit:
-            raise NotFiniteError(step, values.tolist(), self.skipped)
+            raise UnfitStepError(step, values.tolist(), self.skipped)
         self.skipped += 1
         return False

@@ -1,35 +1,11 @@
-"""Processes that decide together: one of them finds out, or all of them vote, and none is left waiting."""
+"""Processes that decide together by a vote; what one of them finds out for all goes through a crew."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
 
 import torch
 import torch.distributed
-
-T = TypeVar("T")
-
-
-def from_rank_zero(work: Callable[[], T]) -> T:
-    """Do something on rank 0 and return its result on every rank; every rank must call this.
-
-    Raises:
-        Exception: Whatever ``work`` raised, on every rank.
-    """
-    if not is_several():
-        return work()
-    box: list[Any] = [None, None]
-    if torch.distributed.get_rank() == 0:
-        try:
-            box[0] = work()
-        except Exception as error:  # it travels to the others, which would wait for ever, and is raised on all
-            box[1] = error
-    torch.distributed.broadcast_object_list(box, src=0)
-    if box[1] is not None:
-        raise box[1]
-    result: T = box[0]
-    return result
 
 
 def largest(vote: int) -> int:

@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightning_hub.parallel.agreement import from_rank_zero
+from lightning_hub.parallel.crew import Crew
 from lightning_hub.parallel.data_parallel import Placing
 from lightning_hub.parallel.parts import own_part, part_of
 
@@ -66,7 +66,7 @@ def _read_once(read: Callable[[], tuple[PreTrainedModel, T]]) -> tuple[PreTraine
         buffers = {name: (buffer.shape, buffer.dtype) for name, buffer in source.named_buffers()}
         return _Layout(dtypes, buffers, findings)
 
-    layout = from_rank_zero(lay_out)
+    layout = Crew().on_first(lay_out)
     return source, layout
 
 

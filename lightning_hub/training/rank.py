@@ -18,7 +18,7 @@ from lightning_hub.launch.place import Place
 from lightning_hub.launch.ranks import die_with_parent
 from lightning_hub.launch.topology import mesh_of, uses_gpus
 from lightning_hub.models.pretrained import Pretrained
-from lightning_hub.parallel.agreement import from_rank_zero
+from lightning_hub.parallel.crew import Crew
 from lightning_hub.parallel.joining import GivenPlace, join, leave
 from lightning_hub.parallel.tensor_parallel import check_model
 from lightning_hub.runs.folder import RunFolder
@@ -94,7 +94,7 @@ def _train_and_keep(
         kept.append(write_run(run_folder(tree, options), recipe, tree, options, place.launcher))
         return begin(kept[0], options.resume, trusted=options.trust_checkpoint, world_size=place.world_size)
 
-    begun = from_rank_zero(make)
+    begun = Crew().on_first(make)
     code: int = ExitCode.FAILED
     try:
         code = _train(tree, begun, kept[0] if kept else None, environment, options)

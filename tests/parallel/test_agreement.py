@@ -8,7 +8,8 @@ import torch.distributed
 
 from lightning_hub.errors import HubError
 from lightning_hub.launch.place import Place
-from lightning_hub.parallel.agreement import from_rank_zero, largest, worst
+from lightning_hub.parallel.agreement import largest, worst
+from lightning_hub.parallel.crew import Crew
 from lightning_hub.parallel.joining import join, leave
 from tests.parallel.harness import processes
 
@@ -16,9 +17,9 @@ from tests.parallel.harness import processes
 def agree() -> list[object]:
     rank = int(os.environ["RANK"])
     join(Place(rank, 2, rank, 2, "env"), on_gpu=False)
-    found: list[object] = [largest(rank), worst(float(10 - rank)), from_rank_zero(lambda: f"rank {rank}")]
+    found: list[object] = [largest(rank), worst(float(10 - rank)), Crew().on_first(lambda: f"rank {rank}")]
     try:
-        from_rank_zero(fail)
+        Crew().on_first(fail)
     except HubError as error:
         found.append(str(error))
     leave()
@@ -35,4 +36,4 @@ def test_ranks_agree_on_votes_results_and_errors(tmp_path: Path) -> None:
 
 
 def test_alone_everything_is_agreed_on() -> None:
-    assert (largest(3), worst(2.5), from_rank_zero(lambda: 1)) == (3, (2.5, 0), 1)
+    assert (largest(3), worst(2.5), Crew().on_first(lambda: 1)) == (3, (2.5, 0), 1)

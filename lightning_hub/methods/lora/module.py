@@ -30,7 +30,7 @@ from lightning_hub.methods.lora.merge import write_merged
 from lightning_hub.methods.lora.quantization import Quantization, check_quantization, load_quantized
 from lightning_hub.methods.sft import SFT
 from lightning_hub.ops.rows import Step
-from lightning_hub.parallel.agreement import from_rank_zero
+from lightning_hub.parallel.crew import Crew
 from lightning_hub.parallel.data_parallel import data_parallel
 from lightning_hub.parallel.gathering import full_tensors
 from lightning_hub.parallel.strategies import MeshStrategy
@@ -106,7 +106,7 @@ class LoRA(SFT):
         self._check_strategy()
         super().configure_model()
         assert self.model is not None, "the call before has made it"
-        self.base_hash = from_rank_zero(lambda: self.base_hash)
+        self.base_hash = Crew().on_first(lambda: self.base_hash)
         if share := data_parallel(self.trainer.strategy).rank:
             seed_anew(share)
         if "mixed" in str(self.trainer.precision):

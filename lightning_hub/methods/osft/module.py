@@ -25,7 +25,7 @@ from lightning_hub.methods.osft.surgery import RATIO, Form, Parametrization, Sit
 from lightning_hub.methods.osft.telling import by_shape
 from lightning_hub.methods.sft import SFT
 from lightning_hub.methods.targets import Matrix, describe, matrices, resolve
-from lightning_hub.parallel.agreement import from_rank_zero
+from lightning_hub.parallel.crew import Crew
 from lightning_hub.parallel.gathering import full_state
 from lightning_hub.parallel.sharding import decoder_blocks
 from lightning_hub.runs.folder import default_cache_dir
@@ -184,7 +184,7 @@ class OSFT(SFT):
 
     def _skeleton(self) -> PreTrainedModel:
         if self.ranks == "adaptive":
-            self.layer_ratios = from_rank_zero(lambda: self.layer_ratios)
+            self.layer_ratios = Crew().on_first(lambda: self.layer_ratios)
         return super()._skeleton()
 
     def sites(self) -> Iterator[Site]:

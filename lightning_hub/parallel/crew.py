@@ -1,4 +1,4 @@
-"""The processes that work on one checkpoint together: none waits for another that has failed."""
+"""Processes that work on one thing together: what one finds out, all know, and none waits for one that has failed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class Crew:
-    """This process and those that save or load the same checkpoint with it.
+    """This process and those that do something with it: all of the run, or those of a group.
 
     Args:
         alone: Whether this process works by itself, although others may exist.
