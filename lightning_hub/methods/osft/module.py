@@ -19,7 +19,7 @@ from lightning_hub.methods.osft.bases import BasesCache, fill_bases
 from lightning_hub.methods.osft.chain import Earlier
 from lightning_hub.methods.osft.delta import Complement
 from lightning_hub.methods.osft.importance import ratios, similarities
-from lightning_hub.methods.osft.product import DELTA_FILE, Rounding, merged, merged_state, write_changes
+from lightning_hub.methods.osft.product import DELTA_FILE, Rounding, describe_sizes, merged, merged_state, write_changes
 from lightning_hub.methods.osft.progress import Progressing
 from lightning_hub.methods.osft.surgery import RATIO, Form, Parametrization, Site, add_changes, merged_name, sites
 from lightning_hub.methods.osft.telling import by_shape
@@ -251,11 +251,12 @@ class OSFT(SFT):
         return self.model, merged_state(self.sites(), state) if state else {}  # rank 0 has gathered
 
     def export(self, target: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Write the weights with their changes, and the exact changes beside them."""
+        """Write the weights with their changes, and the exact changes beside them; say how large these are."""
         assert self.model is not None, "configure_model has run"
         state = full_state(self.model)
         if state:
             self._write(target, tokenizer, state, merged_state(self.sites(), state))
+            print(f"osft   {describe_sizes(merged(self.sites(), state))}", flush=True)
 
     def export_merged(self, target: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype | None) -> str:
         """Write a plain model in a dtype (that of the base on disk if None); return what rounding did to the change."""

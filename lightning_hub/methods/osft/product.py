@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_hub.methods.osft.change import Change, Factors, product
 from lightning_hub.methods.osft.surgery import Site, merged_name
+from lightning_hub.methods.targets import Group
 
 DELTA_FILE = "osft_delta.safetensors"
 """The exact changes, float32: ``<weight>.left`` times ``<weight>.right``; only ``left`` where everything trained. Parts
@@ -26,12 +27,14 @@ class Merged:
 
     Attributes:
         name: The weight's own name.
+        group: What it does in its block.
         weight: ``W0``.
         change: The change, float32.
         factors: What the change is the product of: by the name of the weight, or those of its parts.
     """
 
     name: str
+    group: Group
     weight: Tensor
     change: Tensor
     factors: dict[str, Factors]
@@ -57,7 +60,7 @@ def merged(sites: Iterable[Site], state: Mapping[str, Tensor]) -> Iterator[Merge
         factors = torch.func.functional_call(_Factors(site.change), tensors, (weight,))
         change = site.change.join([product(pair) for pair in factors], site.change.axis)
         names = [name for name, *_ in site.pieces(weight)]
-        yield Merged(site.matrix.full_name, weight, change, dict(zip(names, factors, strict=True)))
+        yield Merged(site.matrix.full_name, site.matrix.group, weight, change, dict(zip(names, factors, strict=True)))
 
 
 class _Factors(nn.Module):
@@ -97,6 +100,17 @@ def write_changes(path: Path, found: Iterable[Merged], settings: Mapping[str, ob
         hashes[one.name] = hashlib.sha256(bits).hexdigest()
     about = json.dumps({"settings": dict(settings), "weights": hashes}, default=str)
     save_file(tensors, path, metadata={"format": "pt", "osft": about})
+
+
+def describe_sizes(found: Iterable[Merged]) -> str:
+    """Return for a person how large the changes are beside their weights, for each group: Frobenius norms."""
+    squares: dict[Group, list[float]] = {}
+    for one in found:
+        sums = squares.setdefault(one.group, [0.0, 0.0])
+        for place, tensor in enumerate((one.change, one.weight)):
+            sums[place] += float(tensor.double().square().sum())
+    shares = {group: (change / weight) ** 0.5 if weight else 0.0 for group, (change, weight) in squares.items()}
+    return "changed by " + ", ".join(f"{share:.2%} ({group})" for group, share in shares.items())
 
 
 @dataclass

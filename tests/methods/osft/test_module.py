@@ -201,8 +201,10 @@ def test_the_learning_rate_of_the_changes_is_scaled(train: Callable[..., OSFT]) 
     assert rates == {1e-3, 5e-4}
 
 
-def test_the_exact_changes_stand_beside_the_export(train: Callable[..., OSFT], tmp_path: Path) -> None:
-    module = train()
+def test_the_exact_changes_stand_beside_the_export(
+    train: Callable[..., OSFT], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = train(targets=["attention"])
     target = tmp_path / "export"
     module.export(target, module.pretrained.tokenizer)
     changes, exported = load_file(target / DELTA_FILE), load_file(target / "model.safetensors")
@@ -210,6 +212,10 @@ def test_the_exact_changes_stand_beside_the_export(train: Callable[..., OSFT], t
     for site in module.sites():
         name = site.matrix.full_name
         assert (plain[name] + changes[f"{name}.left"] @ changes[f"{name}.right"]).equal(exported[name])
+    pairs = [(exported[site.matrix.full_name], plain[site.matrix.full_name]) for site in module.sites()]
+    size = sum(float((end - start).square().sum()) for end, start in pairs)
+    share = (size / sum(float(start.square().sum()) for _, start in pairs)) ** 0.5
+    assert f"changed by {share:.2%} (attention)" in capsys.readouterr().out
     ids = torch.arange(3, 30)[None]
     loaded = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
     assert loaded(ids).logits.isfinite().all()
