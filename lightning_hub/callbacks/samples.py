@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import cast
+from collections.abc import Callable, Sequence
+from typing import Protocol, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase
 
-from lightning_hub.models.generation import complete
+from lightning_hub.models.generation import Messages
+
+
+class Answering(Protocol):
+    """A module that answers prompts."""
+
+    def answer(
+        self,
+        prompts: Sequence[Messages],
+        tokenizer: PreTrainedTokenizerBase,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+    ) -> list[str]:
+        """Return the answers, in order."""
 
 
 class GenerateSamples(Callback):
@@ -47,10 +60,9 @@ class GenerateSamples(Callback):
             return
         self._last_step = trainer.global_step
         turns = [[{"role": "user", "content": prompt}] for prompt in self.prompts]
-        answers = complete(
-            cast("PreTrainedModel", pl_module.model),
-            trainer.datamodule.tokenizer,  # type: ignore[attr-defined]  # Lightning types its trainer without one
+        answers = cast("Answering", pl_module).answer(
             turns,
+            trainer.datamodule.tokenizer,  # type: ignore[attr-defined]  # Lightning types its trainer without one
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -266,8 +267,18 @@ class SFT(LightningModule):
 
     def predict_step(self, prompts: list[Messages], index: int) -> list[str]:
         """Answer a batch of prompts."""
+        return self.answer(prompts, self.pretrained.tokenizer)
+
+    def answer(
+        self,
+        prompts: Sequence[Messages],
+        tokenizer: PreTrainedTokenizerBase,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+    ) -> list[str]:
+        """Answer prompts as the model is by now; every rank must call this."""
         assert self.model is not None, "configure_model has run"
-        return complete(self.model, self.pretrained.tokenizer, prompts)
+        return complete(self.model, tokenizer, prompts, max_new_tokens=max_new_tokens, temperature=temperature)
 
     # ---- what is kept ----------------------------------------------------------------------------------------------
 

@@ -76,6 +76,8 @@ class Change(nn.Module, ABC):
 
         The dense change, and with it a dense gradient, is never made.
         """
+        if self.forward_as == "merged":
+            return output
         weight = cast("Tensor", layer.parametrizations["weight"].original)  # type: ignore[index, union-attr]
         (given,) = args
         parts = []

@@ -21,7 +21,16 @@ from lightning_hub.methods.osft.delta import Complement
 from lightning_hub.methods.osft.importance import ratios, similarities
 from lightning_hub.methods.osft.product import DELTA_FILE, Rounding, describe_sizes, merged, merged_state, write_changes
 from lightning_hub.methods.osft.progress import Progressing
-from lightning_hub.methods.osft.surgery import RATIO, Form, Parametrization, Site, add_changes, merged_name, sites
+from lightning_hub.methods.osft.surgery import (
+    RATIO,
+    Form,
+    Parametrization,
+    Site,
+    add_changes,
+    built_once,
+    merged_name,
+    sites,
+)
 from lightning_hub.methods.osft.telling import by_shape
 from lightning_hub.methods.sft import SFT
 from lightning_hub.methods.targets import Matrix, describe, matrices, resolve
@@ -222,6 +231,11 @@ class OSFT(SFT):
     @staticmethod
     def _name_before(matrix: Matrix) -> str | None:
         return merged_name(matrix.full_name)
+
+    def answer(self, *args: Any, **kwargs: Any) -> list[str]:
+        """Answer prompts with weights that are built once, not for every token."""
+        with built_once(list(self.sites())):
+            return super().answer(*args, **kwargs)
 
     # ---- the published form is projected around each step ------------------------------------------------------------
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -208,6 +210,23 @@ def sites(model: nn.Module, targets: Sequence[Matrix]) -> Iterator[Site]:
             change = holder[0]
             assert isinstance(change, Change)
             yield Site(matrix, change, holder)
+
+
+@contextmanager
+def built_once(found: Sequence[Site]) -> Iterator[None]:
+    """Keep the weights with their changes for a while, where this process has all of them: nothing may train then."""
+    if any(isinstance(site.original, DTensor) for site in found):
+        yield  # a rank of several would hold the whole model
+        return
+    ways = [site.change.forward_as for site in found]
+    try:
+        for site in found:
+            site.change.forward_as = "merged"
+        with parametrize.cached():
+            yield
+    finally:
+        for site, way in zip(found, ways, strict=True):
+            site.change.forward_as = way
 
 
 def merged_name(name: str) -> str | None:

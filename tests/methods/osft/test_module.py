@@ -21,6 +21,7 @@ from lightning_hub.methods.osft.product import DELTA_FILE
 from lightning_hub.methods.osft.split import split, trained_rank
 from lightning_hub.methods.osft.surgery import Form, Site, add_changes, sites
 from lightning_hub.methods.targets import resolve
+from lightning_hub.models.generation import complete
 from lightning_hub.parallel.strategies import strategy_for
 from tests.methods.test_targets import MIXTRAL
 from tests.ops.models import CONFIGS, VOCABULARY
@@ -219,6 +220,27 @@ def test_the_exact_changes_stand_beside_the_export(
     ids = torch.arange(3, 30)[None]
     loaded = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
     assert loaded(ids).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("forward", ["merged", "factored"])
+def test_answers_build_each_weight_once(
+    train: Callable[..., OSFT], forward: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = train(forward=forward, steps=5)
+    prompts, tokenizer = [[{"role": "user", "content": "Spell kamo."}]], module.pretrained.tokenizer
+    plain = module.pretrained.load(dtype=torch.float32, attn_implementation="sdpa")
+    plain.load_state_dict(module.export_state()[1])
+    built: list[Delta] = []
+    change = Delta.change
+
+    def counted(self: Delta, weight: Tensor) -> Tensor:
+        built.append(self)
+        return change(self, weight)
+
+    monkeypatch.setattr(Delta, "change", counted)
+    assert module.answer(prompts, tokenizer) == complete(plain, tokenizer, prompts)
+    assert len(built) == len(set(built)) == len(list(module.sites()))
+    assert {site.change.forward_as for site in module.sites()} == {forward}
 
 
 def test_what_rounding_does_to_a_change_is_said(train: Callable[..., OSFT], tmp_path: Path) -> None:
