@@ -34,7 +34,7 @@ RATIO = 0.25
 CONTENDERS: dict[str, Callable[[str], SFT]] = {
     "sft": lambda model: SFT(model, learning_rate=1e-5),
     "osft full": lambda model: OSFT(model, RATIO, learning_rate=1e-5),
-    "osft full, merged": lambda model: OSFT(model, RATIO, forward="merged", learning_rate=1e-5),
+    "osft full, factored": lambda model: OSFT(model, RATIO, forward="factored", learning_rate=1e-5),
     "osft thin": lambda model: OSFT(model, RATIO, complement="thin", learning_rate=1e-5),
     "osft usv": lambda model: OSFT(model, RATIO, parametrization="usv", learning_rate=1e-5),
 }
