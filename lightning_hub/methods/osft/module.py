@@ -62,7 +62,7 @@ class OSFT(SFT):
         lr_scale: Factor of the learning rate for the changes. They move a weight about ten times as far a step as
             the published factor form does at the same learning rate.
         forward: How layers apply their changes: merged into the weight, factored beside it (less memory, less to
-            compute for few tokens or directions), or auto: what computes less for each weight.
+            compute for few tokens or directions), or auto: what costs less for each weight.
         parametrization: delta is exact whatever moves it; usv is the published form of three factors, projected before
             and after each step: a reference, dearer than all else.
         fused: Whether layers that do the work of several (qkv_proj, gate_up_proj, c_attn) count as one weight for each

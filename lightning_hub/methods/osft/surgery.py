@@ -26,8 +26,8 @@ RATIO = "model.init_args.unfreeze_rank_ratio"
 _PLACE = "model.init_args.targets"
 
 THIN = 1.6
-"""What a multiplication costs in a product of a thin matrix, where it costs 1 in one of wide ones. Measured on a CPU for
-weights from 128 x 512 to 2048 x 768 and rows from 512 to 4,096 tokens: the two ways meet there, within a tenth."""
+"""What a multiplication costs in a product of a thin matrix, where it costs 1 in one of wide ones. Measured on a CPU
+for weights from 128 x 512 to 2048 x 768 and rows from 512 to 4,096 tokens: there the two ways about meet."""
 
 Parametrization = Literal["delta", "usv"]
 
@@ -39,7 +39,7 @@ class Form:
     Attributes:
         ratio: Share of the singular directions that may be trained.
         complement: See ``Delta``.
-        forward: How a layer applies its change; auto takes what computes less for each weight.
+        forward: How a layer applies its change; auto takes what costs less for each weight.
         parametrization: ``delta`` is the exact form, ``usv`` the published one.
         fused: Whether layers that do the work of several count as one weight, or as one for each part.
         row_tokens: Tokens of a row, by which auto decides; as many as there may be if None.
