@@ -90,6 +90,7 @@ class OSFT(SFT):
         **options: Any,
     ) -> None:
         super().__init__(model, **options)
+        self.form = Form(unfreeze_rank_ratio, complement, forward, parametrization, fused)
         if ranks == "adaptive":
             ratios([1.0], unfreeze_rank_ratio, rank_bounds)  # refuses bounds that cannot be kept
         elif rank_bounds != (0.0, 1.0):
@@ -98,7 +99,6 @@ class OSFT(SFT):
                 where="model.init_args.rank_bounds",
                 remedy="set ranks to adaptive, or leave it out",
             )
-        self.form = Form(unfreeze_rank_ratio, complement, forward, parametrization, fused)
         self.earlier = Earlier.of(previous or [])
         if parametrization == "usv" and previous:
             raise ConfigError(

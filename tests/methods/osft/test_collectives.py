@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -47,25 +48,25 @@ class Listening(Callback):
             self._profile = None
 
 
-def listen(topology: str, model: str) -> dict[str, Counter[str]]:
+def listen(model: str) -> dict[tuple[str, str], Counter[str]]:
     """Train as one of two ranks, by SFT and by every form, and return what each has exchanged in a step."""
     found = {}
-    for name, options in {"sft": None, **FORMS}.items():
+    for topology, (name, options) in product(("ddp", "fsdp"), {"sft": None, **FORMS}.items()):
         torch.manual_seed(0)
         module = SFT(model) if options is None else OSFT(model, **options)
         heard = Listening()
         trainer = make_trainer(TOPOLOGIES[topology], max_steps=4, callbacks=[heard], gradient_clip_val=1.0)
         trainer.fit(module, Shares(trainer))
-        found[name] = heard.counts
+        found[topology, name] = heard.counts
     return found
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("topology", ["ddp", "fsdp"])
-def test_no_form_adds_a_message_to_a_step(topology: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_form_adds_a_message_to_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LIGHTNING_HUB_CACHE", str(tmp_path / "cache"))
-    for counts in processes(2, partial(listen, topology, calm()), tmp_path):
-        expected = counts.pop("sft")
-        assert sum(expected.values()) > 1
-        for name, found in counts.items():
-            assert all(found[kind] <= expected[kind] for kind in found), (name, found, expected)
+    for counts in processes(2, partial(listen, calm()), tmp_path):
+        assert len(counts) == 2 * (1 + len(FORMS))
+        for (topology, name), found in counts.items():
+            expected = counts[topology, "sft"]
+            assert sum(expected.values()) > 1
+            assert all(found[kind] <= expected[kind] for kind in found), (topology, name, found, expected)

@@ -65,11 +65,12 @@ def test_one_process_goes_on_without_a_cache(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("topology", ["ddp", "fsdp"])
 def test_two_ranks_go_on_without_a_cache(
-    topology: str, tmp_path: Path, write_rows: WriteRows, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, write_rows: WriteRows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, rest = stories(topology, write_rows(50), tmp_path)
+    data = write_rows(50)
+    pairs = [stories(topology, data, tmp_path / topology) for topology in ("ddp", "fsdp")]
+    whole, rest = ([story for pair in pairs for story in pair[half]] for half in (0, 1))
     monkeypatch.setenv("LIGHTNING_HUB_CACHE", str(tmp_path / "cache"))
     for told in processes(2, partial(_in_turn, whole, rest, tmp_path / "empty"), tmp_path):
         for resumed, expected in zip(told[len(whole) :], told[: len(whole)], strict=True):
