@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +30,7 @@ from tests.ops.models import VOCABULARY, make
 from tests.parallel.harness import processes
 from tests.parallel.stories import Story, Told, tell_all
 
-SETTINGS: dict[str, dict[str, object]] = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "adaptive": {"ranks": "adaptive", "rank_bounds": (0.05, 0.6), "learning_rate": 1e-3},
     "published": {"parametrization": "usv", "learning_rate": 1e-3},
     "beside": {"forward": "factored", "complement": "thin", "unfreeze_rank_ratio": 0.1, "learning_rate": 1e-3},
@@ -62,6 +64,15 @@ def test_one_process_goes_on_without_a_cache(
     for resumed, expected in zip(tell_all(rest), straight, strict=True):
         assert_same(resumed, expected)
     assert not (tmp_path / "empty" / "bases").exists()
+    built = OSFT("demo", dtype="float32", **SETTINGS["adaptive"])
+    built.filled_from = whole[0].folder / "step-3"
+    built.build()  # without data: the ranks are the checkpoint's
+    held = load_file(built.filled_from / "weights.safetensors")
+    assert dict(_shapes(dict(built.named_parameters()))) == dict(_shapes(held))
+
+
+def _shapes(tensors: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    return ((name, tuple(tensor.shape)) for name, tensor in tensors.items() if name.endswith(".delta"))
 
 
 @pytest.mark.slow
