@@ -252,6 +252,8 @@ def _rank(rank: int, world_size: int, port: int, work: Callable[[], object], fol
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test", OMP_NUM_THREADS="1",
     )  # fmt: skip
     os.environ.pop("PL_GLOBAL_SEED", None)  # of an earlier test, which Lightning would seed the ranks with
+    # Loader workers begin as those of a real rank do; else they would be those of a fork server, and import torch anew.
+    multiprocessing.set_start_method("fork", force=True)
     torch.set_num_threads(1)
     torch.save(work(), folder / f"{rank}.pt")
     os._exit(0)  # the group's threads may wait for a rank that failed
