@@ -85,14 +85,19 @@ class Seen:
 
 @cache
 def plan() -> StepPlan:
-    """Ten steps of eight uneven samples in rows of 96 tokens; the last is partial: two samples in one row."""
+    """Ten steps of eight uneven samples in rows of 96 tokens; the last is partial: two samples in one row.
+
+    Untrained tokens prolong each sample to a multiple of eight, so that there are few lengths of rows: under tensor
+    parallelism torch finds out anew how to run each operation on a length that it has not seen.
+    """
     tokenizer = Pretrained("demo").tokenizer
     pairs = []
     for talk in conversations((SPELL, REVERSE, SHOUT), 74, seed=3):
         turns = talk["messages"]
         asked = _ids(tokenizer.apply_chat_template(turns[:-1], add_generation_prompt=True, return_dict=False))
         whole = _ids(tokenizer.apply_chat_template(turns, return_dict=False))
-        pairs.append((whole, [-100] * len(asked) + whole[len(asked) :]))
+        labels, more = [-100] * len(asked) + whole[len(asked) :], -len(whole) % 8
+        pairs.append((whole + whole[-1:] * more, labels + [-100] * more))
     return StepPlan(Samples.from_pairs(pairs, "test"), Batching(96, 8, None, shuffle=False, seed=0))
 
 
@@ -168,25 +173,25 @@ def trained(case: Case, topology: Topology) -> Seen:
     torch.manual_seed(0)
     module = Watched(case.model, **{"learning_rate": 3e-4, "lr_scheduler": "linear", **case.options})
     trainer = make_trainer(topology, **case.trainer)
-    shares = Shares(trainer)
-    trainer.fit(module, shares, shares)
+    trainer.fit(module, Shares(trainer), Shares(trainer, start=7))
     fsdp.foreach_reduce = exchange
     seen.weights = {name: tensor.clone() for name, tensor in module.export_state()[1].items()}
     return seen
 
 
 class Shares:
-    """The steps of this rank, known once the trainer's strategy is."""
+    """The steps of this rank from one on, known once the trainer's strategy is."""
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Trainer, start: int = 0) -> None:
         self.trainer = trainer
+        self.start = start
 
     def __len__(self) -> int:
-        return len(plan())
+        return len(plan()) - self.start
 
     def __iter__(self) -> Any:
         shares = data_parallel(self.trainer.strategy)
-        return iter(StepLoader(plan(), lambda: (0, 0), shares.rank, shares.size))
+        return iter(StepLoader(plan(), lambda: (0, self.start), shares.rank, shares.size))
 
 
 def launch(topology: Topology, cases: list[Case], folder: Path) -> list[dict[str, Seen | str]]:
@@ -252,6 +257,8 @@ def _rank(rank: int, world_size: int, port: int, work: Callable[[], object], fol
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test", OMP_NUM_THREADS="1",
     )  # fmt: skip
     os.environ.pop("PL_GLOBAL_SEED", None)  # of an earlier test, which Lightning would seed the ranks with
+    # Loader workers begin as those of a real rank do; else they would be those of a fork server, and import torch anew.
+    multiprocessing.set_start_method("fork", force=True)
     torch.set_num_threads(1)
     torch.save(work(), folder / f"{rank}.pt")
     os._exit(0)  # the group's threads may wait for a rank that failed

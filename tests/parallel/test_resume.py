@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from lightning_hub.methods.lora import LoRA
+from lightning_hub.methods.osft import OSFT
 from lightning_hub.methods.sft import SFT
 from lightning_hub.runs.manifest import newest_whole, read_manifest
 from tests.conftest import WriteRows
@@ -45,6 +46,7 @@ def test_two_ranks_go_on_exactly(tmp_path: Path, write_rows: WriteRows) -> None:
         ("fsdp", "fsdp", SFT, NOISY),
         ("ddp", "lora-ddp", LoRA, DROPPED),
         ("fsdp", "lora-fsdp", LoRA, DROPPED),
+        ("fsdp", "osft-fsdp", OSFT, NOISY | {"unfreeze_rank_ratio": 0.3}),
     ):
         straight = Story(topology, data, tmp_path / name, kind=kind, method=options, trainer=every_two)
         starts.append(len(stories))
