@@ -96,6 +96,7 @@ class SFT(LightningModule):
         self.neftune_alpha = neftune_alpha
         self.weights_dtype: Dtype = dtype
         self.trust_remote_code = False
+        self.is_resumed = False  # true if a checkpoint follows, which fills what is found out at a beginning
         self.model: PreTrainedModel | None = None
         self.loss_head: LossHead | None = None
         self.step_loss = torch.zeros(())

@@ -116,6 +116,7 @@ class Session:
         checkpoint_io = FolderCheckpointIO(facts, trusted=options.trust_checkpoint)
         cli = build(self.tree, self.folder.path, ours, checkpoint_io, options.trust_remote_code, self.environment)
         module, data, trainer = cli.model, cli.datamodule, cli.trainer
+        module.is_resumed = self.begun.checkpoint is not None
         keep_lightning_out(trainer)
         with SamplesWriter(self.folder.samples) as samples:
             for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by Lightning's connector
