@@ -114,6 +114,10 @@ class SFT(LightningModule):
         """The model as it lies on disk or on the hub."""
         return Pretrained(self.source, self.trust_remote_code)
 
+    def _data(self) -> object:
+        """Return the data module, if the trainer has one: rows may come from elsewhere."""
+        return getattr(self._trainer, "datamodule", None)
+
     def configure_model(self) -> None:
         """Read the weights and decide what is trainable (Lightning calls this once it knows the strategy)."""
         if self.model is not None:

@@ -89,13 +89,13 @@ class LossHead:
         if self.traits.is_linear:
             return self._fused(row)
         places, targets = trained_places(row.labels)
-        logits = self.model(**_inputs(self.model, row), logits_to_keep=places).logits[0].float()
+        logits = self.model(**inputs_of(self.model, row), logits_to_keep=places).logits[0].float()
         return _smoothed_cross_entropy(logits, targets, self.label_smoothing)
 
     def _fused_loss(self, row: Row) -> Tensor:
         """Return the loss of one forward without ever making all logits."""
         places, targets = trained_places(row.labels)
-        hidden = self.model.base_model(**_inputs(self.model, row)).last_hidden_state
+        hidden = self.model.base_model(**inputs_of(self.model, row)).last_hidden_state
         head = self.model.get_output_embeddings()
         chosen = hidden[0].index_select(0, places)
         return linear_cross_entropy(chosen, head.weight, head.bias, targets, self.label_smoothing)
@@ -187,7 +187,7 @@ def _smoothed_cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: fl
     return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
 
 
-def _inputs(model: PreTrainedModel, row: Row) -> dict[str, Any]:
+def inputs_of(model: PreTrainedModel, row: Row) -> dict[str, Any]:
     """Return what a model is called with: never a mask and never a cache, which would open the borders.
 
     Other attention implementations read the borders from positions that begin again at 0.
@@ -206,7 +206,7 @@ def _hands_on_borders(model: PreTrainedModel) -> bool:
     """Return whether the model's attention layers learn where the documents lie."""
     ids = torch.arange(2)
     try:
-        model(**_inputs(model, Row.pack([(ids, ids)]).to(next(model.parameters()).device)))
+        model(**inputs_of(model, Row.pack([(ids, ids)]).to(next(model.parameters()).device)))
     except BordersLostError:
         return False
     return True
@@ -229,9 +229,9 @@ def keeps_documents_apart(model: PreTrainedModel) -> bool:
     ids = (torch.arange(2, 14) * 5) % model.config.get_text_config().vocab_size
     first, second = (ids[:7], ids[:7]), (ids[7:], ids[7:])
     places = slice(7, None)
-    packed = model(**_inputs(model, Row.pack([first, second]).to(device))).logits[0, places].float()
-    alone = model(**_inputs(model, Row.pack([second]).to(device))).logits[0].float()
-    leaked = model(**_inputs(model, Row.pack([(ids, ids)]).to(device))).logits[0, places].float()
+    packed = model(**inputs_of(model, Row.pack([first, second]).to(device))).logits[0, places].float()
+    alone = model(**inputs_of(model, Row.pack([second]).to(device))).logits[0].float()
+    leaked = model(**inputs_of(model, Row.pack([(ids, ids)]).to(device))).logits[0, places].float()
     model.train(was_training)
     return bool((packed - alone).abs().max() <= LEAK * (leaked - alone).abs().max())
 
@@ -256,10 +256,10 @@ def _has_linear_head(model: PreTrainedModel) -> bool:
     model.eval()
     ids = torch.arange(3) % model.config.get_text_config().vocab_size
     row = Row.pack([(ids, ids)]).to(head.weight.device)
-    hidden = model.base_model(**_inputs(model, row)).last_hidden_state
+    hidden = model.base_model(**inputs_of(model, row)).last_hidden_state
     handle = head.register_forward_hook(mark)
     try:
-        logits = model(**_inputs(model, row)).logits
+        logits = model(**inputs_of(model, row)).logits
     finally:
         handle.remove()
         model.train(was_training)

@@ -4,7 +4,7 @@ import torch
 
 from lightning_hub.methods.neftune import Neftune
 from lightning_hub.ops.attention import PACKED
-from lightning_hub.ops.loss import _inputs
+from lightning_hub.ops.loss import inputs_of
 from lightning_hub.ops.rows import Row
 from tests.ops.models import documents, make
 
@@ -18,7 +18,7 @@ def _embeddings(alpha: float, training: bool) -> tuple[torch.Tensor, torch.Tenso
     layer.register_forward_pre_hook(lambda _, args, kwargs: seen.append(args[0]), with_kwargs=True)
     row = Row.pack(documents(4, 16))
     torch.manual_seed(1)
-    model(**_inputs(model, row))
+    model(**inputs_of(model, row))
     return seen[0][0], model.get_input_embeddings()(row.input_ids)[0]
 
 

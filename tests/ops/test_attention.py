@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_hub.ops import attention
 from lightning_hub.ops.attention import PACKED, borders_of, packed_attention
-from lightning_hub.ops.loss import LossHead, _inputs, keeps_documents_apart
+from lightning_hub.ops.loss import LossHead, inputs_of, keeps_documents_apart
 from lightning_hub.ops.rows import Row
 from tests.ops.models import CONFIGS, documents, make
 
@@ -23,7 +23,7 @@ def _packed_and_lone(family: str, attention: str) -> tuple[torch.Tensor, torch.T
     model, reference = make(family, attention).eval(), make(family, "eager").eval()
     pairs = documents(*LENGTHS)
     with torch.no_grad():
-        packed = model(**_inputs(model, Row.pack(pairs))).logits[0]
+        packed = model(**inputs_of(model, Row.pack(pairs))).logits[0]
         lone = torch.cat([reference(ids.unsqueeze(0), use_cache=False).logits[0] for ids, _ in pairs])
     return packed, lone
 
@@ -46,7 +46,7 @@ def test_one_document_over_the_whole_row_is_another_number() -> None:
     row = Row.pack(documents(*LENGTHS))
     merged = Row(row.input_ids, row.labels, row.position_ids, (0, row.num_tokens), (0,))
     with torch.no_grad():
-        difference = model(**_inputs(model, row)).logits - model(**_inputs(model, merged)).logits
+        difference = model(**inputs_of(model, row)).logits - model(**inputs_of(model, merged)).logits
     assert difference.abs().max() > 1e-2, "the test of leaks could not fail"
 
 
@@ -60,7 +60,7 @@ def test_a_mask_is_refused() -> None:
 def test_gradients_of_a_row_are_the_sum_of_its_documents() -> None:
     packed, lone = make("llama", PACKED), make("llama", "eager")
     pairs = documents(*LENGTHS)
-    packed(**_inputs(packed, Row.pack(pairs))).logits.square().sum().backward()
+    packed(**inputs_of(packed, Row.pack(pairs))).logits.square().sum().backward()
     for ids, _ in pairs:
         lone(ids.unsqueeze(0), use_cache=False).logits.square().sum().backward()
     for (name, ours), theirs in zip(packed.named_parameters(), lone.parameters(), strict=True):

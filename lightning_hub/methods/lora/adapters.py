@@ -19,10 +19,13 @@ from transformers.pytorch_utils import Conv1D
 from lightning_hub.errors import ConfigError
 from lightning_hub.methods.targets import Matrix, describe, matrices, resolve
 
-Init = Literal["default", "gaussian", "orthogonal", "pissa", "pissa_niter_4", "pissa_niter_16", "olora"]
+Init = Literal["default", "gaussian", "orthogonal", "pissa", "pissa_niter_4", "pissa_niter_16", "olora", "eva"]
 
 SHIFTING = ("pissa", "olora")
 """Beginnings of the inits whose adapters are no zero at the start: as much is taken out of the frozen weights."""
+
+EVA = "eva"
+"""The init whose adapters start at what the layers are given: it is filled in when the model is read."""
 
 ADAPTER = "default"
 """What peft calls an adapter that nobody has named."""
@@ -78,10 +81,7 @@ def adapt(model: PreTrainedModel, settings: Settings, base: str) -> LoraConfig:
     Raises:
         ConfigError: A name matches nothing, or the wishes do not go together; the model is as it was.
     """
-    trained = whole_modules(model, settings.modules_to_save)
-    _check_tied(model, settings.targets)
-    found = [matrix for matrix in resolve(model, settings.targets) if matrix.module not in trained]
-    config = _config(model, found, settings, trained, base)
+    config, trained = wished(model, settings, base)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.filterwarnings("ignore", ".*fan_in_fan_out.*")
         if settings.init.startswith("pissa_niter"):
@@ -101,6 +101,18 @@ def adapt(model: PreTrainedModel, settings: Settings, base: str) -> LoraConfig:
     if is_shifting(settings.init):
         _remember_start(model)
     return config
+
+
+def wished(model: PreTrainedModel, settings: Settings, base: str) -> tuple[LoraConfig, list[str]]:
+    """Return how peft describes the adapters that a model is to have, and the modules that are trained whole.
+
+    Raises:
+        ConfigError: A name matches nothing, or the wishes do not go together.
+    """
+    trained = whole_modules(model, settings.modules_to_save)
+    _check_tied(model, settings.targets)
+    found = [matrix for matrix in resolve(model, settings.targets) if matrix.module not in trained]
+    return _config(model, found, settings, base), trained
 
 
 def is_shifting(init: str) -> bool:
@@ -148,14 +160,12 @@ def _check_tied(model: PreTrainedModel, targets: str | Sequence[str]) -> None:
                 )
 
 
-def _config(
-    model: PreTrainedModel, found: Sequence[Matrix], settings: Settings, trained: Sequence[str], base: str
-) -> LoraConfig:
+def _config(model: PreTrainedModel, found: Sequence[Matrix], settings: Settings, base: str) -> LoraConfig:
     layers = [matrix for matrix in found if isinstance(model.get_submodule(matrix.module), (nn.Linear, Conv1D))]
     others = [matrix for matrix in found if matrix not in layers]
     embeddings = [matrix for matrix in others if isinstance(model.get_submodule(matrix.module), nn.Embedding)]
     on_meta = next(model.parameters()).is_meta
-    start = {"default": True}.get(settings.init, settings.init)
+    start = {"default": True, EVA: True}.get(settings.init, settings.init)
     return LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,

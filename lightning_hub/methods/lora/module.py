@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -16,6 +16,7 @@ from lightning_hub.checkpoints.rng import seed_anew
 from lightning_hub.errors import ConfigError
 from lightning_hub.launch.meshes import check_adapters
 from lightning_hub.methods.lora.adapters import (
+    EVA,
     Init,
     Settings,
     adapt,
@@ -23,15 +24,18 @@ from lightning_hub.methods.lora.adapters import (
     describe_adapters,
     is_shifting,
     layers_of,
+    wished,
 )
+from lightning_hub.methods.lora.eva import INIT, directions, fill_directions
 from lightning_hub.methods.lora.folder import fill_from, finished, read_config, write_adapter
 from lightning_hub.methods.lora.health import DeadAdapterError, Pulse, group_of
 from lightning_hub.methods.lora.merge import write_merged
 from lightning_hub.methods.lora.quantization import Quantization, check_quantization, load_quantized
 from lightning_hub.methods.sft import SFT
+from lightning_hub.ops.loss import Traits
 from lightning_hub.ops.rows import Step
 from lightning_hub.parallel.crew import Crew
-from lightning_hub.parallel.data_parallel import data_parallel
+from lightning_hub.parallel.data_parallel import Placing, data_parallel
 from lightning_hub.parallel.gathering import full_tensors
 from lightning_hub.parallel.strategies import MeshStrategy
 
@@ -50,7 +54,8 @@ class LoRA(SFT):
         modules_to_save: Modules that are trained whole beside the adapters, as embed_tokens for new tokens.
         use_rslora: Scale by alpha / sqrt(r), which keeps high ranks alive (arXiv 2312.03732).
         use_dora: Train the length of each weight column apart from its direction (arXiv 2402.09353).
-        init: What adapters start from; pissa and olora decompose the weights, and the others start at no change.
+        init: What adapters start from; pissa and olora decompose the weights, eva what the layers are given, and all
+            but pissa and olora start at no change.
         quantization: How the frozen weights are held: none, nf4 (4 bits) or int8, both on one GPU with bitsandbytes.
         adapter: Folder of an adapter to go on from, made for this model with the same r, alpha, targets and variant.
         **options: SFT's.
@@ -73,11 +78,9 @@ class LoRA(SFT):
         **options: Any,
     ) -> None:
         super().__init__(model, learning_rate, **options)
-        if is_shifting(init) and (use_dora or adapter):
-            other = "use_dora" if use_dora else "adapter"
-            raise ConfigError(
-                f"{other} does not go with init {init}", where="model.init_args.init", remedy="leave it out"
-            )
+        if (is_shifting(init) and (use_dora or adapter)) or (init == EVA and adapter):
+            other = "adapter" if adapter else "use_dora"
+            raise ConfigError(f"{other} does not go with init {init}", where=INIT, remedy="leave it out")
         self.settings = Settings(r, alpha, dropout, targets, modules_to_save or [], use_rslora, use_dora, init)
         check_quantization(quantization)
         self.quantization: Quantization = quantization
@@ -127,6 +130,24 @@ class LoRA(SFT):
             use_dora=self.settings.use_dora, quantization=self.quantization, tp=tp, world_size=self.trainer.world_size
         )
 
+    def _read(self) -> tuple[PreTrainedModel, Traits]:
+        """Read the base, and find out what its layers are given where the adapters start from that."""
+        if self.settings.init != EVA or self.filled_from is not None or self.trainer.state.fn != "fit":
+            return super()._read()
+        model = self._load()
+        if not isinstance(self.trainer.strategy, Placing):  # else it may be too large for the device of one
+            nn.Module.to(model, self.trainer.strategy.root_device)  # its own `to` is typed as no method
+        config, _ = wished(model, self.settings, self.source)
+        steps = getattr(self._data(), "plan", None)
+        if steps is None:
+            raise ConfigError(
+                "init eva looks at the rows of the run", where=INIT, remedy="take the data class ChatData"
+            )
+        found = directions(model, Traits.of(model), config, steps)
+        self.choose_trainable(model)
+        fill_directions(model, found)
+        return model, Traits.of(model)
+
     def _load(self) -> PreTrainedModel:
         if self.quantization == "none":
             return super()._load()
@@ -139,7 +160,7 @@ class LoRA(SFT):
         if shifting and dtype != torch.float32:
             raise ConfigError(
                 f"init {self.settings.init} takes a part out of the weights, which loses digits in bfloat16",
-                where="model.init_args.init",
+                where=INIT,
                 remedy="read the base in float32: precision bf16-mixed or 32-true, dtype auto or float32",
             )
         is_frozen = not self.settings.modules_to_save and not shifting

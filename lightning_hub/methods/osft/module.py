@@ -140,10 +140,6 @@ class OSFT(SFT):
         batching = getattr(self._data(), "batching", None)
         return replace(self.form, row_tokens=batching.max_tokens if batching else None)
 
-    def _data(self) -> object:
-        """Return the data module, if the trainer has one: rows may come from elsewhere."""
-        return getattr(self._trainer, "datamodule", None)
-
     def _ratios(self, model: PreTrainedModel) -> Callable[[Matrix], float] | None:
         """Return what gives the ratio of each weight; None where all have the same."""
         if self.ranks == "uniform":
