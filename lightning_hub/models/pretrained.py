@@ -128,20 +128,26 @@ class Pretrained:
         return tuple(dict.fromkeys(ids))
 
     def load(
-        self, *, dtype: torch.dtype, attn_implementation: str, quantization_config: BitsAndBytesConfig | None = None
+        self,
+        *,
+        dtype: torch.dtype,
+        attn_implementation: str,
+        quantization_config: BitsAndBytesConfig | None = None,
+        device: torch.device | None = None,
     ) -> PreTrainedModel:
         """Read the weights; an adapter is merged into its base in float32, and cast then.
 
         Args:
             dtype: The dtype of the weights in memory.
             attn_implementation: A name that transformers knows, ours included.
-            quantization_config: How linear layers are quantized; they then lie on the GPU.
+            quantization_config: How linear layers are quantized; not for an adapter.
+            device: Where quantized layers lie.
         """
         if self.base is not None:
             return self._merged(self.base.load(dtype=torch.float32, attn_implementation=attn_implementation), dtype)
         given = {"config": self.config, "dtype": dtype, "attn_implementation": attn_implementation}
         if quantization_config is not None:
-            given |= {"quantization_config": quantization_config, "device_map": {"": torch.cuda.current_device()}}
+            given |= {"quantization_config": quantization_config, "device_map": {"": device}}
         model: PreTrainedModel = self._open(
             "weights", lambda name, **options: AutoModelForCausalLM.from_pretrained(name, **given, **options)
         )

@@ -100,7 +100,6 @@ def adapted(folder: str, **options: Any) -> LoRA:
         ({"targets": ["lm_head"]}, ["'lm_head' is one weight for model.embed_tokens and lm_head"]),
         ({"targets": ["embed_tokens"]}, ["'embed_tokens' is one weight for"]),
         ({"adapter": "/nowhere"}, ["holds no adapter"]),
-        ({"quantization": "nf4"}, ["nf4 weights need the library bitsandbytes", "lightning-hub[gpu]"]),
         ({"use_dora": True, "init": "pissa"}, ["use_dora does not go with init pissa"]),
     ],
     ids=str,

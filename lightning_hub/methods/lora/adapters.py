@@ -124,7 +124,7 @@ def whole_modules(model: PreTrainedModel, entries: Sequence[str]) -> list[str]:
     """Return the modules that ``modules_to_save`` names, and those that share their weights.
 
     Raises:
-        ConfigError: An entry names no module that has weights.
+        ConfigError: An entry names no module that has weights, or one whose weights are quantized.
     """
     owners = {name: module for name, module in model.named_modules() if next(module.parameters(), None) is not None}
     chosen: list[str] = []
@@ -135,6 +135,12 @@ def whole_modules(model: PreTrainedModel, entries: Sequence[str]) -> list[str]:
                 f"{entry!r} names no module of this model",
                 where="model.init_args.modules_to_save",
                 remedy=f"it has {describe(matrices(model))}",
+            )
+        if any(not parameter.is_floating_point() for name in found for parameter in owners[name].parameters()):
+            raise ConfigError(
+                f"{entry!r} is quantized, so it cannot be trained whole",
+                where="model.init_args.modules_to_save",
+                remedy="adapt it, or leave quantization out",
             )
         chosen += found
     weights = {id(parameter) for name in chosen for parameter in owners[name].parameters()}

@@ -56,7 +56,7 @@ class LoRA(SFT):
         use_dora: Train the length of each weight column apart from its direction (arXiv 2402.09353).
         init: What adapters start from; pissa and olora decompose the weights, eva what the layers are given, and all
             but pissa and olora start at no change.
-        quantization: How the frozen weights are held: none, nf4 (4 bits) or int8, both on one GPU with bitsandbytes.
+        quantization: How the frozen weights are held: none, nf4 (4 bits) or int8, in one process with bitsandbytes.
         adapter: Folder of an adapter to go on from, made for this model with the same r, alpha, targets and variant.
         **options: SFT's.
     """
@@ -82,7 +82,7 @@ class LoRA(SFT):
             other = "adapter" if adapter else "use_dora"
             raise ConfigError(f"{other} does not go with init {init}", where=INIT, remedy="leave it out")
         self.settings = Settings(r, alpha, dropout, targets, modules_to_save or [], use_rslora, use_dora, init)
-        check_quantization(quantization)
+        check_quantization(quantization, init)
         self.quantization: Quantization = quantization
         self.adapter = Path(adapter).expanduser() if adapter else None
         if self.adapter is not None:
@@ -151,7 +151,8 @@ class LoRA(SFT):
     def _load(self) -> PreTrainedModel:
         if self.quantization == "none":
             return super()._load()
-        return load_quantized(self.pretrained, self.quantization, self._load_dtype(), self.attn_implementation)
+        device = self.trainer.strategy.root_device
+        return load_quantized(self.pretrained, self.quantization, self._load_dtype(), self.attn_implementation, device)
 
     def _load_dtype(self) -> torch.dtype:
         """Frozen weights need no more than the precision that is computed in, unless some train or are decomposed."""
