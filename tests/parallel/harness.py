@@ -32,7 +32,7 @@ from lightning_hub.parallel.parts import own_part
 
 T = TypeVar("T")
 
-TIME_LIMIT = 300.0
+TIME_LIMIT = 900.0
 """Seconds after which a topology's processes are ended."""
 
 
