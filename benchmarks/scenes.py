@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Protocol, cast
 
@@ -52,15 +52,22 @@ class Scene(Protocol):
 
 
 class Room:
-    """A small model with room, made for each seed, and tasks of alphabets of their own: see ``benchmarks.room``."""
+    """A small model with room, made for each seed, and tasks of alphabets of their own: see ``benchmarks.room``.
+
+    Args:
+        steps: In which the model is made.
+    """
 
     tasks: tuple[str, ...] = ("reverse", "facts", "rotate")
     ratio: float = 0.5
-    batch, tested = 32, 200
+    batch, tested = 48, 200
+
+    def __init__(self, steps: int = room.Recipe.steps) -> None:
+        self.steps = steps
 
     def model(self, seed: int) -> PreTrainedModel:
         """Return the model of a seed, which has learnt to reverse."""
-        return _room_model(seed)
+        return _room_model(room.Recipe(seed, self.steps))
 
     def known(self, seed: int) -> room.Task:
         """Return the task that the model of a seed knows."""
@@ -80,8 +87,8 @@ class Room:
 
 
 @cache
-def _room_model(seed: int) -> PreTrainedModel:
-    return room.Recipe(seed).cached()
+def _room_model(recipe: room.Recipe) -> PreTrainedModel:
+    return recipe.cached()
 
 
 @cache
@@ -142,7 +149,7 @@ def _embedded() -> tuple[Pretrained, PreTrainedModel, Traits]:
     return pretrained, model, Traits.of(model)
 
 
-SCENES: dict[str, Scene] = {"room": Room(), "embedded": Embedded()}
+SCENES: dict[str, Callable[[], Scene]] = {"room": Room, "embedded": Embedded}
 
 
 @torch.no_grad()
