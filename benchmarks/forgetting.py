@@ -233,7 +233,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one seed and a few steps, to see that it runs; no record")
     given = parser.parse_args()
     if given.quick:
-        given.seeds, given.steps, given.leak_steps = 1, 4, 20
+        given.seeds, given.steps, given.leak_steps = 1, 4, min(20, given.leak_steps)
         GRIDS[given.scene] = {name: rates[:1] for name, rates in GRIDS[given.scene].items()}
     os.environ.update(ONE_THREAD)
     torch.set_num_threads(1)
@@ -247,7 +247,8 @@ def main() -> None:
     left = share_of_room(scene, seeds) if isinstance(scene, Room) and seeds else None
     rates = GRIDS[given.scene]
     figures = {name: measure(scene, name, rates[name], seeds, given.steps) for name in given.only if seeds}
-    report(scene, figures)
+    if figures:
+        report(scene, figures)
     if leaked:
         print()
         table(("method", "largest leak"), [(name, f"{value:.1e}") for name, value in leaked.items()])
