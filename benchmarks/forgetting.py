@@ -25,6 +25,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import cast
 
@@ -43,14 +44,14 @@ from lightning_hub.runs.files import Json
 
 GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
     "room": {
-        "sft": (1e-4, 3e-4, 1e-3, 3e-3),
-        "sft targets": (1e-4, 3e-4, 1e-3, 3e-3),
+        "sft": (3e-5, 1e-4, 3e-4, 1e-3, 3e-3),
+        "sft targets": (3e-5, 1e-4, 3e-4, 1e-3, 3e-3),
         "lora": (3e-4, 1e-3, 3e-3, 1e-2),
         "osft": (3e-4, 1e-3, 3e-3, 1e-2),
         "osft thin": (3e-4, 1e-3, 3e-3, 1e-2),
         "peft osf": (3e-4, 1e-3, 3e-3, 1e-2),
-        "factors": (1e-4, 3e-4, 1e-3, 3e-3),
-        "mini-trainer": (1e-4, 3e-4, 1e-3, 3e-3),
+        "factors": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+        "mini-trainer": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
     },
     "embedded": {
         "sft": (3e-4, 1e-3, 2e-3),
@@ -210,14 +211,18 @@ def report(scene: Scene, figures: dict[str, dict[str, Json]]) -> None:
     table(head, rows)
 
 
-def share_of_room(scene: Room, seeds: Sequence[int]) -> list[Json]:
-    """Print and return how much room the models have in their smallest quarter and half."""
+def room_of(scene: Scene, seeds: Sequence[int]) -> list[Json]:
+    """Print and return how much the models use their smallest quarter and half of directions for what they know."""
     found: list[Json] = []
     for ratio in (0.25, 0.5):
-        shares = [share for seed in seeds for share in room_left(scene.model(seed), scene.known(seed), ratio).values()]
+        shares: list[tuple[float, float]] = []
+        for seed in seeds:
+            model, ask = scene.model(seed), partial(scene.test, scene.model(seed), 0, seed)
+            shares += room_left(model, ask, ratio).values()
         weights, inputs = zip(*shares, strict=True)
-        line = {"ratio": ratio, "weight": max(weights), "input": statistics.mean(inputs), "input_max": max(inputs)}
-        print("  room:", ", ".join(f"{key} {value:.2g}" for key, value in line.items()))
+        line = {"smallest": ratio, "weights": statistics.mean(weights), "inputs": statistics.mean(inputs)}
+        line |= {"weights_max": max(weights), "inputs_max": max(inputs)}
+        print("  use of directions:", ", ".join(f"{key} {value:.2g}" for key, value in line.items()), flush=True)
         found.append(dict(line))
     return found
 
@@ -229,6 +234,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="0 measures the leaks alone")
     parser.add_argument("--steps", type=int, default=300, help="steps of each stage")
     parser.add_argument("--leak-steps", type=int, default=200, help="0 leaves the leaks out")
+    parser.add_argument("--rates", type=float, nargs="*", help="learning rates to try instead of each method's own")
     parser.add_argument("--only", choices=NAMES, nargs="*", default=NAMES)
     parser.add_argument("--quick", action="store_true", help="one seed and a few steps, to see that it runs; no record")
     given = parser.parse_args()
@@ -244,9 +250,11 @@ def main() -> None:
     if not PEERS:
         print(f"{PEER} cannot be imported here: it is left out")
     leaked = leaks([name for name in ORTHOGONAL if name in given.only], given.leak_steps) if given.leak_steps else {}
-    left = share_of_room(scene, seeds) if isinstance(scene, Room) and seeds else None
+    left = room_of(scene, seeds) if seeds else None
     rates = GRIDS[given.scene]
-    figures = {name: measure(scene, name, rates[name], seeds, given.steps) for name in given.only if seeds}
+    figures = {
+        name: measure(scene, name, given.rates or rates[name], seeds, given.steps) for name in given.only if seeds
+    }
     if figures:
         report(scene, figures)
     if leaked:

@@ -69,10 +69,6 @@ class Room:
         """Return the model of a seed, which has learnt to reverse."""
         return _room_model(room.Recipe(seed, self.steps))
 
-    def known(self, seed: int) -> room.Task:
-        """Return the task that the model of a seed knows."""
-        return room.tasks(seed)[0]
-
     def traits(self) -> Traits:
         """Return what is known about models of this kind."""
         return _room_traits()
@@ -169,34 +165,39 @@ def answered(model: PreTrainedModel, task: room.Task, count: int, seed: int) -> 
 
 
 @torch.no_grad()
-def room_left(model: PreTrainedModel, task: room.Task, ratio: float) -> dict[str, tuple[float, float]]:
-    """Return of each target how much of it, and of what a task puts in, lies in its smallest singular directions.
+def room_left(model: PreTrainedModel, ask: Callable[[], object], ratio: float) -> dict[str, tuple[float, float]]:
+    """Return of each target how much of it, and of what comes into it, lies in its smallest singular directions.
 
     Args:
         model: The model.
-        task: What it is asked.
+        ask: Asks it something.
         ratio: How many of the directions count as small.
 
     Returns:
         By layer, the share of the squared singular values and that of the squared inputs.
     """
-    chosen = {matrix.module: matrix for matrix in targets(model)}
-    put_in: dict[str, Tensor] = {}
+    chosen = targets(model)
+    splits = {
+        one.module: split(model.get_parameter(one.full_name), trained_rank(ratio, min(one.shape))) for one in chosen
+    }
+    inputs = {name: [0.0, 0.0] for name in splits}  # in the small directions, in all
+
+    def count(name: str, came: Tensor) -> None:
+        parts, seen = splits[name], came.double()
+        inputs[name][0] += float((seen @ parts.v[parts.protected :].mT).square().sum())
+        inputs[name][1] += float(seen.square().sum())
+
     hooks = [
-        model.get_submodule(name).register_forward_pre_hook(
-            lambda _, inputs, name=name: put_in.__setitem__(name, inputs[0].flatten(0, -2).double())
-        )
-        for name in chosen
+        model.get_submodule(name).register_forward_pre_hook(lambda _, came, name=name: count(name, came[0]))
+        for name in splits
     ]
-    answered(model, task, count=200, seed=5)
+    ask()
     for hook in hooks:
         hook.remove()
-    shares = {}
-    for name, matrix in chosen.items():
-        parts = split(model.get_parameter(matrix.full_name), trained_rank(ratio, min(matrix.shape)))
-        small, low = parts.values[parts.protected :], put_in[name] @ parts.v[parts.protected :].mT
-        shares[name] = (
-            float(small.square().sum() / parts.values.square().sum()),
-            float(low.square().sum() / put_in[name].square().sum()),
+    return {
+        name: (
+            float(parts.values[parts.protected :].square().sum() / parts.values.square().sum()),
+            inputs[name][0] / inputs[name][1],
         )
-    return shares
+        for name, parts in splits.items()
+    }
