@@ -1,13 +1,19 @@
-"""What a model still knows after it has learnt two further tasks, one after the other, by six methods.
+"""What a model still knows after it has learnt two further tasks, one after the other, by several methods.
 
-The first task, spelling and reversing words, is what the embedded model knows; shouting and doubling are new to it.
-Each stage begins with the plain model that the stage before has left, as ``fit --model RUN/export`` does. All methods
-take the same steps over the same rows, each with the learning rate at which it learnt shouting best on a seed of its
-own (the best average over all tasks would choose a rate at which nothing is learnt, and so nothing forgotten).
-Accuracy is the share of held-out words that are answered exactly, greedily. At last, what the orthogonal methods leak
-into directions that they promise to leave alone: the largest share of any weight's change.
+There are two scenes. ``room``: a model made for the purpose, whose weights have directions that its first task does not
+use, and tasks of alphabets of their own. ``embedded``: the model that the package brings along, which uses all it has,
+and new questions about the same words. Each stage begins with the plain model that the stage before has left, as
+``fit --model RUN/export`` does. All methods take the same steps over the same rows.
 
-usage: python -m benchmarks.forgetting [--seeds 5] [--steps 300] [--ratio 0.25] [--quick]
+Every method gets its learning rate by one rule, on a seed that is used for nothing else: the rate with the best average
+over all tasks at the end, which weighs what is kept and what is learnt alike. A method that can only do one of the two
+is best where it keeps all and learns nothing, or the other way round: then its average is a third. What every rate gave
+is told and recorded, so that another rule can be tried, such as the rate at which most is learnt.
+
+At last, what the orthogonal methods leak into directions that they promise to leave alone: the largest share of any
+weight's change.
+
+usage: python -m benchmarks.forgetting [--scene room|embedded] [--seeds 5] [--steps 300] [--quick]
 """
 
 from __future__ import annotations
@@ -19,7 +25,8 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import partial
+from importlib.metadata import version
 from typing import cast
 
 import torch
@@ -27,35 +34,37 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
-from benchmarks.keepers import NAMES, ORTHOGONAL, Learner, leak, learner
+from benchmarks.keepers import NAMES, ORTHOGONAL, PEER, PEERS, Learner, leak, learner
 from benchmarks.records import ONE_THREAD, record, table
-from lightning_hub.data.samples import Samples
-from lightning_hub.data.steps import Batching, StepPlan
-from lightning_hub.demo.tasks import PRETRAINING, SHOUT, Conversation, Task, conversations
+from benchmarks.scenes import SCENES, Embedded, Room, Scene, room_left
+from lightning_hub.data.steps import StepPlan
 from lightning_hub.methods.schedule import Schedule
-from lightning_hub.models.generation import complete
-from lightning_hub.models.pretrained import Pretrained
-from lightning_hub.ops.attention import PACKED
 from lightning_hub.ops.loss import LossHead, Traits
-from lightning_hub.ops.rows import IGNORED
 from lightning_hub.runs.files import Json
 
-DOUBLE = Task("double", "Double {word}.", lambda word: word + word)
-TASKS: tuple[tuple[Task, ...], ...] = (PRETRAINING, (SHOUT,), (DOUBLE,))
-"""The first is known; each further one is learnt in a stage."""
-
-GRIDS: dict[str, tuple[float, ...]] = {
-    "sft": (3e-4, 1e-3, 2e-3),
-    "osft": (3e-3, 1e-2, 3e-2),
-    "osft thin": (3e-3, 1e-2, 3e-2),
-    "lora": (1e-3, 3e-3, 1e-2),
-    "peft osf": (1e-3, 3e-3, 1e-2),
-    "factors": (1e-3, 3e-3, 1e-2),
+GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
+    "room": {
+        "sft": (3e-5, 1e-4, 3e-4, 1e-3, 3e-3),
+        "sft targets": (3e-5, 1e-4, 3e-4, 1e-3, 3e-3),
+        "lora": (3e-4, 1e-3, 3e-3, 1e-2),
+        "osft": (3e-4, 1e-3, 3e-3, 1e-2),
+        "osft thin": (3e-4, 1e-3, 3e-3, 1e-2),
+        "peft osf": (3e-4, 1e-3, 3e-3, 1e-2),
+        "factors": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+        "mini-trainer": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+    },
+    "embedded": {
+        "sft": (3e-4, 1e-3, 2e-3),
+        "sft targets": (3e-4, 1e-3, 2e-3),
+        "lora": (1e-3, 3e-3, 1e-2),
+        "osft": (3e-3, 1e-2, 3e-2),
+        "osft thin": (3e-3, 1e-2, 3e-2),
+        "peft osf": (1e-3, 3e-3, 1e-2),
+        "factors": (1e-3, 3e-3, 1e-2),
+        "mini-trainer": (1e-3, 3e-3, 1e-2),
+    },
 }
 """Learning rates that are tried: the forms differ by factors in how far a step moves a weight."""
-
-BATCH, TESTED, ROW = 16, 60, 512
-"""Samples of a step, words of a test, tokens of a row."""
 
 TUNING_SEED = 1000
 
@@ -92,30 +101,13 @@ class Outcome:
         return statistics.mean(self.grid[-1][task] - self.grid[task][task] for task in stages)
 
 
-@cache
-def embedded() -> tuple[Pretrained, PreTrainedModel, Traits]:
-    """Return the embedded model in float32, and what is known of it."""
-    pretrained = Pretrained("demo")
-    model = pretrained.load(dtype=torch.float32, attn_implementation=PACKED)
-    return pretrained, model, Traits.of(model)
+FIGURES = ("average", "learnt", "kept", "backward_transfer")
+"""What is told of outcomes."""
 
 
-def plan(rows: list[Conversation], seed: int) -> StepPlan:
-    """Return the steps that a list of conversations makes."""
-    tokenizer = embedded()[0].tokenizer
-    pairs = []
-    for turns in (row["messages"] for row in rows):
-        asked = cast(
-            "list[int]", tokenizer.apply_chat_template(turns[:-1], add_generation_prompt=True, return_dict=False)
-        )
-        whole = cast("list[int]", tokenizer.apply_chat_template(turns, return_dict=False))
-        pairs.append((whole, [IGNORED] * len(asked) + whole[len(asked) :]))
-    return StepPlan(Samples.from_pairs(pairs, f"seed {seed}"), Batching(ROW, BATCH, None, shuffle=True, seed=seed))
-
-
-def teach(taught: Learner, steps: StepPlan, rate: float, weight_decay: float = 0.0) -> PreTrainedModel:
+def teach(taught: Learner, steps: StepPlan, rate: float, traits: Traits, weight_decay: float = 0.0) -> PreTrainedModel:
     """Train for one pass over the steps and return the plain model that comes out."""
-    head = LossHead(taught.model, traits=embedded()[2])
+    head = LossHead(taught.model, traits=traits)
     taught.model.train()
     optimizer = AdamW(taught.trained, lr=rate, betas=(0.9, 0.98), weight_decay=weight_decay)
     schedule = LambdaLR(optimizer, Schedule("wsd", min(20, len(steps) // 5), len(steps), 0.0))
@@ -126,118 +118,157 @@ def teach(taught: Learner, steps: StepPlan, rate: float, weight_decay: float = 0
             (head(row) / step.num_trained).backward()
         taught.before_clipping()
         torch.nn.utils.clip_grad_norm_(taught.trained, 1.0)
+        taught.before_step()
         optimizer.step()
         schedule.step()
         taught.after_step()
     return taught.merged().requires_grad_(False)
 
 
-def accuracy(model: PreTrainedModel, rows: Sequence[Conversation]) -> float:
-    """Return the share of questions that a model answers exactly."""
-    answers = complete(model, embedded()[0].tokenizer, [row["messages"][:1] for row in rows], max_new_tokens=24)
-    right = sum(found == row["messages"][1]["content"] for found, row in zip(answers, rows, strict=True))
-    return right / len(rows)
-
-
-def sequence(name: str, rate: float, seed: int, steps: int, ratio: float, num_tasks: int = len(TASKS)) -> Outcome:
-    """Teach the new ones of the first tasks one after another, and test all of these after each."""
+def sequence(scene: Scene, name: str, rate: float, seed: int, steps: int) -> Outcome:
+    """Teach the new tasks one after another, and test all after each."""
     torch.manual_seed(seed)
-    model = embedded()[1]
-    tests, lessons = [], []
-    for number, task in enumerate(TASKS[:num_tasks]):
-        rows = conversations(task, steps * BATCH + TESTED, seed=seed + 10_000 * number)
-        tests.append(rows[:TESTED])
-        lessons.append(rows[TESTED:])
-    grid = [[accuracy(model, rows) for rows in tests]]
-    for lesson in lessons[1:]:
-        model = teach(learner(name, model, ratio), plan(lesson, seed), rate)
-        grid.append([accuracy(model, rows) for rows in tests])
+    model, places = scene.model(seed), range(len(scene.tasks))
+    grid = [[scene.test(model, place, seed) for place in places]]
+    for place in places[1:]:
+        taught = learner(name, model, scene.ratio)
+        model = teach(taught, scene.lesson(place, seed, steps), rate, scene.traits())
+        grid.append([scene.test(model, place, seed) for place in places])
     return Outcome(grid)
 
 
-def tuned(name: str, steps: int, ratio: float) -> tuple[float, list[Json]]:
-    """Return the learning rate at which a method learns the first new task best, and what every rate gave."""
-    tried: list[Json] = []
-    best, best_key = 0.0, (-1.0, -1.0)
-    for rate in GRIDS[name]:
-        found = sequence(name, rate, TUNING_SEED, steps, ratio, num_tasks=2)
-        print(f"  {name}, rate {rate:g}: learnt {found.learnt:.2f}, kept {found.kept:.2f}", flush=True)
-        tried.append({"rate": rate, "learnt": found.learnt, "kept": found.kept, "average": found.average})
-        if (found.learnt, found.average) > best_key:
-            best, best_key = rate, (found.learnt, found.average)
-    return best, tried
+def best(tried: Sequence[tuple[float, Outcome]]) -> float:
+    """Return the rate with the best average at the end; of equal ones, that at which more is learnt."""
+    return max(tried, key=lambda one: (one[1].average, one[1].learnt))[0]
 
 
-def leaks(names: Sequence[str], steps: int, ratio: float) -> dict[str, float]:
+def tuned(scene: Scene, name: str, rates: Sequence[float], steps: int) -> tuple[float, list[Json]]:
+    """Return the learning rate of a method, and what every rate gave."""
+    tried = []
+    for rate in rates:
+        outcome = sequence(scene, name, rate, TUNING_SEED, steps)
+        print(f"  {name}, {rate:g}:", *(f"{key} {getattr(outcome, key):.2f}" for key in FIGURES), flush=True)
+        tried.append((rate, outcome))
+    return best(tried), [
+        {"rate": rate, **{key: round(getattr(outcome, key), 4) for key in FIGURES}} for rate, outcome in tried
+    ]
+
+
+def leaks(names: Sequence[str], steps: int, ratio: float = 0.25) -> dict[str, float]:
     """Return what each orthogonal method leaks while it learns to shout, at one learning rate, with weight decay."""
-    plain = embedded()[1]
-    steps_of = plan(conversations(TASKS[1], steps * BATCH, seed=1), seed=1)
+    scene = Embedded()
+    plain, lesson = scene.model(1), scene.lesson(1, 1, steps)
     found = {}
     for name in names:
-        after = teach(learner(name, plain, ratio), steps_of, rate=1e-3, weight_decay=0.1)
+        after = teach(learner(name, plain, ratio), lesson, 1e-3, scene.traits(), weight_decay=0.1)
         found[name] = leak(plain, after, ratio)
+        print(f"  {name} leaks {found[name]:.1e}", flush=True)
     return found
 
 
-def measure(name: str, seeds: Sequence[int], steps: int, ratio: float) -> dict[str, Json]:
+def measure(scene: Scene, name: str, rates: Sequence[float], seeds: Sequence[int], steps: int) -> dict[str, Json]:
     """Tune one method, run it with every seed, and return its figures."""
     start = time.process_time()
-    rate, tried = tuned(name, steps, ratio)
-    found = [sequence(name, rate, seed, steps, ratio) for seed in seeds]
-    plain = embedded()[1]
-    stages = range(len(TASKS))
+    rate, tried = tuned(scene, name, rates, steps)
+    found = [sequence(scene, name, rate, seed, steps) for seed in seeds]
+    stages = range(len(scene.tasks))
     grid = [[statistics.mean(one.grid[stage][task] for one in found) for task in stages] for stage in stages]
+    figures: dict[str, Json] = {}
+    for key in FIGURES:
+        values = [getattr(one, key) for one in found]
+        figures |= {
+            key: round(statistics.mean(values), 4),
+            f"{key}_range": [round(min(values), 4), round(max(values), 4)],
+        }
     return {
         "rate": rate,
-        "trained": sum(parameter.numel() for parameter in learner(name, plain, ratio).trained),
+        "trained": sum(parameter.numel() for parameter in learner(name, scene.model(0), scene.ratio).trained),
         "accuracy": [[round(value, 4) for value in row] for row in grid],
-        **{
-            key: round(statistics.mean(getattr(one, key) for one in found), 4)
-            for key in ("average", "learnt", "kept", "backward_transfer")
-        },
-        "average_spread": round(max(one.average for one in found) - min(one.average for one in found), 4),
+        **figures,
         "cpu_seconds": round(time.process_time() - start, 1),
         "tried": tried,
     }
 
 
-def report(figures: dict[str, dict[str, Json]], leaked: dict[str, float]) -> None:
-    """Print what every method knows after each stage, and what it leaks."""
+def report(scene: Scene, figures: dict[str, dict[str, Json]]) -> None:
+    """Print what every method knows after each stage."""
     rows = []
     for name, line in figures.items():
         accuracies = [" ".join(f"{value:.2f}" for value in row) for row in cast("list[list[float]]", line["accuracy"])]
-        shown = [f"{line[key]:.3f}" for key in ("average", "learnt", "kept", "backward_transfer")]
-        rows.append((name, f"{line['rate']:g}", line["trained"], *accuracies[1:], *shown))
-    print("\naccuracy on: known, shout, double")
-    table(("method", "rate", "trained", "after shout", "after double", "average", "learnt", "kept", "transfer"), rows)
-    print()
-    table(("method", "largest leak"), [(name, f"{value:.1e}") for name, value in leaked.items()])
+        shown = [f"{line[key]:.3f}" for key in FIGURES]
+        spread = "-".join(f"{value:.2f}" for value in cast("list[float]", line["kept_range"]))
+        rows.append((name, f"{line['rate']:g}", line["trained"], *accuracies[1:], *shown, spread))
+    print(f"\naccuracy on: {', '.join(scene.tasks)}")
+    head = (
+        "method",
+        "rate",
+        "trained",
+        *(f"after {task}" for task in scene.tasks[1:]),
+        *FIGURES[:3],
+        "transfer",
+        "kept",
+    )
+    table(head, rows)
+
+
+def room_of(scene: Scene, seeds: Sequence[int]) -> list[Json]:
+    """Print and return how much the models use their smallest quarter and half of directions for what they know."""
+    found: list[Json] = []
+    for ratio in (0.25, 0.5):
+        shares: list[tuple[float, float]] = []
+        for seed in seeds:
+            model, ask = scene.model(seed), partial(scene.test, scene.model(seed), 0, seed)
+            shares += room_left(model, ask, ratio).values()
+        weights, inputs = zip(*shares, strict=True)
+        line = {"smallest": ratio, "weights": statistics.mean(weights), "inputs": statistics.mean(inputs)}
+        line |= {"weights_max": max(weights), "inputs_max": max(inputs)}
+        print("  use of directions:", ", ".join(f"{key} {value:.2g}" for key, value in line.items()), flush=True)
+        found.append(dict(line))
+    return found
 
 
 def main() -> None:
     """Tune, run and report all methods."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--scene", choices=list(SCENES), default="room")
+    parser.add_argument("--seeds", type=int, default=5, help="0 measures the leaks alone")
     parser.add_argument("--steps", type=int, default=300, help="steps of each stage")
-    parser.add_argument("--leak-steps", type=int, default=200)
-    parser.add_argument("--ratio", type=float, default=0.25, help="share of the singular directions that may train")
+    parser.add_argument("--leak-steps", type=int, default=200, help="0 leaves the leaks out")
+    parser.add_argument("--rates", type=float, nargs="*", help="learning rates to try instead of each method's own")
     parser.add_argument("--only", choices=NAMES, nargs="*", default=NAMES)
     parser.add_argument("--quick", action="store_true", help="one seed and a few steps, to see that it runs; no record")
     given = parser.parse_args()
     if given.quick:
-        given.seeds, given.steps, given.leak_steps = 1, 4, 20
-        GRIDS.update({name: rates[:1] for name, rates in GRIDS.items()})
+        given.seeds, given.steps, given.leak_steps = 1, 4, min(20, given.leak_steps)
+        GRIDS[given.scene] = {name: rates[:1] for name, rates in GRIDS[given.scene].items()}
     os.environ.update(ONE_THREAD)
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", ".*requires_grad=True to a scalar.*")
-    leaked = leaks([name for name in ORTHOGONAL if name in given.only], given.leak_steps, given.ratio)
-    figures = {name: measure(name, range(given.seeds), given.steps, given.ratio) for name in given.only}
-    report(figures, leaked)
+    scene, seeds = SCENES[given.scene](), range(given.seeds)
+    if given.quick and isinstance(scene, Room):
+        scene = Room(steps=10)
+    if not PEERS:
+        print(f"{PEER} cannot be imported here: it is left out")
+    leaked = leaks([name for name in ORTHOGONAL if name in given.only], given.leak_steps) if given.leak_steps else {}
+    left = room_of(scene, seeds) if seeds else None
+    rates = GRIDS[given.scene]
+    figures = {
+        name: measure(scene, name, given.rates or rates[name], seeds, given.steps) for name in given.only if seeds
+    }
+    if figures:
+        report(scene, figures)
+    if leaked:
+        print()
+        table(("method", "largest leak"), [(name, f"{value:.1e}") for name, value in leaked.items()])
     if not given.quick:
-        settings: dict[str, Json] = {"seeds": given.seeds, "steps": given.steps, "ratio": given.ratio}
-        record(
-            "forgetting", {**settings, "leak_steps": given.leak_steps, "methods": dict(figures), "leak": dict(leaked)}
-        )
+        settings: dict[str, Json] = {
+            "scene": given.scene,
+            "ratio": scene.ratio,
+            "seeds": given.seeds,
+            "steps": given.steps,
+        }
+        settings |= {"leak_steps": given.leak_steps, PEER: version("rhai-innovation-mini-trainer") if PEERS else None}
+        record("forgetting", {**settings, "room": left, "methods": dict(figures), "leak": dict(leaked)})
 
 
 if __name__ == "__main__":

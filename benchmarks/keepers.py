@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from typing import Literal, cast
+from importlib import import_module
+from importlib.util import find_spec
+from io import StringIO
+from pathlib import Path
+from typing import Any, Literal, cast
 
 import torch
 from peft import LoraConfig, OSFConfig, PeftConfig, get_peft_model
@@ -17,11 +23,16 @@ from lightning_hub.methods.osft import OSFT
 from lightning_hub.methods.osft.bases import BasesCache, fill_bases
 from lightning_hub.methods.osft.split import split, trained_rank
 from lightning_hub.methods.targets import ALL_LINEAR, Matrix, resolve
-from lightning_hub.runs.folder import default_cache_dir
 
-NAMES = ("sft", "osft", "osft thin", "lora", "peft osf", "factors")
-ORTHOGONAL = ("osft", "osft thin", "peft osf", "factors")
+PEER = "mini_trainer"
+"""The package of the method's authors, version 0.9.0: it contends where it can be imported, and nothing needs it."""
+
+PEERS = ("mini-trainer",) if find_spec(PEER) else ()
+
+ORTHOGONAL = ("osft", "osft thin", "peft osf", "factors", *PEERS)
 """Those that promise to leave the protected directions alone."""
+
+NAMES = ("sft", "sft targets", "lora", *ORTHOGONAL)
 
 
 def _nothing() -> None:
@@ -36,12 +47,14 @@ class Learner:
         model: What computes the loss; what trains in it has a gradient.
         merged: Returns the plain model that it has become.
         before_clipping: Called when the gradients are complete.
+        before_step: Called when they are clipped.
         after_step: Called when the optimizer has moved the parameters.
     """
 
     model: PreTrainedModel
     merged: Callable[[], PreTrainedModel]
     before_clipping: Callable[[], None] = _nothing
+    before_step: Callable[[], None] = _nothing
     after_step: Callable[[], None] = _nothing
 
     @property
@@ -59,14 +72,18 @@ def learner(name: str, plain: PreTrainedModel, ratio: float) -> Learner:
         ratio: Share of the singular directions that may be trained; LoRA gets the rank that trains as many numbers.
     """
     model = copy.deepcopy(plain)
-    if name == "sft":
-        model.requires_grad_(True)
+    if name.startswith("sft"):
+        model.requires_grad_(name == "sft")
+        for matrix in targets(model):
+            model.get_parameter(matrix.full_name).requires_grad_(True)
         return Learner(model, lambda: model)
     if name == "lora":
         rank = lora_rank(plain, ratio)
         return _through_peft(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers(plain)))
     if name == "peft osf":
         return _through_peft(model, _osf(plain, ratio))
+    if name in PEERS:
+        return _mini_trainer(model, ratio)
     return _factors(model, ratio) if name == "factors" else _osft(model, ratio, "thin" if "thin" in name else "full")
 
 
@@ -92,10 +109,11 @@ def lora_rank(model: PreTrainedModel, ratio: float) -> int:
 
 
 def _osft(model: PreTrainedModel, ratio: float, complement: Literal["full", "thin"]) -> Learner:
-    module = OSFT("demo", unfreeze_rank_ratio=ratio, targets=ALL_LINEAR, complement=complement)
+    module = OSFT("demo", unfreeze_rank_ratio=ratio, targets=ALL_LINEAR, complement=complement, forward="merged")
     module.choose_trainable(model)
     module.model = model
-    fill_bases(list(module.sites()), BasesCache(default_cache_dir()))
+    with tempfile.TemporaryDirectory() as folder:  # weights that no run will meet again
+        fill_bases(list(module.sites()), BasesCache(Path(folder)))
 
     def merged() -> PreTrainedModel:
         for site in list(module.sites()):
@@ -114,11 +132,44 @@ def _through_peft(model: PreTrainedModel, config: PeftConfig) -> Learner:
 
 def _osf(model: PreTrainedModel, ratio: float) -> OSFConfig:
     """Its ``effective_rank`` is what is protected; each layer gets the very number of directions that OSFT protects."""
-    kept: dict[str, int | float] = {}
-    for matrix in targets(model):
-        short = min(matrix.shape)
-        kept[f"^{matrix.module.replace('.', r'[.]')}$"] = short - trained_rank(ratio, short)
-    return OSFConfig(target_modules=layers(model), rank_pattern=kept)
+    kept = {f"^{matrix.module.replace('.', r'[.]')}$": _protected(matrix, ratio) for matrix in targets(model)}
+    return OSFConfig(target_modules=layers(model), rank_pattern=dict(kept))
+
+
+def _protected(matrix: Matrix, ratio: float) -> int:
+    """Return how many of the directions of a weight are protected."""
+    short = min(matrix.shape)
+    return short - trained_rank(ratio, short)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Swallow what somebody else's code tells about its progress."""
+    with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        yield
+
+
+def _mini_trainer(model: PreTrainedModel, ratio: float) -> Learner:
+    """Return its own model and projections, which its optimizer wrapper calls around each step.
+
+    By itself it would train all other parameters as well, without constraint; here they stay, as in the other forms.
+    """
+    kept = {matrix.full_name: _protected(matrix, ratio) for matrix in targets(model)}
+    theirs: Any = import_module(f"{PEER}.osft_utils")
+    with _quiet():
+        made = theirs.create_osft_model_class(type(model))(
+            model.config, osft_config=kept, initialize_osft=False, output_dtype=torch.float32
+        )
+        made.load_state_dict(model.state_dict())
+        made.requires_grad_(False)
+        made.reinitialize_osft(decompose_existing_weights=True)
+
+    def merged() -> PreTrainedModel:
+        with _quiet():
+            model.load_state_dict(made.prepare_state_dict_for_save(made.state_dict()))
+        return model
+
+    return Learner(made, merged, before_step=made.project_gradients, after_step=made.project_parameters)
 
 
 class Factors(nn.Module):
@@ -170,7 +221,7 @@ def _factors(model: PreTrainedModel, ratio: float) -> Learner:
         for _, form in made:
             form.project(form.u, form.v)
 
-    return Learner(model, merged, gradients, parameters)
+    return Learner(model, merged, before_clipping=gradients, after_step=parameters)
 
 
 def leak(before: PreTrainedModel, after: PreTrainedModel, ratio: float) -> float:

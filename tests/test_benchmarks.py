@@ -14,12 +14,18 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.slow
-def test_the_benchmark_of_forgetting_runs_in_small() -> None:
-    command = [sys.executable, "-m", "benchmarks.forgetting", "--quick"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+@pytest.mark.parametrize(("scene", "leak_steps"), [("room", 20), ("embedded", 0)])
+def test_the_benchmark_of_forgetting_runs_in_small(scene: str, leak_steps: int, tmp_path: Path) -> None:
+    options = ["--quick", "--scene", scene, "--leak-steps", str(leak_steps)]
+    command = [sys.executable, "-m", "benchmarks.forgetting", *options]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "LIGHTNING_HUB_CACHE": str(tmp_path)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    rows = re.findall(r"^(\w[\w -]*\w) +[0-9.e-]+ +[0-9]+ ", done.stdout, re.MULTILINE)
+    assert {"sft", "sft targets", "lora", "osft", "osft thin", "peft osf", "factors"} <= set(rows)
     leaks = dict(re.findall(r"^(osft|osft thin|peft osf|factors) +([0-9.e+-]+)$", done.stdout, re.MULTILINE))
+    if not leak_steps:
+        return
     assert float(leaks["osft"]) < 1e-5
     assert float(leaks["osft thin"]) < 1e-5
     assert float(leaks["factors"]) < 1e-3
