@@ -32,6 +32,14 @@ from lightning_hub.parallel.parts import own_part
 
 T = TypeVar("T")
 
+LOADED_ONCE = [
+    "tests.parallel.harness",
+    "tests.parallel.stories",
+    "lightning_hub.methods.lora",
+    "lightning_hub.methods.osft",
+]
+"""What all ranks of all topologies need: 1.5 s for each of them, if it did not come from the process they fork from."""
+
 TIME_LIMIT = 900.0
 """Seconds after which a topology's processes are ended."""
 
@@ -241,7 +249,7 @@ def processes(world_size: int, work: Callable[[], T], folder: Path) -> list[T]:
 def started(world_size: int, work: Callable[[], object], folder: Path) -> list[ForkServerProcess]:
     """Return the processes that run a function as every rank of a world; the caller ends them."""
     context = multiprocessing.get_context("forkserver")  # one import of torch for all processes of all topologies
-    context.set_forkserver_preload(["tests.parallel.harness"])
+    context.set_forkserver_preload(LOADED_ONCE)
     port = _free_port()
     ranks = [context.Process(target=_rank, args=(rank, world_size, port, work, folder)) for rank in range(world_size)]
     for process in ranks:

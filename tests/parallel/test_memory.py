@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +54,14 @@ def num_bytes(tensors: list[Any]) -> int:
     return sum(own_part(tensor).nbytes for tensor in tensors)
 
 
-def weigh(models: list[str], precision: Any, topology: Topology) -> list[Held]:
+def weigh(models: list[str], precisions: list[Any], topology: Topology) -> list[Held]:
     found = []
-    for model in models:
-        module = Weighed(model)
-        trainer: Trainer = make_trainer(topology, max_steps=1, precision=precision, limit_val_batches=0)
-        trainer.fit(module, Shares(trainer))
-        found.append(module.held)
+    for precision in precisions:
+        for model in models:
+            module = Weighed(model)
+            trainer: Trainer = make_trainer(topology, max_steps=1, precision=precision, limit_val_batches=0)
+            trainer.fit(module, Shares(trainer))
+            found.append(module.held)
     return found
 
 
@@ -72,12 +74,12 @@ def skeleton(model: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
 @pytest.mark.parametrize("topology", TOPOLOGIES, ids=lambda topology: topology.name)
 def test_computed_state_is_what_ranks_hold(topology: Topology, tmp_path: Path) -> None:
     models = ["demo", saved("qwen3"), saved("qwen2")]  # tied; odd sizes; biases
-    for precision, dtype in {"32-true": torch.float32, "bf16-true": torch.bfloat16}.items():
-        ranks = processes(topology.world_size, partial(weigh, models, precision, topology), tmp_path)
-        for place, model in enumerate(models):
-            memory = strategy_memory(skeleton(model, dtype), topology.strategy(), topology.world_size)
-            fullest = max((held[place] for held in ranks), key=sum)
-            assert (memory.weights, memory.gradients, memory.optimizer) == fullest, f"{model}, {precision}"
+    dtypes = {"32-true": torch.float32, "bf16-true": torch.bfloat16}
+    ranks = processes(topology.world_size, partial(weigh, models, list(dtypes), topology), tmp_path)
+    for place, ((precision, dtype), model) in enumerate(product(dtypes.items(), models)):
+        memory = strategy_memory(skeleton(model, dtype), topology.strategy(), topology.world_size)
+        fullest = max((held[place] for held in ranks), key=sum)
+        assert (memory.weights, memory.gradients, memory.optimizer) == fullest, f"{model}, {precision}"
 
 
 BLOCKS, RANKS = 6, 4
