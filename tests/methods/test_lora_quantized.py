@@ -1,7 +1,8 @@
-"""Adapters beside weights in four and eight bits, on the CPU kernels of bitsandbytes."""
+"""Adapters beside weights in four and eight bits, where bitsandbytes is installed; its CPU kernels will do."""
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from lightning_hub.ops.attention import PACKED
 from tests.methods.test_lora import SMALL, peft_loop, train
 from tests.parallel.harness import Case, calm, trained
 from tests.parallel.test_topology import ONE
+
+installed = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 
 KINDS: list[Quantization] = ["nf4", "int8"]
 
@@ -42,6 +45,7 @@ def stock(kind: Quantization) -> PreTrainedModel:
     return model
 
 
+@installed
 @pytest.mark.parametrize("kind", KINDS)
 def test_losses_and_adapters_are_those_of_stock_libraries(kind: Quantization) -> None:
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -59,6 +63,7 @@ def test_losses_and_adapters_are_those_of_stock_libraries(kind: Quantization) ->
     assert abs(plain.losses[0] - losses[0]) > 1e-5, "the weights were rounded"
 
 
+@installed
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_export_is_an_adapter_for_the_whole_weights(kind: Quantization, tmp_path: Path) -> None:
     train(calm(), tmp_path, quantization=kind, gradient_checkpointing=True)
@@ -68,6 +73,7 @@ def test_the_export_is_an_adapter_for_the_whole_weights(kind: Quantization, tmp_
         train(str(tmp_path / "adapter"), tmp_path, quantization=kind)
 
 
+@installed
 def test_what_needs_the_weights_themselves_is_refused() -> None:
     with pytest.raises(ConfigError, match="init olora takes its start out of the weights, which nf4 has rounded"):
         LoRA("demo", quantization="nf4", init="olora")
