@@ -21,12 +21,14 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import tempfile
 import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -34,7 +36,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
-from benchmarks.keepers import NAMES, ORTHOGONAL, PEER, PEERS, Learner, leak, learner
+from benchmarks.keepers import FEWER, NAMES, ORTHOGONAL, PEER, PEERS, Chain, Learner, leak, learner
 from benchmarks.records import ONE_THREAD, record, table
 from benchmarks.scenes import SCENES, Embedded, Room, Scene, room_left
 from lightning_hub.data.steps import StepPlan
@@ -52,6 +54,8 @@ GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
         "peft osf": (3e-4, 1e-3, 3e-3, 1e-2),
         "factors": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
         "mini-trainer": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+        "osft chained": (3e-4, 1e-3, 3e-3, 1e-2),
+        **dict.fromkeys(FEWER, (0.0001, 0.0003, 0.001, 0.003, 0.01)),
     },
     "embedded": {
         "sft": (3e-4, 1e-3, 2e-3),
@@ -62,6 +66,8 @@ GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
         "peft osf": (1e-3, 3e-3, 1e-2),
         "factors": (1e-3, 3e-3, 1e-2),
         "mini-trainer": (1e-3, 3e-3, 1e-2),
+        "osft chained": (3e-3, 1e-2, 3e-2),
+        **dict.fromkeys(FEWER, (0.001, 0.003, 0.01)),
     },
 }
 """Learning rates that are tried: the forms differ by factors in how far a step moves a weight."""
@@ -75,9 +81,11 @@ class Outcome:
 
     Attributes:
         grid: ``grid[stage][task]``; stage 0 is the model before anything is learnt.
+        trained: How many numbers the optimizer has moved in each stage.
     """
 
     grid: list[list[float]]
+    trained: list[int]
 
     @property
     def average(self) -> float:
@@ -129,12 +137,15 @@ def sequence(scene: Scene, name: str, rate: float, seed: int, steps: int) -> Out
     """Teach the new tasks one after another, and test all after each."""
     torch.manual_seed(seed)
     model, places = scene.model(seed), range(len(scene.tasks))
-    grid = [[scene.test(model, place, seed) for place in places]]
-    for place in places[1:]:
-        taught = learner(name, model, scene.ratio)
-        model = teach(taught, scene.lesson(place, seed, steps), rate, scene.traits())
-        grid.append([scene.test(model, place, seed) for place in places])
-    return Outcome(grid)
+    grid, trained = [[scene.test(model, place, seed) for place in places]], []
+    with tempfile.TemporaryDirectory() as folder:
+        chain = Chain(Path(folder), len(places) - 1)
+        for place in places[1:]:
+            taught = learner(name, model, scene.ratio, chain)
+            trained.append(sum(parameter.numel() for parameter in taught.trained))
+            model = teach(taught, scene.lesson(place, seed, steps), rate, scene.traits())
+            grid.append([scene.test(model, place, seed) for place in places])
+    return Outcome(grid, trained)
 
 
 def best(tried: Sequence[tuple[float, Outcome]]) -> float:
@@ -182,7 +193,7 @@ def measure(scene: Scene, name: str, rates: Sequence[float], seeds: Sequence[int
         }
     return {
         "rate": rate,
-        "trained": sum(parameter.numel() for parameter in learner(name, scene.model(0), scene.ratio).trained),
+        "trained": max(found[0].trained),
         "accuracy": [[round(value, 4) for value in row] for row in grid],
         **figures,
         "cpu_seconds": round(time.process_time() - start, 1),

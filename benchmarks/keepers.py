@@ -21,6 +21,8 @@ from transformers import PreTrainedModel
 
 from lightning_hub.methods.osft import OSFT
 from lightning_hub.methods.osft.bases import BasesCache, fill_bases
+from lightning_hub.methods.osft.product import merged as merged_changes
+from lightning_hub.methods.osft.product import write_changes
 from lightning_hub.methods.osft.split import split, trained_rank
 from lightning_hub.methods.targets import ALL_LINEAR, Matrix, resolve
 
@@ -32,7 +34,10 @@ PEERS = ("mini-trainer",) if find_spec(PEER) else ()
 ORTHOGONAL = ("osft", "osft thin", "peft osf", "factors", *PEERS)
 """Those that promise to leave the protected directions alone."""
 
-NAMES = ("sft", "sft targets", "lora", *ORTHOGONAL)
+FEWER = tuple(f"{name} fewer" for name in ("peft osf", "factors", *PEERS))
+"""The forms that train twice as many numbers for the same directions, with as many numbers as OSFT, in fewer."""
+
+NAMES = ("sft", "sft targets", "lora", *ORTHOGONAL, "osft chained", *FEWER)
 
 
 def _nothing() -> None:
@@ -63,15 +68,36 @@ class Learner:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
 
-def learner(name: str, plain: PreTrainedModel, ratio: float) -> Learner:
+@dataclass(frozen=True)
+class Chain:
+    """The tasks that a model learns one after another, for a method that protects what the earlier ones have taught.
+
+    Attributes:
+        folder: Where the exact changes of each task are kept.
+        tasks: How many there are.
+    """
+
+    folder: Path
+    tasks: int
+
+    @property
+    def earlier(self) -> list[str]:
+        """The changes of the tasks so far, oldest first."""
+        return sorted(map(str, self.folder.iterdir()))
+
+
+def learner(name: str, plain: PreTrainedModel, ratio: float, chain: Chain | None = None) -> Learner:
     """Return a copy of a plain model that learns with a method.
 
     Args:
         name: One of ``NAMES``.
         plain: It stays as it is.
         ratio: Share of the singular directions that may be trained; LoRA gets the rank that trains as many numbers.
+        chain: For ``osft chained``, which gives each task its own part of these directions.
     """
     model = copy.deepcopy(plain)
+    if name in FEWER:
+        name, ratio = name.removesuffix(" fewer"), fewer(plain, ratio)
     if name.startswith("sft"):
         model.requires_grad_(name == "sft")
         for matrix in targets(model):
@@ -84,7 +110,9 @@ def learner(name: str, plain: PreTrainedModel, ratio: float) -> Learner:
         return _through_peft(model, _osf(plain, ratio))
     if name in PEERS:
         return _mini_trainer(model, ratio)
-    return _factors(model, ratio) if name == "factors" else _osft(model, ratio, "thin" if "thin" in name else "full")
+    if name == "factors":
+        return _factors(model, ratio)
+    return _osft(model, ratio, "thin" if "thin" in name else "full", chain if "chained" in name else None)
 
 
 def targets(model: PreTrainedModel) -> list[Matrix]:
@@ -99,23 +127,40 @@ def layers(model: PreTrainedModel) -> list[str]:
 
 def lora_rank(model: PreTrainedModel, ratio: float) -> int:
     """Return the rank with which LoRA trains about as many numbers as OSFT does in full."""
-    trained = per_rank = 0
+    per_rank = sum(sum(matrix.shape) for matrix in targets(model))
+    return round(_numbers(model, ratio) / per_rank)
+
+
+def fewer(model: PreTrainedModel, ratio: float) -> float:
+    """Return the ratio with which three factors train about as many numbers as OSFT does in full with another one."""
+    per_ratio = sum(min(matrix.shape) * (sum(matrix.shape) + 1) for matrix in targets(model))
+    return round(_numbers(model, ratio) / per_ratio, 4)
+
+
+def _numbers(model: PreTrainedModel, ratio: float) -> int:
+    """Return how many numbers OSFT trains in full."""
+    trained = 0
     for matrix in targets(model):
         short, long = sorted(matrix.shape)
         rank = trained_rank(ratio, short)
         trained += rank * max(rank, long) if short != long else rank * rank
-        per_rank += short + long
-    return round(trained / per_rank)
+    return trained
 
 
-def _osft(model: PreTrainedModel, ratio: float, complement: Literal["full", "thin"]) -> Learner:
-    module = OSFT("demo", unfreeze_rank_ratio=ratio, targets=ALL_LINEAR, complement=complement, forward="merged")
+def _osft(model: PreTrainedModel, ratio: float, complement: Literal["full", "thin"], chain: Chain | None) -> Learner:
+    earlier = chain.earlier if chain else []
+    if chain:
+        ratio *= (len(earlier) + 1) / chain.tasks  # what earlier tasks have taken counts
+    module = OSFT("demo", ratio, ALL_LINEAR, complement, previous=earlier, forward="merged")
     module.choose_trainable(model)
     module.model = model
     with tempfile.TemporaryDirectory() as folder:  # weights that no run will meet again
-        fill_bases(list(module.sites()), BasesCache(Path(folder)))
+        fill_bases(list(module.sites()), BasesCache(Path(folder)), module.earlier)
 
     def merged() -> PreTrainedModel:
+        if chain:
+            changes = merged_changes(module.sites(), model.state_dict())
+            write_changes(chain.folder / f"{len(earlier)}.safetensors", changes, {})
         for site in list(module.sites()):
             holder = model.get_submodule(site.matrix.module)
             parametrize.remove_parametrizations(holder, site.matrix.parameter, leave_parametrized=True)

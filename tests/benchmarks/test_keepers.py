@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.optim import SGD, AdamW, Optimizer
 from transformers import PreTrainedModel
 
-from benchmarks.keepers import PEER, Learner, leak, learner, targets
+from benchmarks.keepers import PEER, Chain, Learner, leak, learner, targets
 from benchmarks.room import Recipe
 from lightning_hub.methods.osft.split import trained_rank
 
@@ -56,6 +58,24 @@ def test_only_the_targets_change(name: str, plain: PreTrainedModel) -> None:
 def test_lora_trains_about_as_many_numbers_as_osft(plain: PreTrainedModel) -> None:
     lora, osft = (sum(one.numel() for one in learner(name, plain, RATIO).trained) for name in ("lora", "osft"))
     assert lora == pytest.approx(osft, rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["peft osf fewer", "factors fewer"])
+def test_forms_with_fewer_directions_train_about_as_many_numbers_as_osft(name: str, plain: PreTrainedModel) -> None:
+    found, osft = (sum(one.numel() for one in learner(one, plain, RATIO).trained) for one in (name, "osft"))
+    assert found == pytest.approx(osft, rel=0.05)
+
+
+def test_in_a_chain_each_task_has_directions_of_its_own(plain: PreTrainedModel, tmp_path: Path) -> None:
+    chain = Chain(tmp_path, tasks=2)
+    first = _taught(learner("osft chained", plain, RATIO, chain), AdamW, 3, 1e-3)
+    second = _taught(learner("osft chained", first, RATIO, chain), AdamW, 3, 1e-3)
+    assert leak(plain, second, RATIO) < 1e-5, "together they stay in the directions of one"
+    for matrix in targets(plain):
+        start, middle, end = (model.get_parameter(matrix.full_name).double() for model in (plain, first, second))
+        before, after = middle - start, end - middle
+        for crossed in (before.mT @ after, before @ after.mT):
+            assert float(crossed.norm() / before.norm() / after.norm()) < 1e-5
 
 
 def test_peft_protects_as_many_directions(plain: PreTrainedModel) -> None:

@@ -89,7 +89,7 @@ def test_a_model_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_best_rate_has_the_best_average_and_learns_more_of_equals() -> None:
     def outcome(known: float, second: float, third: float) -> Outcome:
-        return Outcome([[1.0, 0.0, 0.0], [known, second, 0.0], [known, 0.0, third]])
+        return Outcome([[1.0, 0.0, 0.0], [known, second, 0.0], [known, 0.0, third]], [])
 
     learns, keeps, both = outcome(0.0, 1.0, 1.0), outcome(1.0, 0.0, 0.0), outcome(0.9, 0.5, 0.5)
     assert (learns.average, learns.learnt, learns.kept, learns.backward_transfer) == (1 / 3, 1.0, 0.0, -1.0)

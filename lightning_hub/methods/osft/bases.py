@@ -83,7 +83,7 @@ def decompose(weight: Tensor, piece: Piece, name: str, earlier: Spans | None = N
     found = [piece.bases_of(one) for one in splits]
     made = {key: torch.stack([one[key] for one in found]).to(getattr(piece, key).dtype) for key in piece.basis_names}
     if any(piece.needs_kept(one) for one in splits):
-        made[KEPT] = torch.stack([piece.keep(one) for one in splits]).float()
+        made[KEPT] = torch.stack([one.long_side for one in splits]).float()
     return {key: basis if weight.ndim == 3 else basis[0] for key, basis in made.items()}
 
 

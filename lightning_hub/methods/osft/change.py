@@ -135,12 +135,8 @@ class Piece(Change):
         """Return from the split of a weight what is kept of it, by name, in float64."""
 
     def needs_kept(self, split: Split) -> bool:
-        """Say whether a basis is needed beside the parameters."""
+        """Say whether the protected directions of the longer side are needed beside the parameters."""
         return False
-
-    def keep(self, split: Split) -> Tensor:
-        """Return that basis."""
-        raise NotImplementedError
 
     def begin(self) -> None:
         """Do nothing: what trains starts at zero."""

@@ -119,10 +119,6 @@ class Delta(Piece):
             return True
         return bool(split.values[0] > WELL_CONDITIONED * split.values[split.protected - 1]) or not split.values[0]
 
-    def keep(self, split: Split) -> Tensor:
-        """Return the basis of the long side, for a weight that cannot give it."""
-        return split.u[:, : split.protected] if self.side == "left" else split.v[: split.protected]
-
     def plan(self) -> str:
         """Return what decides its bases beside the weight."""
         return f"{self.rank} {self.side}"

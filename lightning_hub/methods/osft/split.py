@@ -50,6 +50,11 @@ class Split:
         """The trained directions with their values: ``u`` (out, r), ``values`` (r,), ``v`` (r, in)."""
         return self.u[:, self.protected :], self.values[self.protected :], self.v[self.protected :]
 
+    @property
+    def long_side(self) -> Tensor:
+        """The protected directions of the longer side."""
+        return self.u[:, : self.protected] if self.u.shape[0] > self.v.shape[1] else self.v[: self.protected]
+
 
 def trained_rank(ratio: float, size: int) -> int:
     """Return how many of ``size`` directions train: the nearest integer to ``ratio * size``, halves upwards.

@@ -25,7 +25,7 @@ def filled(weight: Tensor, ratio: float, complement: Complement = "full") -> tup
         for name, basis in delta.bases_of(found).items():
             getattr(delta, name).copy_(basis)
     if delta.needs_kept(found):
-        delta.kept = delta.keep(found).float()
+        delta.kept = found.long_side.float()
     return delta, found
 
 
