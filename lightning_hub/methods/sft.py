@@ -132,6 +132,11 @@ class SFT(LightningModule):
             Neftune(self.neftune_alpha).attach(self.model)
         self.loss_head = LossHead(self.model, self.label_smoothing, traits)
 
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers the model has."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
     def describe(self) -> list[str]:
         """Return lines about what trains, for the announcement of a run; a method adds its own."""
         return []

@@ -72,6 +72,12 @@ def progress(view: RunView) -> str:
     return f"{view.step}/{view.status.max_steps}" if view.status.max_steps else str(view.step)
 
 
+def topology(nodes: int, processes: int) -> str:
+    """Return on how many machines a run has how many processes each."""
+    each = "1 process" if processes == 1 else f"{processes} processes"
+    return each if nodes == 1 else f"{nodes} nodes x {each}"
+
+
 def run_table(views: Iterable[RunView]) -> str:
     """Return the table of ``runs list``."""
     head = ("RUN", "STATE", "METHOD", "MODEL", "STEP", "LOSS", "TOKENS/S", "LAST SIGN")
@@ -104,7 +110,7 @@ def run_page(view: RunView, attempts: Sequence[Attempt], error: ErrorRecord | No
         ("tokens/s", number(view.tokens_per_second)),
         ("last sign", age(view.age)),
         ("created", f"{local_time(view.info.created)} (local time)"),
-        ("launcher", f"{view.info.launcher}, {view.info.nnodes} nodes x {view.info.nproc_per_node} processes"),
+        ("launcher", f"{view.info.launcher}, {topology(view.info.nnodes, view.info.nproc_per_node)}"),
     ]
     if view.note:
         facts.append(("note", view.note))

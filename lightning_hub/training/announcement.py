@@ -24,7 +24,7 @@ class Announcement(Callback):
 
 def _model(module: SFT) -> str:
     sizes = [(parameter.numel(), parameter.requires_grad, parameter.dtype) for parameter in module.parameters()]
-    total, trained = sum(size for size, _, _ in sizes), sum(size for size, trains, _ in sizes if trains)
+    total, trained = module.num_parameters, sum(size for size, trains, _ in sizes if trains)
     dtypes = ", ".join(sorted({str(dtype).removeprefix("torch.") for _, _, dtype in sizes}))
     share = "all trained" if trained == total else f"{trained:,} trained ({trained / total:.2%})"
     return f"model  {module.source}: {total:,} parameters, {share}, {dtypes}"

@@ -14,7 +14,7 @@ from lightning_hub.runs.commands import main
 from lightning_hub.runs.files import write_json
 from lightning_hub.runs.folder import RunFolder, create_run
 from lightning_hub.runs.rank import RankWriter
-from lightning_hub.runs.show import age, clean, table
+from lightning_hub.runs.show import age, clean, table, topology
 from lightning_hub.runs.writer import RunWriter
 from tests.runs.conftest import NEW
 
@@ -235,3 +235,9 @@ def test_tables_align_and_hold_no_control_characters() -> None:
     assert text == "A      N\n\u4f60\u597d   1\nx     22"
     assert clean("a\nb\x1b[31m[red]") == "a b\\x1b[31m[red]"
     assert [age(value) for value in (None, 3.2, 61, 7200, 200000)] == ["-", "3s", "1m", "2h", "2d"]
+    assert [topology(*one) for one in ((1, 1), (1, 2), (3, 1), (2, 8))] == [
+        "1 process",
+        "2 processes",
+        "3 nodes x 1 process",
+        "2 nodes x 8 processes",
+    ]

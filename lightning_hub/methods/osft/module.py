@@ -210,6 +210,13 @@ class OSFT(SFT):
             if params
         ]
 
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers the model has, without bases and changes."""
+        assert self.model is not None, "configure_model has run"
+        own = (parameter for name, parameter in self.model.named_parameters() if merged_name(name) is not None)
+        return sum(parameter.numel() for parameter in own)
+
     def describe(self) -> list[str]:
         """Return what trains, by shape, and what no target names."""
         lines = [f"osft   {line}" for line in by_shape(self.sites())]

@@ -154,6 +154,8 @@ def test_only_the_changes_are_trained(train: Callable[..., OSFT]) -> None:
     plain = module.pretrained.load(dtype=torch.float32, attn_implementation="sdpa").state_dict()
     moved = {name for name, tensor in plain.items() if not exported[name].equal(tensor)}
     assert moved == {site.matrix.full_name for site in module.sites()}
+    tied = {tensor.data_ptr(): tensor for tensor in plain.values()}.values()
+    assert module.num_parameters == sum(tensor.numel() for tensor in tied)
 
 
 def test_what_is_exported_is_what_the_model_computes(train: Callable[..., OSFT]) -> None:
