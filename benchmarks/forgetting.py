@@ -24,7 +24,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -133,19 +133,28 @@ def teach(taught: Learner, steps: StepPlan, rate: float, traits: Traits, weight_
     return taught.merged().requires_grad_(False)
 
 
+def stages(scene: Scene, name: str, rate: float, seed: int, steps: int) -> Iterator[tuple[PreTrainedModel, int]]:
+    """Teach the new tasks one after another; yield the model after each, and how many numbers have trained."""
+    torch.manual_seed(seed)
+    model, places = scene.model(seed), range(1, len(scene.tasks))
+    with tempfile.TemporaryDirectory() as folder:
+        chain = Chain(Path(folder), len(places))
+        for place in places:
+            taught = learner(name, model, scene.ratio, chain)
+            trained = sum(parameter.numel() for parameter in taught.trained)
+            model = teach(taught, scene.lesson(place, seed, steps), rate, scene.traits())
+            yield model, trained
+
+
 def sequence(scene: Scene, name: str, rate: float, seed: int, steps: int) -> Outcome:
     """Teach the new tasks one after another, and test all after each."""
-    torch.manual_seed(seed)
-    model, places = scene.model(seed), range(len(scene.tasks))
-    grid, trained = [[scene.test(model, place, seed) for place in places]], []
-    with tempfile.TemporaryDirectory() as folder:
-        chain = Chain(Path(folder), len(places) - 1)
-        for place in places[1:]:
-            taught = learner(name, model, scene.ratio, chain)
-            trained.append(sum(parameter.numel() for parameter in taught.trained))
-            model = teach(taught, scene.lesson(place, seed, steps), rate, scene.traits())
-            grid.append([scene.test(model, place, seed) for place in places])
-    return Outcome(grid, trained)
+
+    def tested(model: PreTrainedModel) -> list[float]:
+        return [scene.test(model, place, seed) for place in range(len(scene.tasks))]
+
+    found = [(tested(model), trained) for model, trained in stages(scene, name, rate, seed, steps)]
+    grid, trained = zip(*found, strict=True)
+    return Outcome([tested(scene.model(seed)), *grid], list(trained))
 
 
 def best(tried: Sequence[tuple[float, Outcome]]) -> float:
@@ -194,6 +203,7 @@ def measure(scene: Scene, name: str, rates: Sequence[float], seeds: Sequence[int
     return {
         "rate": rate,
         "trained": max(found[0].trained),
+        "kept_by_seed": [round(one.kept, 4) for one in found],
         "accuracy": [[round(value, 4) for value in row] for row in grid],
         **figures,
         "cpu_seconds": round(time.process_time() - start, 1),
@@ -227,14 +237,18 @@ def room_of(scene: Scene, seeds: Sequence[int]) -> list[Json]:
     found: list[Json] = []
     for ratio in (0.25, 0.5):
         shares: list[tuple[float, float]] = []
+        most: list[Json] = []
         for seed in seeds:
             model, ask = scene.model(seed), partial(scene.test, scene.model(seed), 0, seed)
-            shares += room_left(model, ask, ratio).values()
+            layers = room_left(model, ask, ratio)
+            shares += layers.values()
+            worst = max(layers, key=lambda name: layers[name][1])
+            most.append([worst, round(layers[worst][1], 4)])
         weights, inputs = zip(*shares, strict=True)
-        line = {"smallest": ratio, "weights": statistics.mean(weights), "inputs": statistics.mean(inputs)}
-        line |= {"weights_max": max(weights), "inputs_max": max(inputs)}
-        print("  use of directions:", ", ".join(f"{key} {value:.2g}" for key, value in line.items()), flush=True)
-        found.append(dict(line))
+        line: dict[str, Json] = {"smallest": ratio, "weights": statistics.mean(weights)}
+        line |= {"inputs": statistics.mean(inputs), "weights_max": max(weights), "inputs_max": most}
+        print("  use of directions:", ", ".join(f"{key} {value}" for key, value in line.items()), flush=True)
+        found.append(line)
     return found
 
 
