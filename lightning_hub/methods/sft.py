@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from lightning.pytorch import LightningModule
@@ -169,6 +169,15 @@ class SFT(LightningModule):
             return torch.bfloat16 if self.trainer.precision == "bf16-true" else torch.float32
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.weights_dtype]
 
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move, but keep every dtype: each weight has been read in that which it wants.
+
+        Under bf16-true the trainer would cast the whole module: rotary frequencies lose their digits by it, and
+        adapters and changes of a bfloat16 model train in float32.
+        """
+        device, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        return self if device is None else super().to(device)
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return what trains in groups for the optimizer: matrices with weight decay, and what is none without."""
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
@@ -200,7 +209,7 @@ class SFT(LightningModule):
         their number: exact for any packing, accumulation and number of ranks, the last partial step included.
         """
         self.trainer.optimizers[0].zero_grad()
-        total = torch.zeros((), device=self.device)
+        total = torch.zeros((), dtype=torch.float32, device=self.device)  # under bf16-true nothing else says so
         with accumulation(self.trainer.strategy):
             for row in step.rows[:-1]:
                 loss = self.row_loss(row, step)

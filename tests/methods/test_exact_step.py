@@ -117,6 +117,8 @@ def test_gradients_equal_one_unpacked_batch(lengths: list[int], cap: int, batch:
 def test_gradient_checkpointing_changes_nothing() -> None:
     plan = StepPlan(samples([9, 20, 14]), Batching(32, 3, None, shuffle=False, seed=0))
     plain, recomputed = (run([plan.step(0, 0)], gradient_checkpointing=on) for on in (False, True))
+    assert recomputed.model is not None
+    assert any(getattr(part, "gradient_checkpointing", False) for part in recomputed.model.modules())
     assert_same(recomputed, 0, (plain.losses[0], plain.gradients[0]), 1e-6)
 
 
@@ -129,11 +131,25 @@ def test_mixed_precision_stays_near_and_rows_do_not_matter() -> None:
     assert_same(in_rows, 0, (at_once.losses[0], at_once.gradients[0]), 2e-2)
 
 
-def test_half_precision_trains() -> None:
-    plan = StepPlan(samples([9, 20, 14]), Batching(32, 3, None, shuffle=False, seed=0))
+def test_half_precision_trains_and_rounds_nothing_but_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    shares: list[float] = []
+
+    def kept(self: SFT, row: Any, step: Step) -> torch.Tensor:
+        shares.append(float((share := row_loss(self, row, step)).detach()))
+        return share
+
+    row_loss = SFT.row_loss
+    monkeypatch.setattr(SFT, "row_loss", kept)
+    plan = StepPlan(samples([29, 20, 14, 31]), Batching(32, 4, None, shuffle=False, seed=0))
     module = run([plan.step(0, 0)], "bf16-true")
     assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
-    assert module.losses[0] > 0
+    assert len(shares) == 4
+    assert module.losses[0] == pytest.approx(sum(shares), rel=1e-6)
+    assert module.model is not None
+    for (name, ours), (_, theirs) in zip(
+        module.model.named_buffers(), make("llama", "sdpa").named_buffers(), strict=True
+    ):
+        assert torch.equal(ours, theirs), name  # rotary frequencies: a rounded one turns far tokens the wrong way
 
 
 def test_the_test_notices_a_mean_of_means(monkeypatch: pytest.MonkeyPatch) -> None:

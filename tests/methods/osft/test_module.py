@@ -125,10 +125,11 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., OSFT
     """Return a function that trains the embedded model with OSFT in this process."""
     monkeypatch.setenv("LIGHTNING_HUB_CACHE", str(tmp_path))
 
-    def fit(steps: int = 3, **options: object) -> OSFT:
+    def fit(steps: int = 3, precision: str = "32-true", **options: object) -> OSFT:
         torch.manual_seed(0)
         module = OSFT(**{"model": "demo", "learning_rate": 1e-3, **options})  # type: ignore[arg-type]
-        trainer = make_trainer(Topology("one", 1, partial(strategy_for, None, 1)), max_steps=steps)
+        topology = Topology("one", 1, partial(strategy_for, None, 1))
+        trainer = make_trainer(topology, max_steps=steps, precision=precision)
         trainer.fit(module, Shares(trainer))
         return module
 
@@ -156,6 +157,18 @@ def test_only_the_changes_are_trained(train: Callable[..., OSFT]) -> None:
     assert moved == {site.matrix.full_name for site in module.sites()}
     tied = {tensor.data_ptr(): tensor for tensor in plain.values()}.values()
     assert module.num_parameters == sum(tensor.numel() for tensor in tied)
+
+
+@pytest.mark.parametrize("parametrization", ["delta", "usv"])
+def test_what_trains_stays_in_float32_beside_a_bfloat16_base(train: Callable[..., OSFT], parametrization: str) -> None:
+    module = train(precision="bf16-true", learning_rate=1e-5, parametrization=parametrization)
+    found = {(parameter.requires_grad, parameter.dtype) for _, parameter in module.named_parameters()}
+    assert {dtype for trains, dtype in found if trains} == {torch.float32}
+    assert {site.original.dtype for site in module.sites()} == {torch.bfloat16}
+    for site in module.sites():
+        change = site.change.change(site.original).detach()
+        assert change.dtype == torch.float32
+        assert change.any(), "steps as small as these are lost in bfloat16"
 
 
 def test_what_is_exported_is_what_the_model_computes(train: Callable[..., OSFT]) -> None:
