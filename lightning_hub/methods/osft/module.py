@@ -37,6 +37,7 @@ from lightning_hub.methods.targets import Matrix, describe, matrices, resolve
 from lightning_hub.parallel.crew import Crew
 from lightning_hub.parallel.gathering import full_state
 from lightning_hub.parallel.sharding import decoder_blocks
+from lightning_hub.parallel.strategies import MeshStrategy
 from lightning_hub.runs.folder import default_cache_dir
 
 LAYER_RATIOS = "osft_layer_ratios"
@@ -136,9 +137,12 @@ class OSFT(SFT):
             )
 
     def _form(self) -> Form:
-        """Return what the changes look like, with what is known of the data by now."""
+        """Return what the changes look like, with what is known of the data and the trainer by now."""
         batching = getattr(self._data(), "batching", None)
-        return replace(self.form, row_tokens=batching.max_tokens if batching else None)
+        # Full sharding gathers what a change is made of in the precision that is computed in.
+        is_gathered = self._trainer is not None and isinstance(self._trainer.strategy, MeshStrategy)
+        is_rounded = is_gathered and self.trainer.precision == "bf16-mixed"
+        return replace(self.form, row_tokens=batching.max_tokens if batching else None, is_rounded=is_rounded)
 
     def _ratios(self, model: PreTrainedModel) -> Callable[[Matrix], float] | None:
         """Return what gives the ratio of each weight; None where all have the same."""

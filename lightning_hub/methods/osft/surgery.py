@@ -43,6 +43,7 @@ class Form:
         parametrization: ``delta`` is the exact form, ``usv`` the published one.
         fused: Whether layers that do the work of several count as one weight, or as one for each part.
         row_tokens: Tokens of a row, by which auto decides; as many as there may be if None.
+        is_rounded: Whether changes are computed in bfloat16.
     """
 
     ratio: float
@@ -51,6 +52,7 @@ class Form:
     parametrization: Parametrization = "delta"
     fused: Literal["parts", "whole"] = "parts"
     row_tokens: int | None = None
+    is_rounded: bool = False
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.ratio <= 1.0:
@@ -161,7 +163,8 @@ def _change(model: PreTrainedModel, matrix: Matrix, form: Form, ratio: float, ta
             parts.append(Usv(shape, ratio, dtype, *experts))
             continue
         used = taken(name)
-        parts.append(Delta(shape, ratio, form.complement, dtype, experts[0] if experts else None, used))
+        number = experts[0] if experts else None
+        parts.append(Delta(shape, ratio, form.complement, dtype, number, used, is_rounded=form.is_rounded))
         if used and not parts[-1].rank:
             raise ConfigError(
                 f"earlier tasks have taken {used} directions of {name}, all that ratio {ratio} frees",
