@@ -33,7 +33,7 @@ from lightning_hub.methods.osft.surgery import (
 )
 from lightning_hub.methods.osft.telling import by_shape
 from lightning_hub.methods.sft import SFT
-from lightning_hub.methods.targets import Matrix, describe, matrices, resolve
+from lightning_hub.methods.targets import ALL_LINEAR, Matrix, describe, matrices, resolve
 from lightning_hub.parallel.crew import Crew
 from lightning_hub.parallel.gathering import full_state
 from lightning_hub.parallel.sharding import decoder_blocks
@@ -119,9 +119,11 @@ class OSFT(SFT):
     def choose_trainable(self, model: PreTrainedModel) -> None:
         """Freeze everything and put a change under each target."""
         model.requires_grad_(False)
-        groups = {matrix.group for matrix in matrices(model)}
+        everything = matrices(model)
+        self.earlier.check({matrix.full_name: matrix.shape for matrix in everything})
+        groups = {matrix.group for matrix in everything}
         default = [group for group in ("attention", "mlp", "experts") if group in groups]
-        self._chosen = resolve(model, self.targets or default)
+        self._chosen = resolve(model, self.targets or default or ALL_LINEAR)  # which says what there is
         add_changes(model, self._chosen, self._form(), self._ratios(model), self.earlier.rank)
         names = {matrix.full_name for matrix in self._chosen}
         norms = _norms(model)
