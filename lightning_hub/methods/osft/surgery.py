@@ -23,8 +23,6 @@ from lightning_hub.methods.targets import Matrix
 
 RATIO = "model.init_args.unfreeze_rank_ratio"
 
-_PLACE = "model.init_args.targets"
-
 THIN = 1.6
 """What a multiplication costs in a product of a thin matrix, where it costs 1 in one of wide ones. Measured on a CPU
 for weights from 128 x 512 to 2048 x 768 and rows from 512 to 4,096 tokens: there the two ways about meet."""
@@ -120,18 +118,11 @@ def add_changes(
         taken: Tells how many directions of a weight, by its name, earlier tasks have taken.
 
     Raises:
-        ConfigError: A target is tied to another weight, which would change with it, or nothing of it is left to train.
+        ConfigError: Nothing of a target is left to train.
     """
-    shared = _shared(model)
     for matrix in targets:
         module = model.get_submodule(matrix.module)
         weight = cast("nn.Parameter", getattr(module, matrix.parameter))
-        if id(weight) in shared:
-            raise ConfigError(
-                f"{matrix.name} shares its weight with another layer, which would change with it",
-                where=_PLACE,
-                remedy="leave it out",
-            )
         weight.requires_grad_(False)
         change = _change(model, matrix, form, ratios(matrix) if ratios else form.ratio, taken)
         if not any(parameter.numel() for parameter in change.trained()):
@@ -196,15 +187,6 @@ def _products(piece: Piece, shape: Sequence[int], tokens: int | None) -> tuple[f
     out, into = shape
     build = 2 * piece.rank / tokens if tokens else 0.0
     return out * into * (1 + build), piece.rank * (2 * (out + into) + max(out, into))
-
-
-def _shared(model: nn.Module) -> set[int]:
-    """Return which parameters have more than one name."""
-    seen: set[int] = set()
-    twice: set[int] = set()
-    for _, parameter in model.named_parameters(remove_duplicate=False):
-        (twice if id(parameter) in seen else seen).add(id(parameter))
-    return twice
 
 
 def sites(model: nn.Module, targets: Sequence[Matrix]) -> Iterator[Site]:
