@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -179,10 +179,16 @@ class SFT(LightningModule):
         return self if device is None else super().to(device)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return what trains in groups for the optimizer: matrices with weight decay, and what is none without."""
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        matrices = [parameter for parameter in trained if parameter.ndim > 1]
-        vectors = [parameter for parameter in trained if parameter.ndim <= 1]
+        """Return what trains in groups for the optimizer: matrices with weight decay, and what is none without.
+
+        Experts keep their biases side by side, in two dimensions: biases are told by their name as well.
+        """
+        matrices: list[nn.Parameter] = []
+        vectors: list[nn.Parameter] = []
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                is_matrix = parameter.ndim > 1 and not name.endswith("bias")
+                (matrices if is_matrix else vectors).append(parameter)
         return [
             {"params": parameters, "weight_decay": decay}
             for kind, decay in ((matrices, self.weight_decay), (vectors, 0.0))

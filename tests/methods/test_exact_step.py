@@ -172,3 +172,12 @@ def test_no_decay_of_norms_and_biases() -> None:
     assert spared["weight_decay"] == 0.0
     assert {p.ndim for p in decayed["params"]} == {2}
     assert {p.ndim for p in spared["params"]} == {1}
+
+
+def test_biases_of_experts_are_biases_too() -> None:
+    module = SFT("unused", weight_decay=0.1)
+    module.model = make("gpt-oss, sinks", "eager")
+    decayed, spared = ({id(one) for one in group["params"]} for group in module.parameter_groups())
+    biases = {id(one) for name, one in module.named_parameters() if name.endswith("bias")}
+    assert biases <= spared
+    assert {id(one) for one in module.parameters() if one.ndim > 1} - biases == decayed
