@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -144,16 +145,18 @@ def test_what_computes_less_is_taken(tokens: int, expected: str, tmp_path: Path)
 def test_a_block_compiles_in_one_graph_and_copies(family: str, forward: str, tmp_path: Path) -> None:
     model = model_of(family)
     disturb(changed(model, tmp_path, Form(0.25, forward=forward)))  # type: ignore[arg-type]
-    block = model.get_submodule("model.layers.0.mlp")
+    block = model.get_submodule("model.layers.0")
     given = torch.randn(1, 8, SHAPE["hidden_size"], dtype=torch.float64)
+    places = model.get_submodule("model.rotary_emb")(given, torch.arange(8)[None])
+    run = partial(block, position_embeddings=places)
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
-    assert distance(compiled(given), block(given)) < 1e-12
+    assert distance(compiled(given, position_embeddings=places), run(given)) < 1e-12
     copied = deepcopy(model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    assert copied.get_submodule("model.layers.0.mlp")(given).norm() > 0
-    assert not block(given).any()
+    assert distance(copied.get_submodule("model.layers.0")(given, position_embeddings=places), given) > 0
+    assert run(given).equal(given), "what is left is the residual"
 
 
 # ---- fused layers ------------------------------------------------------------------------------------------------
