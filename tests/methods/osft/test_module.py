@@ -22,6 +22,7 @@ from lightning_hub.methods.osft.surgery import Form, Site, add_changes, sites
 from lightning_hub.methods.targets import Matrix, resolve
 from lightning_hub.models.generation import complete
 from lightning_hub.models.pretrained import Pretrained
+from lightning_hub.parallel.sharding import check_dtypes, decoder_blocks
 from tests.methods.test_targets import MIXTRAL
 from tests.ops.models import CONFIGS, VOCABULARY
 
@@ -155,6 +156,15 @@ def test_what_trains_stays_in_float32_beside_a_bfloat16_base(train: Callable[...
         change = site.change.change(site.original).detach()
         assert change.dtype == torch.float32
         assert change.any(), "steps as small as these are lost in bfloat16"
+
+
+def test_norms_in_bfloat16_are_not_sharded_with_changes_in_float32() -> None:
+    model = random_model("llama", torch.bfloat16)
+    OSFT("unused").choose_trainable(model)
+    check_dtypes(model, decoder_blocks(model))
+    OSFT("unused", train_other="norms").choose_trainable(another := random_model("llama", torch.bfloat16))
+    with pytest.raises(ConfigError, match="train in bfloat16 and others in float32"):
+        check_dtypes(another, decoder_blocks(another))
 
 
 def test_what_is_exported_is_what_the_model_computes(train: Callable[..., OSFT]) -> None:
