@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -176,6 +177,28 @@ def test_what_is_exported_is_what_the_model_computes(train: Callable[..., OSFT])
     ids = torch.arange(3, 30)[None]
     with torch.no_grad():
         assert model.eval()(ids, use_cache=False).logits.equal(plain.eval()(ids, use_cache=False).logits)
+
+
+def test_the_published_form_is_projected_before_clipping_and_after_the_step(train: Callable[..., OSFT]) -> None:
+    shares: list[float] = []
+
+    class Watched(OSFT):
+        def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
+            for site in self.sites():
+                for _, _, piece, _ in site.pieces():
+                    gradient, high = piece.get_parameter("u").grad, piece.get_parameter("u_high")
+                    assert gradient is not None
+                    shares.append(float((high.mT @ gradient).norm() / gradient.norm()))
+            super().configure_gradient_clipping(*args, **kwargs)
+
+    module = train(kind=Watched, parametrization="usv", weight_decay=0.1)
+    assert len(shares) == 3 * len(list(module.sites()))
+    assert max(shares) < 1e-5
+    for site in module.sites():
+        change = site.change.change(site.original).detach()
+        exact = split(site.original, rank_of(site))
+        assert change.norm() > 0
+        assert max(leaks(change, exact.u[:, : exact.protected], exact.v[: exact.protected])) < 1e-3
 
 
 def test_other_weights_train_when_they_are_asked_to(train: Callable[..., OSFT]) -> None:
