@@ -250,8 +250,7 @@ class LoRA(SFT):
 
     def export_merged(self, target: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype | None) -> str:
         """Write a plain model, in the dtype of the base on disk if None; return what of the change has survived."""
-        stored = self.pretrained.config.dtype
-        kept = dtype or (stored if isinstance(stored, torch.dtype) else torch.float32)
+        kept = dtype or self.pretrained.stored_dtype
         with TemporaryDirectory(dir=target.parent) as scratch:
             self.export(Path(scratch) / "adapter", tokenizer)
             return write_merged(target, Path(scratch) / "adapter", self.pretrained, tokenizer, kept)

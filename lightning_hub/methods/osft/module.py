@@ -19,7 +19,7 @@ from lightning_hub.methods.osft.bases import BasesCache, fill_bases
 from lightning_hub.methods.osft.chain import Earlier
 from lightning_hub.methods.osft.delta import Complement
 from lightning_hub.methods.osft.importance import ratios, similarities
-from lightning_hub.methods.osft.product import DELTA_FILE, Rounding, describe_sizes, merged, merged_state, write_changes
+from lightning_hub.methods.osft.product import DELTA_FILE, Leaking, describe_sizes, merged, merged_state, write_changes
 from lightning_hub.methods.osft.progress import Progressing
 from lightning_hub.methods.osft.surgery import (
     RATIO,
@@ -284,15 +284,14 @@ class OSFT(SFT):
     def export_merged(self, target: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype | None) -> str:
         """Write a plain model in a dtype (that of the base on disk if None); return what rounding did to the change."""
         assert self.model is not None, "configure_model has run"
-        on_disk = self.pretrained.config.dtype
-        wanted = dtype or (on_disk if isinstance(on_disk, torch.dtype) else torch.float32)
+        wanted = dtype or self.pretrained.stored_dtype
         state = full_state(self.model)
-        rounding = Rounding()
+        leaking = Leaking(wanted)
         for site, one in zip(self.sites(), merged(self.sites(), state), strict=True):
-            rounding.add(one, site.change, wanted)
+            leaking.add_leaking(one, site.change)
         weights = {name: tensor.to(wanted) for name, tensor in merged_state(self.sites(), state).items()}
         self._write(target, tokenizer, state, weights)
-        return rounding.describe(wanted)
+        return leaking.describe()
 
     def _write(
         self, target: Path, tokenizer: PreTrainedTokenizerBase, state: dict[str, Tensor], weights: dict[str, Tensor]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -251,6 +254,11 @@ def test_the_exact_changes_stand_beside_the_export(
     for site in module.sites():
         name = site.matrix.full_name
         assert (plain[name] + changes[f"{name}.left"] @ changes[f"{name}.right"]).equal(exported[name])
+    with safe_open(target / DELTA_FILE, framework="pt") as file:
+        about = json.loads(file.metadata()["osft"])
+    names = [site.matrix.full_name for site in module.sites()]
+    assert about["weights"] == {name: hashlib.sha256(plain[name].numpy().tobytes()).hexdigest() for name in names}
+    assert about["settings"]["unfreeze_rank_ratio"] == 0.25
     pairs = [(exported[site.matrix.full_name], plain[site.matrix.full_name]) for site in module.sites()]
     size = sum(float((end - start).square().sum()) for end, start in pairs)
     share = (size / sum(float(start.square().sum()) for _, start in pairs)) ** 0.5
