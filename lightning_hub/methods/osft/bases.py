@@ -151,6 +151,8 @@ def _bases(site: Site, weight: Tensor, cache: BasesCache, earlier: Earlier) -> t
         return bases, False
     bases = {}
     for name, place, piece, part in site.pieces(weight):
+        if not piece.basis_names:
+            continue
         found = decompose(part, piece, name, earlier.spans(name))
         bases |= {f"{place}{key}": basis for key, basis in found.items()}
     cache.save(path, {name: basis.cpu() for name, basis in bases.items()})

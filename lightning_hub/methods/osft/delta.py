@@ -84,7 +84,7 @@ class Delta(Piece):
         super().__init__()
         out, into = shape
         self.limit = AMPLIFIED_ROUNDED if is_rounded or dtype == torch.bfloat16 else AMPLIFIED
-        self.rank = max(0, trained_rank(ratio, min(shape)) - taken)
+        self.rank = trained_rank(ratio, min(shape)) - taken
         self.taken = taken
         self.protected = min(shape) - self.rank
         self.side = _side(out, into, complement, self.protected)

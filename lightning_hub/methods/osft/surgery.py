@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lightning_hub.errors import ConfigError
-from lightning_hub.methods.osft.change import Change, Fused, Piece
+from lightning_hub.methods.osft.change import Change, Fused, Piece, Still
 from lightning_hub.methods.osft.delta import Complement, Delta
 from lightning_hub.methods.osft.fused import output_axis, sizes
+from lightning_hub.methods.osft.split import trained_rank
 from lightning_hub.methods.osft.usv import Usv
 from lightning_hub.methods.targets import Matrix
 
@@ -125,7 +126,7 @@ def add_changes(
         weight = cast("nn.Parameter", getattr(module, matrix.parameter))
         weight.requires_grad_(False)
         change = _change(model, matrix, form, ratios(matrix) if ratios else form.ratio, taken)
-        if not any(parameter.numel() for parameter in change.trained()):
+        if not change.trained():
             continue
         parametrize.register_parametrization(module, matrix.parameter, change.to(weight.device), unsafe=True)
         if isinstance(module, nn.Linear | Conv1D) and _is_factored(change, matrix, form):
@@ -150,18 +151,21 @@ def _change(model: PreTrainedModel, matrix: Matrix, form: Form, ratio: float, ta
     for place, length in enumerate(lengths):
         shape = (length, into) if axis == -2 else (out, length)
         name = piece_name(matrix, place, count)
-        if form.parametrization == "usv":
-            parts.append(Usv(shape, ratio, dtype, *experts))
-            continue
         used = taken(name)
-        number = experts[0] if experts else None
-        parts.append(Delta(shape, ratio, form.complement, dtype, number, used, is_rounded=form.is_rounded))
-        if used and not parts[-1].rank:
+        is_left = trained_rank(ratio, min(shape)) > used
+        if used and not is_left:
             raise ConfigError(
                 f"earlier tasks have taken {used} directions of {name}, all that ratio {ratio} frees",
                 where="model.init_args.previous",
                 remedy="raise unfreeze_rank_ratio",
             )
+        if not is_left:
+            parts.append(Still(shape))
+        elif form.parametrization == "usv":
+            parts.append(Usv(shape, ratio, dtype, *experts))
+        else:
+            number = experts[0] if experts else None
+            parts.append(Delta(shape, ratio, form.complement, dtype, number, used, is_rounded=form.is_rounded))
     change = parts[0] if count == 1 else Fused(parts, lengths, axis)
     change.axis = axis
     return change

@@ -191,6 +191,22 @@ def test_parts_of_a_fused_layer_learn_as_layers_of_their_own(tmp_path: Path) -> 
     assert not any(isinstance(site.change, Fused) for site in whole)
 
 
+@pytest.mark.parametrize(
+    "form", [Form(0.03), Form(0.03, forward="factored"), Form(0.03, parametrization="usv")], ids=str
+)
+def test_a_part_for_which_no_direction_is_left_has_nothing_to_cut_and_stays(form: Form, tmp_path: Path) -> None:
+    fused = model_of("phi3")
+    apart = split_apart(fused)
+    found, single = (changed(model, tmp_path, form) for model in (fused, apart))
+    assert all(parameter.numel() for parameter in fused.parameters()), "full sharding takes no empty ones"
+    assert train(fused, found) == pytest.approx(train(apart, single), rel=1e-9)
+    for site in found:
+        change = site.change.change(site.original).detach()
+        moved = {name: bool(own.any()) for name, *_, own in site.pieces(change)}
+        assert moved == {name: piece.rank > 0 for name, _, piece, _ in site.pieces()}
+    assert {piece.rank for site in found for *_, piece, _ in site.pieces()} >= {0, 1}
+
+
 def test_what_lies_side_by_side_is_known_by_the_layer(tmp_path: Path) -> None:
     parts = {
         family: {
