@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import safetensors.torch
@@ -13,13 +13,14 @@ import torch
 from lightning.pytorch import Trainer
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lightning_hub.checkpoints.plugin import FolderCheckpointIO
 from lightning_hub.cli import run
 from lightning_hub.errors import ConfigError, HubError
 from lightning_hub.methods.lora import LoRA
+from lightning_hub.methods.lora.adapters import layers_of
 from lightning_hub.methods.lora.folder import probe
 from lightning_hub.models.pretrained import EMBEDDED_FOLDER, Pretrained
 from lightning_hub.ops.attention import PACKED
@@ -117,6 +118,14 @@ def test_what_is_adapted_is_said() -> None:
         "3 x up_proj (128 -> 256), 3 x down_proj (256 -> 128)",
         "       trained whole: model.norm",
     ]
+
+
+def test_every_adapter_leaves_out_inputs_as_it_is_told() -> None:
+    module = adapted("demo", dropout=0.25)
+    assert module.model is not None
+    dropped = [cast("nn.ModuleDict", layer.lora_dropout)["default"] for _, layer in layers_of(module.model)]
+    assert len(dropped) == 21
+    assert {cast("nn.Dropout", one).p for one in dropped} == {0.25}
 
 
 def test_tied_modules_are_trained_whole_under_both_names() -> None:

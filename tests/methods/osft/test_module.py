@@ -210,7 +210,9 @@ def test_other_weights_train_when_they_are_asked_to(train: Callable[..., OSFT]) 
     assert any("norm" in name for name in trained)
     assert all("norm" in name or name.endswith(".delta") for name in trained)
     everything = train(train_other="all")
-    assert any("embed" in name for name, parameter in everything.named_parameters() if parameter.requires_grad)
+    trained = {name for name, parameter in everything.named_parameters() if parameter.requires_grad}
+    assert any("embed" in name for name in trained)
+    assert all(name.endswith(".delta") for name in trained if ".parametrizations." in name), "neither weights nor bases"
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
