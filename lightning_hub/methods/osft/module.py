@@ -231,15 +231,10 @@ class OSFT(SFT):
         named = {matrix.full_name for matrix in self._chosen}
         changed = {site.matrix.full_name for site in self.sites()}
         assert self.model is not None, "configure_model has run"
-        left = [matrix for matrix in matrices(self.model) if self._name_before(matrix) not in named]
-        others = [matrix for matrix in left if ".parametrizations." not in matrix.full_name]
+        others = [matrix for matrix in matrices(self.model) if merged_name(matrix.full_name) not in (None, *named)]
         how = "also train" if self.train_other == "all" else "stay as they are"
         lines += [f"osft   no rank is left for {name}: it stays" for name in sorted(named - changed)]
         return lines + [f"osft   {how}: {describe(others)}"] * bool(others)
-
-    @staticmethod
-    def _name_before(matrix: Matrix) -> str | None:
-        return merged_name(matrix.full_name)
 
     def answer(self, *args: Any, **kwargs: Any) -> list[str]:
         """Answer prompts with weights that are built once, not for every token."""

@@ -30,6 +30,8 @@ def test_a_further_task_leaves_alone_what_the_first_has_learnt(
     export = tmp_path / "first"
     first.export(export, first.pretrained.tokenizer)
     second = train(unfreeze_rank_ratio=0.5, complement=complement, model=str(export), previous=[str(export)])
+    told = [line for line in second.describe() if "whole on every rank" in line]
+    assert len(told) == (complement == "full")
     learnt = load_file(export / DELTA_FILE)
     for site in second.sites():
         name = site.matrix.full_name

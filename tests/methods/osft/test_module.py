@@ -40,7 +40,7 @@ def random_model(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedM
     return made.bfloat16() if dtype == torch.bfloat16 else made
 
 
-def changed(model: PreTrainedModel, folder: Path, ratio: float = 0.25, **options: str) -> list[Site]:
+def changed(model: PreTrainedModel, folder: Path, ratio: float = 0.25) -> list[Site]:
     groups = [group for group in ("attention", "mlp", "experts") if group != "experts" or has_experts(model)]
     targets = resolve(model, [group for group in groups if group != "mlp" or not has_experts(model)])
     add_changes(model, targets, Form(ratio))
