@@ -131,7 +131,10 @@ def test_mixed_precision_stays_near_and_rows_do_not_matter() -> None:
     assert_same(in_rows, 0, (at_once.losses[0], at_once.gradients[0]), 2e-2)
 
 
-def test_half_precision_trains_and_rounds_nothing_but_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16-true", torch.bfloat16), ("16-true", torch.float16)])
+def test_half_precision_trains_and_rounds_nothing_but_weights(
+    precision: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shares: list[float] = []
 
     def kept(self: SFT, row: Any, step: Step) -> torch.Tensor:
@@ -141,8 +144,8 @@ def test_half_precision_trains_and_rounds_nothing_but_weights(monkeypatch: pytes
     row_loss = SFT.row_loss
     monkeypatch.setattr(SFT, "row_loss", kept)
     plan = StepPlan(samples([29, 20, 14, 31]), Batching(32, 4, None, shuffle=False, seed=0))
-    module = run([plan.step(0, 0)], "bf16-true")
-    assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
+    module = run([plan.step(0, 0)], precision)
+    assert {p.dtype for p in module.parameters()} == {dtype}
     assert len(shares) == 4
     assert module.losses[0] == pytest.approx(sum(shares), rel=1e-6)
     assert module.model is not None

@@ -83,7 +83,7 @@ class Delta(Piece):
     ) -> None:
         super().__init__()
         out, into = shape
-        self.limit = AMPLIFIED_ROUNDED if is_rounded or dtype == torch.bfloat16 else AMPLIFIED
+        self.limit = AMPLIFIED_ROUNDED if is_rounded or torch.finfo(dtype).bits == 16 else AMPLIFIED
         self.rank = trained_rank(ratio, min(shape)) - taken
         self.taken = taken
         self.protected = min(shape) - self.rank
