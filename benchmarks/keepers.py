@@ -11,19 +11,21 @@ from importlib import import_module
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, OSFConfig, PeftConfig, get_peft_model
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 from lightning_hub.methods.osft import OSFT
 from lightning_hub.methods.osft.bases import BasesCache, fill_bases
+from lightning_hub.methods.osft.delta import Complement
 from lightning_hub.methods.osft.product import merged as merged_changes
 from lightning_hub.methods.osft.product import write_changes
 from lightning_hub.methods.osft.split import split, trained_rank
+from lightning_hub.methods.osft.surgery import Parametrization
 from lightning_hub.methods.targets import ALL_LINEAR, Matrix, resolve
 
 PEER = "mini_trainer"
@@ -110,9 +112,8 @@ def learner(name: str, plain: PreTrainedModel, ratio: float, chain: Chain | None
         return _through_peft(model, _osf(plain, ratio))
     if name in PEERS:
         return _mini_trainer(model, ratio)
-    if name == "factors":
-        return _factors(model, ratio)
-    return _osft(model, ratio, "thin" if "thin" in name else "full", chain if "chained" in name else None)
+    form: Parametrization = "usv" if name == "factors" else "delta"
+    return _osft(model, ratio, "thin" if "thin" in name else "full", form, chain if "chained" in name else None)
 
 
 def targets(model: PreTrainedModel) -> list[Matrix]:
@@ -147,26 +148,37 @@ def _numbers(model: PreTrainedModel, ratio: float) -> int:
     return trained
 
 
-def _osft(model: PreTrainedModel, ratio: float, complement: Literal["full", "thin"], chain: Chain | None) -> Learner:
+def _osft(
+    model: PreTrainedModel, ratio: float, complement: Complement, form: Parametrization, chain: Chain | None
+) -> Learner:
     earlier = chain.earlier if chain else []
     if chain:
         ratio *= (len(earlier) + 1) / chain.tasks  # what earlier tasks have taken counts
-    module = OSFT("demo", ratio, ALL_LINEAR, complement, previous=earlier, forward="merged")
+    module = OSFT("demo", ratio, ALL_LINEAR, complement, previous=earlier, forward="merged", parametrization=form)
     module.choose_trainable(model)
     module.model = model
+    found = list(module.sites())
     with tempfile.TemporaryDirectory() as folder:  # weights that no run will meet again
-        fill_bases(list(module.sites()), BasesCache(Path(folder)), module.earlier)
+        fill_bases(found, BasesCache(Path(folder)), module.earlier)
 
     def merged() -> PreTrainedModel:
         if chain:
-            changes = merged_changes(module.sites(), model.state_dict())
+            changes = merged_changes(found, model.state_dict())
             write_changes(chain.folder / f"{len(earlier)}.safetensors", changes, {})
-        for site in list(module.sites()):
+        for site in found:
             holder = model.get_submodule(site.matrix.module)
             parametrize.remove_parametrizations(holder, site.matrix.parameter, leave_parametrized=True)
         return model
 
-    return Learner(model, merged)
+    def gradients() -> None:
+        for site in found:
+            site.change.project_gradients()
+
+    def parameters() -> None:
+        for site in found:
+            site.change.project()
+
+    return Learner(model, merged, before_clipping=gradients, after_step=parameters)
 
 
 def _through_peft(model: PreTrainedModel, config: PeftConfig) -> Learner:
@@ -215,58 +227,6 @@ def _mini_trainer(model: PreTrainedModel, ratio: float) -> Learner:
         return model
 
     return Learner(made, merged, before_step=made.project_gradients, after_step=made.project_parameters)
-
-
-class Factors(nn.Module):
-    """The published form: a weight as frozen ``U_h S_h V_h`` plus trained ``U_l S_l V_l``."""
-
-    def __init__(self, weight: Tensor, rank: int) -> None:
-        super().__init__()
-        u, values, v = torch.linalg.svd(weight.double(), full_matrices=False)
-        kept = len(values) - rank
-        self.register_buffer("u_high", u[:, :kept].float())
-        self.register_buffer("v_high", v[:kept].float())
-        self.register_buffer("high", (u[:, :kept] * values[:kept] @ v[:kept]).float())
-        self.u = nn.Parameter(u[:, kept:].float())
-        self.s = nn.Parameter(values[kept:].float())
-        self.v = nn.Parameter(v[kept:].float())
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """Return the weight that the factors make up."""
-        return cast("Tensor", self.high) + (self.u * self.s) @ self.v
-
-    @torch.no_grad()
-    def project(self, u: Tensor | None, v: Tensor | None) -> None:
-        """Take what lies in the protected directions out of two factors, or their gradients, in place."""
-        u_high, v_high = cast("Tensor", self.u_high), cast("Tensor", self.v_high)
-        if u is not None and v is not None:
-            u -= u_high @ (u_high.mT @ u)
-            v -= (v @ v_high.mT) @ v_high
-
-
-def _factors(model: PreTrainedModel, ratio: float) -> Learner:
-    model.requires_grad_(False)
-    made: list[tuple[nn.Module, Factors]] = []
-    for matrix in targets(model):
-        holder = model.get_submodule(matrix.module)
-        form = Factors(cast("Tensor", holder.weight).detach(), trained_rank(ratio, min(matrix.shape)))
-        parametrize.register_parametrization(holder, "weight", form, unsafe=True)
-        made.append((holder, form))
-
-    def merged() -> PreTrainedModel:
-        for holder, _ in made:
-            parametrize.remove_parametrizations(holder, "weight", leave_parametrized=True)
-        return model
-
-    def gradients() -> None:
-        for _, form in made:
-            form.project(form.u.grad, form.v.grad)
-
-    def parameters() -> None:
-        for _, form in made:
-            form.project(form.u, form.v)
-
-    return Learner(model, merged, before_clipping=gradients, after_step=parameters)
 
 
 def leak(before: PreTrainedModel, after: PreTrainedModel, ratio: float) -> float:

@@ -38,7 +38,7 @@ def main() -> None:
         found[matrix.module] = round(scene.test(taught, 0, given.seed), 4)
         weight.data.copy_(after)
     table(("taken back", "right on the first task"), list(found.items()))
-    record("forgetting", {**vars(given), "scene": "room", "taken_back": found})
+    record("undone", {**vars(given), "scene": "room", "taken_back": found})
 
 
 if __name__ == "__main__":

@@ -41,9 +41,17 @@ class HubError(Exception):
         self.where = where
         self.remedy = remedy
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Let every kind travel between processes as it is, whatever its own ``__init__`` asks for."""
+        return _made_again, (type(self), self.args), vars(self)
+
     def __str__(self) -> str:
         text = f"{self.where}: {self.message}" if self.where else self.message
         return f"{text}; {self.remedy}" if self.remedy else text
+
+
+def _made_again(kind: type[HubError], args: tuple[object, ...]) -> HubError:
+    return kind.__new__(kind, *args)
 
 
 class ConfigError(HubError):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -52,7 +52,7 @@ class SFT(LightningModule):
         gradient_checkpointing: Recompute activations in the backward: less memory, about a third more compute.
         label_smoothing: Share of each target that is spread over the vocabulary.
         neftune_alpha: Noise on the embeddings while training (NEFTune); none if null.
-        dtype: dtype of the trained weights. auto: bfloat16 under precision bf16-true, else float32.
+        dtype: dtype of the trained weights. auto: that of precision bf16-true or 16-true, else float32.
         on_nan: What to do when the loss or gradient of a step is NaN or infinite on any rank: stop, or skip:n to
             leave out up to n such steps.
     """
@@ -166,14 +166,30 @@ class SFT(LightningModule):
 
     def _load_dtype(self) -> torch.dtype:
         if self.weights_dtype == "auto":
-            return torch.bfloat16 if self.trainer.precision == "bf16-true" else torch.float32
+            halves = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
+            return halves.get(str(self.trainer.precision), torch.float32)
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.weights_dtype]
 
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move, but keep every dtype: each weight has been read in that which it wants.
+
+        In half precision the trainer would cast the whole module: rotary frequencies lose their digits by it, and
+        adapters and changes of a bfloat16 model train in float32.
+        """
+        device, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        return self if device is None else super().to(device)
+
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return what trains in groups for the optimizer: matrices with weight decay, and what is none without."""
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        matrices = [parameter for parameter in trained if parameter.ndim > 1]
-        vectors = [parameter for parameter in trained if parameter.ndim <= 1]
+        """Return what trains in groups for the optimizer: matrices with weight decay, and what is none without.
+
+        Experts keep their biases side by side, in two dimensions: biases are told by their name as well.
+        """
+        matrices: list[nn.Parameter] = []
+        vectors: list[nn.Parameter] = []
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                is_matrix = parameter.ndim > 1 and not name.endswith("bias")
+                (matrices if is_matrix else vectors).append(parameter)
         return [
             {"params": parameters, "weight_decay": decay}
             for kind, decay in ((matrices, self.weight_decay), (vectors, 0.0))
@@ -200,7 +216,7 @@ class SFT(LightningModule):
         their number: exact for any packing, accumulation and number of ranks, the last partial step included.
         """
         self.trainer.optimizers[0].zero_grad()
-        total = torch.zeros((), device=self.device)
+        total = torch.zeros((), dtype=torch.float32, device=self.device)  # in half precision nothing else says so
         with accumulation(self.trainer.strategy):
             for row in step.rows[:-1]:
                 loss = self.row_loss(row, step)

@@ -50,7 +50,7 @@ class Matrix:
     @property
     def name(self) -> str:
         """How a person names it: the layer, or the parameter of a module that is none."""
-        return self.module if self.parameter == "weight" else f"{self.module}.{self.parameter}"
+        return _short(self.full_name)
 
     @property
     def full_name(self) -> str:
@@ -105,13 +105,21 @@ def resolve(model: PreTrainedModel, targets: str | Sequence[str]) -> list[Matrix
             such names (``q_proj``, ``self_attn.q_proj``), or regular expressions for whole names.
 
     Raises:
-        ConfigError: An entry matches nothing (the model's own names are listed), is no pattern, or names again what
-            another one has named.
+        ConfigError: An entry matches nothing (the model's own names are listed), is no pattern, names again what
+            another one has named, or means a weight that two layers share.
     """
-    everything = matrices(model)
+    everything, tied = matrices(model), _tied(model)
     chosen: dict[str, str] = {}
     for entry in [targets] if isinstance(targets, str) else targets:
         found = [matrix.full_name for matrix in everything if _is_meant(entry, matrix)]
+        for names in tied:
+            if any(name in found or _is_named(entry, _short(name)) for name in names):
+                raise ConfigError(
+                    f"{entry!r} is one weight for {' and '.join(map(_short, names))}, and what changes one would not "
+                    "change the other",
+                    where="model.init_args.targets",
+                    remedy="leave it out, or train it whole: modules_to_save of LoRA, train_other of OSFT",
+                )
         if not found:
             raise ConfigError(
                 f"{entry!r} matches no weight of this model",
@@ -129,15 +137,32 @@ def resolve(model: PreTrainedModel, targets: str | Sequence[str]) -> list[Matrix
     return [matrix for matrix in everything if matrix.full_name in chosen]
 
 
+def _tied(model: nn.Module) -> list[list[str]]:
+    """Return the names of each parameter that has more than one."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [same for same in names.values() if len(same) > 1]
+
+
+def _short(name: str) -> str:
+    """Return how a person names a parameter: the layer, where it is its weight."""
+    return name.removesuffix(".weight")
+
+
 def _is_meant(entry: str, matrix: Matrix) -> bool:
     if entry == ALL_LINEAR:
         return matrix.group in ("attention", "mlp") and len(matrix.shape) == 2
     if entry in GROUPS:
         return matrix.group == entry
-    if matrix.name == entry or matrix.name.endswith(f".{entry}"):
+    return _is_named(entry, matrix.name)
+
+
+def _is_named(entry: str, name: str) -> bool:
+    if name == entry or name.endswith(f".{entry}"):
         return True
     try:
-        return re.fullmatch(entry, matrix.name) is not None
+        return re.fullmatch(entry, name) is not None
     except re.error as error:
         raise ConfigError(
             f"{entry!r} is no regular expression: {error}",

@@ -99,6 +99,12 @@ class Pretrained:
             raise ConfigError(message, where=KEY, remedy=remedy)
         return config
 
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """The dtype of its weights on disk; float32 where its configuration says none."""
+        found = self.config.dtype
+        return found if isinstance(found, torch.dtype) else torch.float32
+
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The model's own tokenizer."""

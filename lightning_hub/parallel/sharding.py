@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -17,6 +17,8 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from transformers import PreTrainedModel
+
+from lightning_hub.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Sharding:
         policy = mixed_precision(precision)
         offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if self.cpu_offload else OffloadPolicy()
         blocks = decoder_blocks(model)
+        check_dtypes(model, blocks)
         for block in blocks:
             fully_shard(
                 block,
@@ -73,6 +76,28 @@ class Sharding:
             yield
         finally:
             model.set_requires_gradient_sync(True)
+
+
+def check_dtypes(model: nn.Module, blocks: Iterable[nn.Module]) -> None:
+    """Refuse weights that train in several precisions within one group: gradients of a group travel together.
+
+    Args:
+        model: Before it is sharded.
+        blocks: Its parts that are groups of their own.
+
+    Raises:
+        ConfigError: There are such, as norms in bfloat16 beside changes in float32.
+    """
+    groups = [dict.fromkeys(block.parameters()) for block in blocks]
+    inside = {parameter for group in groups for parameter in group}
+    for group in (*groups, [parameter for parameter in model.parameters() if parameter not in inside]):
+        dtypes = sorted({str(one.dtype).removeprefix("torch.") for one in group if one.requires_grad})
+        if len(dtypes) > 1:
+            raise ConfigError(
+                f"some weights train in {' and others in '.join(dtypes)}, which full sharding cannot exchange together",
+                where="trainer.precision",
+                remedy="use bf16-mixed, or train the adapters or changes alone",
+            )
 
 
 def mixed_precision(precision: str) -> MixedPrecisionPolicy:

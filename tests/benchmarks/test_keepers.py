@@ -87,9 +87,22 @@ def test_peft_protects_as_many_directions(plain: PreTrainedModel) -> None:
 
 
 def test_the_leak_is_that_of_a_change_of_which_it_is_known(plain: PreTrainedModel) -> None:
-    assert leak(plain, _taught(learner("osft", plain, RATIO), AdamW, 3, 1e-3), RATIO) < 1e-5
+    for name in ("osft", "factors"):
+        assert leak(plain, _taught(learner(name, plain, RATIO), AdamW, 3, 1e-3), RATIO) < 1e-5
     after = _taught(learner("sft targets", plain, RATIO), SGD, 1, 1e-3)
     assert leak(plain, after, RATIO) > 0.5
+
+
+def test_gradients_of_the_three_factors_are_projected_before_they_are_clipped(plain: PreTrainedModel) -> None:
+    taught = learner("factors", plain, RATIO)
+    ids = torch.arange(48).reshape(4, 12)
+    taught.model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    taught.before_clipping()
+    for matrix in targets(plain):
+        change = taught.model.get_submodule(f"{matrix.module}.parametrizations.weight.0")
+        gradient, high = change.get_parameter("u").grad, change.get_parameter("u_high")
+        assert gradient is not None
+        assert float((high.mT @ gradient).norm() / gradient.norm()) < 1e-5
 
 
 def test_the_form_of_three_factors_is_that_of_its_authors(plain: PreTrainedModel) -> None:

@@ -117,6 +117,8 @@ def test_gradients_equal_one_unpacked_batch(lengths: list[int], cap: int, batch:
 def test_gradient_checkpointing_changes_nothing() -> None:
     plan = StepPlan(samples([9, 20, 14]), Batching(32, 3, None, shuffle=False, seed=0))
     plain, recomputed = (run([plan.step(0, 0)], gradient_checkpointing=on) for on in (False, True))
+    assert recomputed.model is not None
+    assert any(getattr(part, "gradient_checkpointing", False) for part in recomputed.model.modules())
     assert_same(recomputed, 0, (plain.losses[0], plain.gradients[0]), 1e-6)
 
 
@@ -129,11 +131,28 @@ def test_mixed_precision_stays_near_and_rows_do_not_matter() -> None:
     assert_same(in_rows, 0, (at_once.losses[0], at_once.gradients[0]), 2e-2)
 
 
-def test_half_precision_trains() -> None:
-    plan = StepPlan(samples([9, 20, 14]), Batching(32, 3, None, shuffle=False, seed=0))
-    module = run([plan.step(0, 0)], "bf16-true")
-    assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
-    assert module.losses[0] > 0
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16-true", torch.bfloat16), ("16-true", torch.float16)])
+def test_half_precision_trains_and_rounds_nothing_but_weights(
+    precision: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares: list[float] = []
+
+    def kept(self: SFT, row: Any, step: Step) -> torch.Tensor:
+        shares.append(float((share := row_loss(self, row, step)).detach()))
+        return share
+
+    row_loss = SFT.row_loss
+    monkeypatch.setattr(SFT, "row_loss", kept)
+    plan = StepPlan(samples([29, 20, 14, 31]), Batching(32, 4, None, shuffle=False, seed=0))
+    module = run([plan.step(0, 0)], precision)
+    assert {p.dtype for p in module.parameters()} == {dtype}
+    assert len(shares) == 4
+    assert module.losses[0] == pytest.approx(sum(shares), rel=1e-6)
+    assert module.model is not None
+    for (name, ours), (_, theirs) in zip(
+        module.model.named_buffers(), make("llama", "sdpa").named_buffers(), strict=True
+    ):
+        assert torch.equal(ours, theirs), name  # rotary frequencies: a rounded one turns far tokens the wrong way
 
 
 def test_the_test_notices_a_mean_of_means(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,3 +175,12 @@ def test_no_decay_of_norms_and_biases() -> None:
     assert spared["weight_decay"] == 0.0
     assert {p.ndim for p in decayed["params"]} == {2}
     assert {p.ndim for p in spared["params"]} == {1}
+
+
+def test_biases_of_experts_are_biases_too() -> None:
+    module = SFT("unused", weight_decay=0.1)
+    module.model = make("gpt-oss, sinks", "eager")
+    decayed, spared = ({id(one) for one in group["params"]} for group in module.parameter_groups())
+    biases = {id(one) for name, one in module.named_parameters() if name.endswith("bias")}
+    assert biases <= spared
+    assert {id(one) for one in module.parameters() if one.ndim > 1} - biases == decayed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import safetensors.torch
@@ -13,13 +13,14 @@ import torch
 from lightning.pytorch import Trainer
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lightning_hub.checkpoints.plugin import FolderCheckpointIO
 from lightning_hub.cli import run
 from lightning_hub.errors import ConfigError, HubError
 from lightning_hub.methods.lora import LoRA
+from lightning_hub.methods.lora.adapters import layers_of
 from lightning_hub.methods.lora.folder import probe
 from lightning_hub.models.pretrained import EMBEDDED_FOLDER, Pretrained
 from lightning_hub.ops.attention import PACKED
@@ -119,6 +120,14 @@ def test_what_is_adapted_is_said() -> None:
     ]
 
 
+def test_every_adapter_leaves_out_inputs_as_it_is_told() -> None:
+    module = adapted("demo", dropout=0.25)
+    assert module.model is not None
+    dropped = [layer.lora_dropout["default"] for _, layer in layers_of(module.model)]
+    assert len(dropped) == 21
+    assert {cast("nn.Dropout", one).p for one in dropped} == {0.25}
+
+
 def test_tied_modules_are_trained_whole_under_both_names() -> None:
     module = adapted("demo", modules_to_save=["embed_tokens"])
     assert module.adapter_config is not None
@@ -191,6 +200,22 @@ def test_untouched_weights_keep_their_bytes(tmp_path: Path) -> None:
     changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
     assert changed == {name for name in before if "q_proj" in name}
     assert {tensor.dtype for tensor in after.values()} == {tensor.dtype for tensor in before.values()}
+
+
+def test_what_a_cast_does_to_the_change_is_said(tmp_path: Path) -> None:
+    module = train("demo", tmp_path, targets=["q_proj"])
+    rounded, exact = module.export_merged(tmp_path / "merged", Pretrained("demo").tokenizer, torch.float32).splitlines()
+    before, after = (load_file(folder / "model.safetensors") for folder in (EMBEDDED_FOLDER, tmp_path / "merged"))
+    starts, ends = (torch.cat([held[name].float().flatten() for name in before if "q_proj" in name])
+                    for held in (before, after))  # fmt: skip
+    share = float((ends.bfloat16() != starts.bfloat16())[ends != starts].float().mean())
+    error = float((ends.bfloat16() - ends).norm() / (ends - starts).norm())
+    assert error > 1e-3
+    said = (
+        f"in bfloat16 {share:.1%} of the changed numbers differ from the base's, and the change is off by {error:.1%}"
+    )
+    assert said in rounded
+    assert "in float32 100.0% of the changed numbers differ from the base's, and the change is off by 0.0%" in exact
 
 
 FAULTS: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTrainedModel
 
 from lightning_hub.errors import ConfigError
 from lightning_hub.methods.targets import Matrix, matrices, resolve
@@ -33,7 +33,7 @@ MLP = {"gate_proj", "up_proj", "down_proj"}
         ("llama", ["mlp"], MLP),
         ("llama", ["q_proj", "mlp.up_proj"], {"q_proj", "up_proj"}),
         ("llama", [r".*layers\.1\.self_attn\.[qk]_proj"], {"q_proj", "k_proj"}),
-        ("llama", ["embed_tokens"], {"embed_tokens"}),
+        ("qwen3", ["embed_tokens"], {"embed_tokens"}),
         ("gpt2", "all-linear", {"c_attn", "c_proj", "c_fc"}),
         ("mixtral", "all-linear", ATTENTION),
         ("mixtral", ["experts"], {"gate_up_proj", "down_proj"}),
@@ -62,6 +62,15 @@ def test_an_entry_that_matches_nothing_is_refused_with_the_names_there_are(targe
 def test_what_is_named_twice_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"'attention' and 'q_proj' both name model\.layers\.0\.self_attn\.q_proj"):
         resolve(model("llama"), ["attention", "q_proj"])
+
+
+@pytest.mark.parametrize("entry", ["lm_head", "embed_tokens", ".*embed_tokens", "lm_h.*", ".*"])
+def test_a_weight_of_two_layers_is_refused_however_it_is_named(entry: str) -> None:
+    with torch.device("meta"):
+        tied = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE, tie_word_embeddings=True))
+    with pytest.raises(ConfigError, match=r"is one weight for model\.embed_tokens and lm_head"):
+        resolve(tied, [entry])
+    assert ends(resolve(tied, "all-linear")) == ATTENTION | MLP
 
 
 @pytest.mark.parametrize("family", [*CONFIGS, "mixtral"])

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import os
+import pickle
 from pathlib import Path
 
 import pytest
 import torch.distributed
 
-from lightning_hub.errors import HubError
+from lightning_hub.config.check import RecipeError
+from lightning_hub.errors import ConfigError, HubError
 from lightning_hub.launch.place import Place
+from lightning_hub.methods.health import UnfitStepError
+from lightning_hub.methods.lora.health import DeadAdapterError
 from lightning_hub.parallel.agreement import largest, worst
 from lightning_hub.parallel.crew import Crew
 from lightning_hub.parallel.joining import join, leave
@@ -37,3 +41,20 @@ def test_ranks_agree_on_votes_results_and_errors(tmp_path: Path) -> None:
 
 def test_alone_everything_is_agreed_on() -> None:
     assert (largest(3), worst(2.5), Crew().on_first(lambda: 1)) == (3, (2.5, 0), 1)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        UnfitStepError(3, [float("nan"), 1.0]),
+        DeadAdapterError("are frozen by now", ["layers.0.lora_A"], 42),
+        RecipeError([ConfigError("one", where="a.yaml:1"), ConfigError("two", remedy="three")]),
+        ConfigError("given", where="there", remedy="do it"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_error_is_the_same_when_it_has_travelled(error: HubError) -> None:
+    found = pickle.loads(pickle.dumps(error))
+    assert type(found) is type(error)
+    assert str(found) == str(error)
+    assert vars(found).keys() == vars(error).keys()

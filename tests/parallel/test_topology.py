@@ -78,6 +78,14 @@ def cases() -> list[Case]:
             model=saved("qwen2"),
             options=osft | {"complement": "thin", "train_other": "norms"},
         ),
+        Case(
+            "osft, recomputed, bf16-true",
+            method=OSFT,
+            model=saved("qwen3"),
+            options=osft | {"gradient_checkpointing": True},
+            trainer={"precision": "bf16-true", **clip},
+            tolerance=1e-2,
+        ),
         Case("lora", method=LoRA, model=calm(), options=lora, trainer=clip),
         Case(
             "lora, attention, recomputed",

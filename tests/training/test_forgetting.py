@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
 
 from lightning_hub.callbacks.forgetting import Forgetting
 from lightning_hub.data.module import ChatData
 from lightning_hub.demo.tasks import SPELL, conversations
 from lightning_hub.methods.sft import SFT
 from lightning_hub.models.pretrained import Pretrained
-from lightning_hub.ops.loss import LossHead
+from lightning_hub.ops.rows import IGNORED
 from lightning_hub.parallel.strategies import DDP, FSDP
 from lightning_hub.runs.folder import RunFolder
 from lightning_hub.runs.metrics import read_metrics
@@ -58,14 +59,18 @@ def series(folder: RunFolder, name: str) -> dict[int, float]:
 
 
 def reference(old: Path) -> float:
-    """The loss of the embedded model, one document after another."""
+    """The loss of the embedded model, one document after another, by transformers and torch alone."""
     demo = Pretrained("demo")
-    data = ChatData(train=str(old), max_seq_len=64)
-    samples = data.open(demo).train
-    head = LossHead(demo.load(dtype=torch.float32, attn_implementation="sdpa"))
-    rows = [row for index in range(len(data.plan)) for row in data.plan.step(0, index).rows]
+    samples = ChatData(train=str(old), max_seq_len=64).open(demo).train
+    model = demo.load(dtype=torch.float32, attn_implementation="eager")
+    total, count = 0.0, 0
     with torch.no_grad():
-        return float(sum(head(row).double() for row in rows)) / int(samples.num_trained.sum())
+        for sample in range(len(samples)):
+            ids, labels = (torch.from_numpy(part.astype("int64")) for part in samples[sample])
+            logits = model(ids[None], use_cache=False).logits[0, :-1]
+            total += float(cross_entropy(logits.double(), labels[1:], reduction="sum"))
+            count += int((labels[1:] != IGNORED).sum())
+    return total / count
 
 
 def test_measuring_changes_no_weight(fit: Fit, tmp_path: Path, old: Path) -> None:

@@ -110,7 +110,6 @@ def wished(model: PreTrainedModel, settings: Settings, base: str) -> tuple[LoraC
         ConfigError: A name matches nothing, or the wishes do not go together.
     """
     trained = whole_modules(model, settings.modules_to_save)
-    _check_tied(model, settings.targets)
     found = [matrix for matrix in resolve(model, settings.targets) if matrix.module not in trained]
     return _config(model, found, settings, base), trained
 
@@ -147,23 +146,6 @@ def whole_modules(model: PreTrainedModel, entries: Sequence[str]) -> list[str]:
     tied = [name for name, module in owners.items() if weights & {id(own) for own in module.parameters(recurse=False)}]
     inside = tuple(f"{name}." for name in chosen)
     return [name for name in owners if name in chosen or (name in tied and not name.startswith(inside))]
-
-
-def _check_tied(model: PreTrainedModel, targets: str | Sequence[str]) -> None:
-    """Refuse layers that share their weights with others: merged, an adapter would change those too."""
-    holders: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        holders.setdefault(id(parameter), []).append(name.rpartition(".")[0])
-    shared = [names for names in holders.values() if len(names) > 1]
-    for entry in [targets] if isinstance(targets, str) else targets:
-        for names in shared:
-            if any(name == entry or name.endswith(f".{entry}") for name in names):
-                raise ConfigError(
-                    f"{entry!r} is one weight for {' and '.join(names)}, and an adapter beside one would not change "
-                    "the other",
-                    where="model.init_args.targets",
-                    remedy="leave it out, or train it whole with modules_to_save",
-                )
 
 
 def _config(model: PreTrainedModel, found: Sequence[Matrix], settings: Settings, base: str) -> LoraConfig:

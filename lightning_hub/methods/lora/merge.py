@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -17,46 +16,8 @@ from lightning_hub.checkpoints.export import write_export
 from lightning_hub.errors import HubError
 from lightning_hub.methods.lora.adapters import layers_of
 from lightning_hub.methods.lora.folder import check_answers, probe
+from lightning_hub.methods.rounding import Survival
 from lightning_hub.models.pretrained import Pretrained
-
-LARGE = 0.1
-"""Share of a change that a cast may lose without a word about it."""
-
-
-@dataclass
-class Survival:
-    """What becomes of a change when the weights that carry it are cast.
-
-    Attributes:
-        changed: How many numbers the adapter has changed.
-        kept: How many of them differ from the base's after the cast.
-        change: Sum of the squares of the change.
-        lost: Sum of the squares of what the cast has done to it.
-    """
-
-    changed: int = 0
-    kept: int = 0
-    change: float = 0.0
-    lost: float = 0.0
-
-    def add(self, before: Tensor, after: Tensor, dtype: torch.dtype) -> None:
-        """Count one weight, before and after the merge."""
-        cast = after.to(dtype)
-        self.changed += int((after != before).sum())
-        self.kept += int(((after != before) & (cast != before.to(dtype))).sum())
-        self.change += float((after - before).square().sum())
-        self.lost += float((cast.float() - after).square().sum())
-
-    def describe(self, dtype: torch.dtype) -> str:
-        """Return a line for a person."""
-        share = self.kept / max(1, self.changed)
-        error = (self.lost / self.change) ** 0.5 if self.change else 0.0
-        name = str(dtype).removeprefix("torch.")
-        hint = "; --dtype float32 keeps it" if error > LARGE else ""
-        return (
-            f"in {name} {share:.1%} of the changed numbers differ from the base's, and the change is off by "
-            f"{error:.1%}{hint}"
-        )
 
 
 def _weight(layer: LoraLayer) -> Tensor:
@@ -95,12 +56,13 @@ def write_merged(
     names = set(loaded.state_dict())
     adapted = PeftModel.from_pretrained(loaded, str(folder))
     expected = probe(adapted)
-    survivals = {found: Survival() for found in dict.fromkeys((torch.bfloat16, dtype))}
+    survivals = [Survival(found) for found in dict.fromkeys((torch.bfloat16, dtype))]
     for _, layer in layers_of(adapted):
         before = _weight(layer).clone()
         layer.merge(safe_merge=True)
-        for found, survival in survivals.items():
-            survival.add(before, _weight(layer), found)
+        end = _weight(layer)
+        for survival in survivals:
+            survival.add(before, end - before, end)
     merged = adapted.unload()
     check_answers(probe(merged), expected, folder)
     _cast(merged, dtype)
@@ -111,4 +73,4 @@ def write_merged(
     _cast(merged, torch.float32)
     again = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32, attn_implementation="eager")
     check_answers(probe(again), probe(merged), target)
-    return "\n".join(f"merge  {survival.describe(found)}" for found, survival in survivals.items())
+    return "\n".join(survival.describe() for survival in survivals)

@@ -168,11 +168,6 @@ class LoRA(SFT):
         is_bf16 = str(self.trainer.precision).startswith("bf16")
         return torch.bfloat16 if self.weights_dtype == "auto" and is_frozen and is_bf16 else dtype
 
-    def to(self, *args: Any, **kwargs: Any) -> LoRA:
-        """Move, but keep every dtype: the trainer would cast the adapters with the rest, and they stay in float32."""
-        device, *_ = torch._C._nn._parse_to(*args, **kwargs)
-        return self if device is None else super().to(device)
-
     def describe(self) -> list[str]:
         """Return what is adapted."""
         assert self.model is not None, "configure_model has run"
@@ -255,8 +250,7 @@ class LoRA(SFT):
 
     def export_merged(self, target: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype | None) -> str:
         """Write a plain model, in the dtype of the base on disk if None; return what of the change has survived."""
-        stored = self.pretrained.config.dtype
-        kept = dtype or (stored if isinstance(stored, torch.dtype) else torch.float32)
+        kept = dtype or self.pretrained.stored_dtype
         with TemporaryDirectory(dir=target.parent) as scratch:
             self.export(Path(scratch) / "adapter", tokenizer)
             return write_merged(target, Path(scratch) / "adapter", self.pretrained, tokenizer, kept)

@@ -22,7 +22,7 @@ from lightning_hub.parallel.agreement import is_several
 from lightning_hub.parallel.crew import Crew
 from lightning_hub.parallel.parts import own_part, part_of
 
-VERSION = 2
+VERSION = 3
 """Of the algorithm: a change of what it computes raises it, and old entries are left alone."""
 
 KEPT = "kept"
@@ -39,7 +39,13 @@ class BasesCache:
         self.root = root / "bases"
 
     def path(self, weight: Tensor, change: Change, earlier: str = "") -> Path:
-        """Return where the bases of a weight lie: a hash of its bytes, of how it is split, and of what is protected."""
+        """Return where the bases of a weight lie: a hash of its bytes and of how it is split.
+
+        Args:
+            weight: The weight.
+            change: Its change.
+            earlier: What tells apart what earlier tasks have left of it; equal weights may have learnt other things.
+        """
         bits = weight.detach().cpu().contiguous().view(torch.uint8).numpy()
         digest = hashlib.sha256(bits.data)
         digest.update(f"{VERSION} {tuple(weight.shape)} {weight.dtype} {change.plan()} {earlier}".encode())
@@ -118,6 +124,7 @@ def fill_bases(
         if owners[place] == crew.rank:
             mine[place] = whole.detach()
     made: dict[int, dict[str, Tensor]] = {}
+    earlier = earlier or Earlier()
 
     def work() -> int:
         decomposed, behind, total = 0, 0.0, sum(costs[place] for place in mine)
@@ -136,16 +143,18 @@ def fill_bases(
     return decomposed
 
 
-def _bases(site: Site, weight: Tensor, cache: BasesCache, earlier: Earlier | None) -> tuple[dict[str, Tensor], bool]:
+def _bases(site: Site, weight: Tensor, cache: BasesCache, earlier: Earlier) -> tuple[dict[str, Tensor], bool]:
     """Return the bases of one change by their names in it, and whether they had to be computed."""
-    path = cache.path(weight, site.change, earlier.fingerprint() if earlier else "")
+    path = cache.path(weight, site.change, earlier.fingerprint(site.matrix.full_name))
     bases = cache.load(path)
     if bases is not None:
         return bases, False
     bases = {}
     for name, place, piece, part in site.pieces(weight):
-        spans = earlier.spans(name) if earlier else None
-        bases |= {f"{place}{key}": basis for key, basis in decompose(part, piece, name, spans).items()}
+        if not piece.basis_names:
+            continue
+        found = decompose(part, piece, name, earlier.spans(name))
+        bases |= {f"{place}{key}": basis for key, basis in found.items()}
     cache.save(path, {name: basis.cpu() for name, basis in bases.items()})
     return bases, True
 

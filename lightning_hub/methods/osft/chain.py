@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TypeAlias
 
@@ -17,6 +19,9 @@ from lightning_hub.methods.osft.product import DELTA_FILE
 from lightning_hub.methods.osft.split import Split
 
 _PLACE = "model.init_args.previous"
+
+NEW = 1e-8
+"""How far a direction must lie outside of what is protected to count as another one."""
 
 Spans: TypeAlias = tuple[Tensor, Tensor]
 """What the columns of changes span, and what their rows span."""
@@ -50,6 +55,31 @@ class Earlier:
                 raise ConfigError(f"{path} holds no exact changes of ours", where=_PLACE, remedy="name an export")
         return cls(paths)
 
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Refuse changes of another model, which would protect nothing.
+
+        Args:
+            shapes: Of the model's matrices as they are stored, by their names.
+
+        Raises:
+            ConfigError: A change is of a weight that the model has not.
+        """
+        for path in self.paths:
+            with safe_open(path, framework="pt") as file:
+                names = set(file.keys())
+                for name in sorted(key.removesuffix(".left") for key in names if key.endswith(".left")):
+                    left, right = (f"{name}.left", f"{name}.right" if f"{name}.right" in names else f"{name}.left")
+                    shape = (*file.get_slice(left).get_shape()[:-1], file.get_slice(right).get_shape()[-1])
+                    whole, _, place = name.rpartition(".")
+                    own = shapes.get(whole if place.isdigit() else name, ())
+                    is_part = place.isdigit() and len(own) == len(shape) and all(map(operator.le, shape, own))
+                    if shape != own and not is_part:
+                        raise ConfigError(
+                            f"{path} has a change of {name} ({' x '.join(map(str, shape))}), which this model has not",
+                            where=_PLACE,
+                            remedy="name exports of runs that began with this very model",
+                        )
+
     def rank(self, name: str) -> int:
         """Return how many directions of a weight the earlier changes take on each side."""
         taken = 0
@@ -72,9 +102,18 @@ class Earlier:
                     rights.append(file.get_tensor(f"{name}.right").double() if has_right else left)
         return (torch.cat(lefts, -1), torch.cat(rights, -2)) if lefts else None
 
-    def fingerprint(self) -> str:
-        """Return a hash of the files, for what is made with them."""
-        return " ".join(hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in self.paths)
+    def fingerprint(self, name: str) -> str:
+        """Return what bases of a weight are kept under: equal weights may have learnt other things."""
+        return f"{self._hashes} {name}" if self.paths else ""
+
+    @cached_property
+    def _hashes(self) -> str:
+        """What tells their files from others: each is read once, however many weights there are."""
+        found = []
+        for path in self.paths:
+            with path.open("rb") as file:
+                found.append(hashlib.file_digest(file, "sha256").hexdigest()[:16])
+        return " ".join(found)
 
 
 def protect(found: Split, columns: Tensor, rows: Tensor) -> Split:
@@ -86,16 +125,26 @@ def protect(found: Split, columns: Tensor, rows: Tensor) -> Split:
         rows: What their rows span, shape ``(t, in)``.
     """
     count = columns.shape[1]
-    left = _move(found.u, found.protected, columns.to(found.u), count)
-    right = _move(found.v.mT, found.protected, rows.mT.to(found.v), count)
-    values = found.values.clone()
-    return replace(found, u=left, v=right.mT, values=values, protected=found.protected + count)
+    left = _move(found.u, found.protected, columns.to(found.u))
+    right = _move(found.v.mT, found.protected, rows.mT.to(found.v))
+    return replace(found, u=left, v=right.mT, protected=found.protected + count)
 
 
-def _move(basis: Tensor, protected: int, span: Tensor, count: int) -> Tensor:
-    """Return orthonormal columns, the protected ones and a span first, then what is left of the others."""
+def _move(basis: Tensor, protected: int, span: Tensor) -> Tensor:
+    """Return orthonormal columns: the protected ones, as many more with which they hold a span, what is left of others.
+
+    Args:
+        basis: Orthonormal columns, shape ``(size, R)``.
+        protected: How many of them, the first, are protected already.
+        span: Shape ``(size, t)``; it need not lie within the basis, nor apart from what is protected.
+    """
     high, low = basis[:, :protected], basis[:, protected:]
+    count = span.shape[1]
     taken, _ = torch.linalg.qr(span)
-    left_over, _, _ = torch.linalg.svd(low.mT @ taken, full_matrices=True)
-    first, _ = torch.linalg.qr(torch.cat([high, taken], 1))
-    return torch.cat([first, low @ left_over[:, count:]], 1)
+    turned, _, _ = torch.linalg.svd(low.mT @ taken, full_matrices=True)
+    met, others = low @ turned[:, :count], low @ turned[:, count:]
+    found, sizes, _ = torch.linalg.svd(taken - high @ (high.mT @ taken), full_matrices=False)
+    new = found[:, sizes > NEW]
+    # Where some of the span is protected already, directions that no longer train make up the number.
+    filling, _, _ = torch.linalg.svd(met - new @ (new.mT @ met), full_matrices=False)
+    return torch.cat([high, new, filling[:, : count - new.shape[1]], others], 1)

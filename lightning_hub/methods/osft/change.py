@@ -157,6 +157,43 @@ class Piece(Change):
         return part
 
 
+class Still(Piece):
+    """No change, of a part of a fused weight for which no direction is left: it has no tensors that could be cut.
+
+    Args:
+        shape: Of the part as it is stored, without experts.
+    """
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.rank, self.protected = 0, min(shape)
+        self.register_buffer("kept", None)
+
+    def factors(self, weight: Tensor) -> Factors:
+        """Return two factors of rank 0."""
+        *rows, columns = weight.shape
+        left, right = (*rows, 0), (*rows[:-1], 0, columns)
+        return weight.new_zeros(left, dtype=torch.float32), weight.new_zeros(right, dtype=torch.float32)
+
+    def leak(self, weight: Tensor, change: Tensor) -> tuple[float, float]:
+        """Return that all of any change lies in protected directions."""
+        share = float(change.any())
+        return share, share
+
+    @property
+    def basis_names(self) -> list[str]:
+        """There are none."""
+        return []
+
+    def bases_of(self, split: Split) -> dict[str, Tensor]:
+        """Return nothing."""
+        return {}
+
+    def plan(self) -> str:
+        """Return that nothing trains."""
+        return "0"
+
+
 class Fused(Change):
     """The change of a layer that does the work of several, such as ``qkv_proj``: each of these is a weight of its own.
 

@@ -34,9 +34,17 @@ Complement = Literal["full", "thin"]
 
 Side = Literal["all", "both", "left", "right"]
 
-WELL_CONDITIONED = 1e3
-"""Ratio of the largest to the smallest protected singular value up to which the projector of the long side is
-computed from ``W0`` itself; beyond it float32 rounding would leak, and the basis is kept instead."""
+AMPLIFIED = 30.0
+"""Up to which amplification of rounding the projector of the long side is computed from ``W0`` itself: here less than
+1e-5 leaks in float32. Beyond it the basis is kept instead."""
+
+AMPLIFIED_ROUNDED = 2.5
+"""The same where the bases are bfloat16, or the projector is computed in it: less than 5e-3 leaks, of which 1.4e-3
+by the rounding of the other bases."""
+
+
+NEGLIGIBLE = 1e-8
+"""Singular values below this share of the largest count as zero."""
 
 
 class Delta(Piece):
@@ -52,6 +60,7 @@ class Delta(Piece):
         dtype: Of the bases.
         experts: How many weights there are, if each expert has its own; None for one without an axis for them.
         taken: Directions that earlier tasks have taken of those that would be trained.
+        is_rounded: Whether bfloat16 takes part in what gives the projector of the long side.
     """
 
     delta: nn.Parameter
@@ -69,16 +78,19 @@ class Delta(Piece):
         dtype: torch.dtype = torch.float32,
         experts: int | None = None,
         taken: int = 0,
+        *,
+        is_rounded: bool = False,
     ) -> None:
         super().__init__()
         out, into = shape
-        self.rank = max(0, trained_rank(ratio, min(shape)) - taken)
+        self.limit = AMPLIFIED_ROUNDED if is_rounded or torch.finfo(dtype).bits == 16 else AMPLIFIED
+        self.rank = trained_rank(ratio, min(shape)) - taken
         self.taken = taken
         self.protected = min(shape) - self.rank
         self.side = _side(out, into, complement, self.protected)
         lead = () if experts is None else (experts,)
         trained = {"all": shape, "both": (self.rank, self.rank), "left": (out, self.rank), "right": (self.rank, into)}
-        self.delta = nn.Parameter(torch.zeros(*lead, *trained[self.side]))
+        self.delta = nn.Parameter(torch.zeros(*lead, *trained[self.side], dtype=torch.float32))
         for name, basis in self._bases(out, into).items():
             empty = torch.zeros(*lead, *basis, dtype=torch.float32 if name == "inverse_squares" else dtype)
             self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
@@ -101,13 +113,14 @@ class Delta(Piece):
     def bases_of(self, split: Split) -> dict[str, Tensor]:
         """Return from the split of a weight what is kept of it, by name, in float64."""
         protected = split.protected
-        squares = split.values[:protected].square()
+        values = split.values[:protected]
         every = {
             "u_high": split.u[:, :protected],
             "u_low": split.u[:, protected:],
             "v_high": split.v[:protected],
             "v_low": split.v[protected:],
-            "inverse_squares": torch.where(squares > 0, 1 / squares, 0.0)[:, None],
+            # Those of which float32 could not hold the square are of weights whose basis is kept.
+            "inverse_squares": torch.where(values > NEGLIGIBLE * split.values[0], values**-2, 0.0)[:, None],
         }
         return {name: every[name] for name in self.basis_names}
 
@@ -117,11 +130,11 @@ class Delta(Piece):
             return False
         if self.taken:  # the weight knows nothing of what earlier tasks have learnt
             return True
-        return bool(split.values[0] > WELL_CONDITIONED * split.values[split.protected - 1]) or not split.values[0]
+        return split.amplification > self.limit
 
     def plan(self) -> str:
         """Return what decides its bases beside the weight."""
-        return f"{self.rank} {self.side}"
+        return f"{self.rank} {self.side}" + f" {self.limit:g}" * (self.side in ("left", "right"))
 
     def factors(self, weight: Tensor) -> Factors:
         """Return the factors of the change."""

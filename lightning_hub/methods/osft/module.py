@@ -19,7 +19,7 @@ from lightning_hub.methods.osft.bases import BasesCache, fill_bases
 from lightning_hub.methods.osft.chain import Earlier
 from lightning_hub.methods.osft.delta import Complement
 from lightning_hub.methods.osft.importance import ratios, similarities
-from lightning_hub.methods.osft.product import DELTA_FILE, Rounding, describe_sizes, merged, merged_state, write_changes
+from lightning_hub.methods.osft.product import DELTA_FILE, Leaking, describe_sizes, merged, merged_state, write_changes
 from lightning_hub.methods.osft.progress import Progressing
 from lightning_hub.methods.osft.surgery import (
     RATIO,
@@ -33,10 +33,11 @@ from lightning_hub.methods.osft.surgery import (
 )
 from lightning_hub.methods.osft.telling import by_shape
 from lightning_hub.methods.sft import SFT
-from lightning_hub.methods.targets import Matrix, describe, matrices, resolve
+from lightning_hub.methods.targets import ALL_LINEAR, Matrix, describe, matrices, resolve
 from lightning_hub.parallel.crew import Crew
 from lightning_hub.parallel.gathering import full_state
 from lightning_hub.parallel.sharding import decoder_blocks
+from lightning_hub.parallel.strategies import MeshStrategy
 from lightning_hub.runs.folder import default_cache_dir
 
 LAYER_RATIOS = "osft_layer_ratios"
@@ -118,9 +119,11 @@ class OSFT(SFT):
     def choose_trainable(self, model: PreTrainedModel) -> None:
         """Freeze everything and put a change under each target."""
         model.requires_grad_(False)
-        groups = {matrix.group for matrix in matrices(model)}
+        everything = matrices(model)
+        self.earlier.check({matrix.full_name: matrix.shape for matrix in everything})
+        groups = {matrix.group for matrix in everything}
         default = [group for group in ("attention", "mlp", "experts") if group in groups]
-        self._chosen = resolve(model, self.targets or default)
+        self._chosen = resolve(model, self.targets or default or ALL_LINEAR)  # which says what there is
         add_changes(model, self._chosen, self._form(), self._ratios(model), self.earlier.rank)
         names = {matrix.full_name for matrix in self._chosen}
         norms = _norms(model)
@@ -136,9 +139,12 @@ class OSFT(SFT):
             )
 
     def _form(self) -> Form:
-        """Return what the changes look like, with what is known of the data by now."""
+        """Return what the changes look like, with what is known of the data and the trainer by now."""
         batching = getattr(self._data(), "batching", None)
-        return replace(self.form, row_tokens=batching.max_tokens if batching else None)
+        # Full sharding gathers what a change is made of in the precision that is computed in.
+        is_gathered = self._trainer is not None and isinstance(self._trainer.strategy, MeshStrategy)
+        is_rounded = is_gathered and self.trainer.precision == "bf16-mixed"
+        return replace(self.form, row_tokens=batching.max_tokens if batching else None, is_rounded=is_rounded)
 
     def _ratios(self, model: PreTrainedModel) -> Callable[[Matrix], float] | None:
         """Return what gives the ratio of each weight; None where all have the same."""
@@ -225,15 +231,10 @@ class OSFT(SFT):
         named = {matrix.full_name for matrix in self._chosen}
         changed = {site.matrix.full_name for site in self.sites()}
         assert self.model is not None, "configure_model has run"
-        left = [matrix for matrix in matrices(self.model) if self._name_before(matrix) not in named]
-        others = [matrix for matrix in left if ".parametrizations." not in matrix.full_name]
+        others = [matrix for matrix in matrices(self.model) if merged_name(matrix.full_name) not in (None, *named)]
         how = "also train" if self.train_other == "all" else "stay as they are"
         lines += [f"osft   no rank is left for {name}: it stays" for name in sorted(named - changed)]
         return lines + [f"osft   {how}: {describe(others)}"] * bool(others)
-
-    @staticmethod
-    def _name_before(matrix: Matrix) -> str | None:
-        return merged_name(matrix.full_name)
 
     def answer(self, *args: Any, **kwargs: Any) -> list[str]:
         """Answer prompts with weights that are built once, not for every token."""
@@ -278,15 +279,14 @@ class OSFT(SFT):
     def export_merged(self, target: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype | None) -> str:
         """Write a plain model in a dtype (that of the base on disk if None); return what rounding did to the change."""
         assert self.model is not None, "configure_model has run"
-        on_disk = self.pretrained.config.dtype
-        wanted = dtype or (on_disk if isinstance(on_disk, torch.dtype) else torch.float32)
+        wanted = dtype or self.pretrained.stored_dtype
         state = full_state(self.model)
-        rounding = Rounding()
+        leaking = Leaking(wanted)
         for site, one in zip(self.sites(), merged(self.sites(), state), strict=True):
-            rounding.add(one, site.change, wanted)
+            leaking.add_leaking(one, site.change)
         weights = {name: tensor.to(wanted) for name, tensor in merged_state(self.sites(), state).items()}
         self._write(target, tokenizer, state, weights)
-        return rounding.describe(wanted)
+        return leaking.describe()
 
     def _write(
         self, target: Path, tokenizer: PreTrainedTokenizerBase, state: dict[str, Tensor], weights: dict[str, Tensor]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_hub.methods.osft.change import Change, Factors, product
 from lightning_hub.methods.osft.surgery import Site, merged_name
+from lightning_hub.methods.rounding import Survival
 from lightning_hub.methods.targets import Group
 
 DELTA_FILE = "osft_delta.safetensors"
@@ -114,41 +115,24 @@ def describe_sizes(found: Iterable[Merged]) -> str:
 
 
 @dataclass
-class Rounding:
-    """What a cast of the weights does to their changes.
+class Leaking(Survival):
+    """What a cast does to changes that have left protected directions alone.
 
     Attributes:
-        change: Sum of squares of the change.
-        lost: Sum of squares of what the cast has done to it.
-        numbers: How many numbers are changed.
-        moved: How many of them differ from the base's after the cast.
         leaks: For each weight, the larger share of the cast change in protected columns or rows.
     """
 
-    change: float = 0.0
-    lost: float = 0.0
-    numbers: int = 0
-    moved: int = 0
     leaks: dict[str, float] = field(default_factory=dict)
 
-    def add(self, one: Merged, form: Change, dtype: torch.dtype) -> None:
+    def add_leaking(self, one: Merged, form: Change) -> None:
         """Count one weight."""
-        change = one.change
-        cast = one.apply().to(dtype)
-        kept = cast.float() - one.weight.float()
-        self.change += float(change.square().sum())
-        self.lost += float((kept - change).square().sum())
-        self.numbers += int((change != 0).sum())
-        self.moved += int(((change != 0) & (cast != one.weight.to(dtype))).sum())
-        self.leaks[one.name] = max(form.leaks(one.weight, kept)) if change.any() else 0.0
+        left = self.add(one.weight, one.change, one.apply())
+        self.leaks[one.name] = max(form.leaks(one.weight, left)) if one.change.any() else 0.0
 
-    def describe(self, dtype: torch.dtype) -> str:
+    def describe(self) -> str:
         """Return a line for a person."""
-        word = str(dtype).removeprefix("torch.")
-        error = (self.lost / self.change) ** 0.5 if self.change else 0.0
-        worst = max(self.leaks, key=lambda name: self.leaks[name], default="")
+        worst = max(self.leaks, key=lambda name: self.leaks[name])
         return (
-            f"merge  in {word} {self.moved / max(1, self.numbers):.1%} of the changed numbers differ from the base's; "
-            f"the change is off by {error:.1%}, and up to {self.leaks.get(worst, 0.0):.1%} of it lies in protected "
-            f"directions ({worst}); the exact one is {DELTA_FILE}"
+            f"{super().describe()}; up to {self.leaks[worst]:.1%} of it lies in protected directions ({worst}); "
+            f"the exact one is {DELTA_FILE}"
         )

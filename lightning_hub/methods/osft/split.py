@@ -55,6 +55,20 @@ class Split:
         """The protected directions of the longer side."""
         return self.u[:, : self.protected] if self.u.shape[0] > self.v.shape[1] else self.v[: self.protected]
 
+    @property
+    def amplification(self) -> float:
+        """How much more than the rounding of the right side leaks, when the weight carries it to the longer left one.
+
+        An error of ``v_i`` comes back from ``W v_i / s_i`` times the weight's mean over ``s_i``, in each of the ``k``
+        protected directions, beside a change that has ``long - k`` directions. The same holds mirrored.
+        """
+        high = self.values[: self.protected]
+        if not len(high) or not high[-1]:
+            return float("inf") if len(high) else 0.0
+        free = max(self.u.shape[0], self.v.shape[1]) - self.protected
+        spread = self.values.square().mean() * high.pow(-2).mean()
+        return float((spread * 2 * self.protected / max(1, free)).sqrt())
+
 
 def trained_rank(ratio: float, size: int) -> int:
     """Return how many of ``size`` directions train: the nearest integer to ``ratio * size``, halves upwards.

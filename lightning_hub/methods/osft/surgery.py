@@ -15,15 +15,14 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lightning_hub.errors import ConfigError
-from lightning_hub.methods.osft.change import Change, Fused, Piece
+from lightning_hub.methods.osft.change import Change, Fused, Piece, Still
 from lightning_hub.methods.osft.delta import Complement, Delta
 from lightning_hub.methods.osft.fused import output_axis, sizes
+from lightning_hub.methods.osft.split import trained_rank
 from lightning_hub.methods.osft.usv import Usv
 from lightning_hub.methods.targets import Matrix
 
 RATIO = "model.init_args.unfreeze_rank_ratio"
-
-_PLACE = "model.init_args.targets"
 
 THIN = 1.6
 """What a multiplication costs in a product of a thin matrix, where it costs 1 in one of wide ones. Measured on a CPU
@@ -43,6 +42,7 @@ class Form:
         parametrization: ``delta`` is the exact form, ``usv`` the published one.
         fused: Whether layers that do the work of several count as one weight, or as one for each part.
         row_tokens: Tokens of a row, by which auto decides; as many as there may be if None.
+        is_rounded: Whether changes are computed in bfloat16.
     """
 
     ratio: float
@@ -51,6 +51,7 @@ class Form:
     parametrization: Parametrization = "delta"
     fused: Literal["parts", "whole"] = "parts"
     row_tokens: int | None = None
+    is_rounded: bool = False
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.ratio <= 1.0:
@@ -118,21 +119,14 @@ def add_changes(
         taken: Tells how many directions of a weight, by its name, earlier tasks have taken.
 
     Raises:
-        ConfigError: A target is tied to another weight, which would change with it, or nothing of it is left to train.
+        ConfigError: Nothing of a target is left to train.
     """
-    shared = _shared(model)
     for matrix in targets:
         module = model.get_submodule(matrix.module)
         weight = cast("nn.Parameter", getattr(module, matrix.parameter))
-        if id(weight) in shared:
-            raise ConfigError(
-                f"{matrix.name} shares its weight with another layer, which would change with it",
-                where=_PLACE,
-                remedy="leave it out",
-            )
         weight.requires_grad_(False)
         change = _change(model, matrix, form, ratios(matrix) if ratios else form.ratio, taken)
-        if not any(parameter.numel() for parameter in change.trained()):
+        if not change.trained():
             continue
         parametrize.register_parametrization(module, matrix.parameter, change.to(weight.device), unsafe=True)
         if isinstance(module, nn.Linear | Conv1D) and _is_factored(change, matrix, form):
@@ -157,17 +151,21 @@ def _change(model: PreTrainedModel, matrix: Matrix, form: Form, ratio: float, ta
     for place, length in enumerate(lengths):
         shape = (length, into) if axis == -2 else (out, length)
         name = piece_name(matrix, place, count)
-        if form.parametrization == "usv":
-            parts.append(Usv(shape, ratio, dtype, *experts))
-            continue
         used = taken(name)
-        parts.append(Delta(shape, ratio, form.complement, dtype, experts[0] if experts else None, used))
-        if used and not parts[-1].rank:
+        is_left = trained_rank(ratio, min(shape)) > used
+        if used and not is_left:
             raise ConfigError(
                 f"earlier tasks have taken {used} directions of {name}, all that ratio {ratio} frees",
                 where="model.init_args.previous",
                 remedy="raise unfreeze_rank_ratio",
             )
+        if not is_left:
+            parts.append(Still(shape))
+        elif form.parametrization == "usv":
+            parts.append(Usv(shape, ratio, dtype, *experts))
+        else:
+            number = experts[0] if experts else None
+            parts.append(Delta(shape, ratio, form.complement, dtype, number, used, is_rounded=form.is_rounded))
     change = parts[0] if count == 1 else Fused(parts, lengths, axis)
     change.axis = axis
     return change
@@ -193,15 +191,6 @@ def _products(piece: Piece, shape: Sequence[int], tokens: int | None) -> tuple[f
     out, into = shape
     build = 2 * piece.rank / tokens if tokens else 0.0
     return out * into * (1 + build), piece.rank * (2 * (out + into) + max(out, into))
-
-
-def _shared(model: nn.Module) -> set[int]:
-    """Return which parameters have more than one name."""
-    seen: set[int] = set()
-    twice: set[int] = set()
-    for _, parameter in model.named_parameters(remove_duplicate=False):
-        (twice if id(parameter) in seen else seen).add(id(parameter))
-    return twice
 
 
 def sites(model: nn.Module, targets: Sequence[Matrix]) -> Iterator[Site]:

@@ -10,12 +10,19 @@ from lightning_hub.methods.osft.surgery import Site
 
 
 def by_shape(sites: Iterable[Site]) -> list[str]:
-    """Return a line for each shape of weights: how many there are, how many of their directions train, and how."""
+    """Return a line for each shape of weights: how many there are, how many of their directions train, and how.
+
+    A last one tells what is held beside the parameters, which no strategy cuts.
+    """
     found: dict[tuple[int, ...], list[tuple[Site, Piece]]] = {}
+    kept: list[int] = []
     for site in sites:
         for _, _, piece, part in site.pieces():
             found.setdefault(tuple(part.shape), []).append((site, piece))
-    return [_told(shape, same) for shape, same in found.items()]
+            if piece.kept is not None:
+                kept.append(piece.kept.nbytes)
+    lines = [_told(shape, same) for shape, same in found.items()]
+    return lines + [f"bases of {len(kept)} weights are whole on every rank: {sum(kept) / 1e6:.1f} MB"] * bool(kept)
 
 
 def _told(shape: tuple[int, ...], same: Sequence[tuple[Site, Piece]]) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from copy import deepcopy
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from lightning_hub.methods.osft.bases import KEPT, decompose
 from lightning_hub.methods.osft.delta import Complement, Delta
 from lightning_hub.methods.osft.split import DecompositionError, Split, split, trained_rank
 
@@ -39,6 +42,10 @@ def leaks(change: Tensor, found: Split) -> tuple[float, float]:
     left = found.u[:, : found.protected].mT @ exact
     right = exact @ found.v[: found.protected].mT
     return float(left.norm() / exact.norm()), float(right.norm() / exact.norm())
+
+
+def distance(one: Tensor, other: Tensor) -> float:
+    return float((one - other).norm() / other.norm())
 
 
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
@@ -130,6 +137,58 @@ def test_weights_that_are_hard_to_split(shape: str, kind: str) -> None:
     with torch.no_grad():
         delta.delta.normal_()
     assert max(leaks(delta.change(weight).detach(), found)) <= 1e-5
+
+
+def falling(by: float) -> Callable[[Tensor], Tensor]:
+    return lambda places: torch.exp(-places * math.log(by))
+
+
+SPECTRA: dict[str, Callable[[Tensor], Tensor]] = {
+    "falling by 10": falling(10),
+    "falling by 30": falling(30),
+    "falling by 100": falling(100),
+    "falling by 1000": falling(1000),
+    "one of 10": lambda places: torch.where(places > 0, 1 - places / 4, 10),
+    "one of 900": lambda places: torch.where(places > 0, 1 - places / 4, 900),
+    "a cliff": lambda places: torch.where(places < 0.9, 1 - places / 4, 1e-3 * (2 - places)),
+}
+"""Singular values by their place, 0 for the largest and about 1 for the smallest protected one."""
+
+
+def weight_with(shape: tuple[int, int], spectrum: Callable[[Tensor], Tensor]) -> Tensor:
+    whole = torch.linalg.svd(weight_of(shape).double(), full_matrices=False)
+    size = min(shape)
+    weight: Tensor = (whole.U * spectrum(torch.arange(size) / (0.75 * size))) @ whole.Vh
+    return weight.float()
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("shape", [(96, 96), (160, 96), (112, 96), (96, 400)])
+def test_no_spectrum_leaks_more_than_is_said(shape: tuple[int, int], spectrum: str) -> None:
+    weight = weight_with(shape, SPECTRA[spectrum])
+    exact, gathered, rounded = (
+        Delta(shape, 0.25, "full"),
+        Delta(shape, 0.25, "full", is_rounded=True),
+        Delta(shape, 0.25, "full", torch.bfloat16),
+    )
+    for delta, most in ((exact, 1e-5), (gathered, 1e-5), (rounded, 5e-3)):
+        own = weight.bfloat16() if delta is rounded else weight
+        for name, basis in decompose(own, delta, "weight").items():
+            setattr(delta, name, basis if name == KEPT else nn.Parameter(basis, requires_grad=False))
+        with torch.no_grad():
+            delta.delta.normal_(generator=torch.Generator().manual_seed(1))
+        assert max(leaks(delta.change(own).detach(), split(own, delta.rank))) <= most
+    change = gathered.change(weight).detach()
+    forward = deepcopy(gathered).bfloat16().change(weight.bfloat16()).detach()
+    assert distance(forward.float(), change) <= 1e-2, "what is computed in bfloat16 is what is exported"
+    assert exact.kept is None or rounded.kept is not None
+
+
+def test_tiny_singular_values_leave_every_basis_finite() -> None:
+    weight = torch.zeros(12, 8)
+    weight.diagonal().copy_(10.0 ** -torch.arange(0, 32, 4))
+    delta = Delta((12, 8), 0.25, "full")
+    assert all(basis.isfinite().all() for basis in decompose(weight, delta, "weight").values())
 
 
 def test_the_span_is_that_of_the_singular_values() -> None:

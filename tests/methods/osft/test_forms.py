@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -144,16 +145,18 @@ def test_what_computes_less_is_taken(tokens: int, expected: str, tmp_path: Path)
 def test_a_block_compiles_in_one_graph_and_copies(family: str, forward: str, tmp_path: Path) -> None:
     model = model_of(family)
     disturb(changed(model, tmp_path, Form(0.25, forward=forward)))  # type: ignore[arg-type]
-    block = model.get_submodule("model.layers.0.mlp")
+    block = model.get_submodule("model.layers.0")
     given = torch.randn(1, 8, SHAPE["hidden_size"], dtype=torch.float64)
+    places = model.get_submodule("model.rotary_emb")(given, torch.arange(8)[None])
+    run = partial(block, position_embeddings=places)
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
-    assert distance(compiled(given), block(given)) < 1e-12
+    assert distance(compiled(given, position_embeddings=places), run(given)) < 1e-12
     copied = deepcopy(model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    assert copied.get_submodule("model.layers.0.mlp")(given).norm() > 0
-    assert not block(given).any()
+    assert distance(copied.get_submodule("model.layers.0")(given, position_embeddings=places), given) > 0
+    assert run(given).equal(given), "what is left is the residual"
 
 
 # ---- fused layers ------------------------------------------------------------------------------------------------
@@ -186,6 +189,22 @@ def test_parts_of_a_fused_layer_learn_as_layers_of_their_own(tmp_path: Path) -> 
     assert train(fused, found) == pytest.approx(train(apart, single), rel=1e-9)
     whole = changed(model_of("phi3"), tmp_path, Form(0.25, fused="whole"))
     assert not any(isinstance(site.change, Fused) for site in whole)
+
+
+@pytest.mark.parametrize(
+    "form", [Form(0.03), Form(0.03, forward="factored"), Form(0.03, parametrization="usv")], ids=str
+)
+def test_a_part_for_which_no_direction_is_left_has_nothing_to_cut_and_stays(form: Form, tmp_path: Path) -> None:
+    fused = model_of("phi3")
+    apart = split_apart(fused)
+    found, single = (changed(model, tmp_path, form) for model in (fused, apart))
+    assert all(parameter.numel() for parameter in fused.parameters()), "full sharding takes no empty ones"
+    assert train(fused, found) == pytest.approx(train(apart, single), rel=1e-9)
+    for site in found:
+        change = site.change.change(site.original).detach()
+        moved = {name: bool(own.any()) for name, *_, own in site.pieces(change)}
+        assert moved == {name: piece.rank > 0 for name, _, piece, _ in site.pieces()}
+    assert {piece.rank for site in found for *_, piece, _ in site.pieces()} >= {0, 1}
 
 
 def test_what_lies_side_by_side_is_known_by_the_layer(tmp_path: Path) -> None:

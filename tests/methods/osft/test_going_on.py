@@ -39,9 +39,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def stories(topology: str, data: Path, folder: Path) -> tuple[list[Story], list[Story]]:
     """Return trainings, and the same from their third step on."""
+    learnt = data.parent / "learnt.safetensors"
+    if not learnt.exists():  # of a tall weight, whose basis is kept beside its parameters then
+        name = "model.layers.1.mlp.gate_proj.weight"
+        save_file(
+            {f"{name}.left": torch.randn(256, 4), f"{name}.right": torch.randn(4, 128)}, learnt, metadata={"osft": "{}"}
+        )
+    chained = {"previous": [str(learnt)], "learning_rate": 1e-3}
     whole = [
         Story(topology, data, folder / name, kind=OSFT, method=options, trainer={"max_steps": 5})
-        for name, options in SETTINGS.items()
+        for name, options in {**SETTINGS, "chained": chained}.items()
     ]
     rest = [replace(one, folder=folder / f"{one.folder.name}-3", resume=one.folder / "step-3") for one in whole]
     return whole, rest

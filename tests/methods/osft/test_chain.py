@@ -1,0 +1,102 @@
+"""One task after another: what earlier changes span is left alone, exactly, and nothing else is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lightning_hub.errors import ConfigError
+from lightning_hub.methods.osft import OSFT
+from lightning_hub.methods.osft.bases import BasesCache, fill_bases
+from lightning_hub.methods.osft.chain import Earlier, protect
+from lightning_hub.methods.osft.product import DELTA_FILE
+from lightning_hub.methods.osft.split import split, trained_rank
+from lightning_hub.methods.osft.surgery import Form, add_changes, sites
+from lightning_hub.methods.targets import resolve
+from lightning_hub.models.pretrained import Pretrained
+from tests.methods.osft.test_module import leaks, random_model
+from tests.parallel.test_topology import saved
+
+
+@pytest.mark.parametrize("complement", ["full", "thin"])
+def test_a_further_task_leaves_alone_what_the_first_has_learnt(
+    train: Callable[..., OSFT], tmp_path: Path, complement: str
+) -> None:
+    first = train(unfreeze_rank_ratio=0.25, complement=complement)
+    export = tmp_path / "first"
+    first.export(export, first.pretrained.tokenizer)
+    second = train(unfreeze_rank_ratio=0.5, complement=complement, model=str(export), previous=[str(export)])
+    told = [line for line in second.describe() if "whole on every rank" in line]
+    assert len(told) == (complement == "full")
+    learnt = load_file(export / DELTA_FILE)
+    for site in second.sites():
+        name = site.matrix.full_name
+        change = site.change.change(site.original).detach().double()
+        columns, _ = torch.linalg.qr(learnt[f"{name}.left"].double())
+        rows, _ = torch.linalg.qr(learnt[f"{name}.right"].double().mT)
+        assert change.norm() > 0
+        assert max(leaks(change, columns, rows.mT)) <= 1e-5
+        exact = split(site.original, trained_rank(0.5, min(site.matrix.shape)))
+        assert max(leaks(change, exact.u[:, : exact.protected], exact.v[: exact.protected])) <= 1e-5
+
+
+def test_what_protects_nothing_of_this_model_is_refused(train: Callable[..., OSFT], tmp_path: Path) -> None:
+    for family in ("qwen3", "gpt2"):  # the names of this model in other sizes; other names
+        first = train(steps=1, model=saved(family), targets=["attention"])
+        first.export(tmp_path / family, Pretrained("demo").tokenizer)
+        with pytest.raises(ConfigError, match=r"has a change of .*, which this model has not"):
+            train(unfreeze_rank_ratio=0.5, previous=[str(tmp_path / family)])
+
+
+def test_equal_weights_that_have_learnt_other_things_keep_apart(tmp_path: Path) -> None:
+    model = random_model("llama")
+    targets = resolve(model, ["up_proj"])
+    rows, columns = targets[0].shape
+    with torch.no_grad():
+        first, second, *_ = (model.get_parameter(target.full_name) for target in targets)
+        second.copy_(first)
+    names = [target.full_name for target in targets]
+    learnt = {f"{name}.{end}": torch.randn(rows, 1) if end == "left" else torch.randn(1, columns)
+              for name in names for end in ("left", "right")}  # fmt: skip
+    save_file(learnt, tmp_path / "changes.safetensors", metadata={"osft": "{}"})
+    earlier = Earlier.of([str(tmp_path / "changes.safetensors")])
+    add_changes(model, targets, Form(0.5), taken=earlier.rank)
+    fill_bases(list(sites(model, targets)), BasesCache(tmp_path), earlier)
+    for site in sites(model, targets):
+        ((_, _, piece, _),) = site.pieces()
+        row = learnt[f"{site.matrix.full_name}.right"]
+        assert float((piece.get_parameter("v_low") @ row.mT).norm() / row.norm()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "directions",
+    [[-1, -3], [0, -1], [0, 1], [-2, -2], [100, -1], [100, 0], [100, 101]],
+    ids=["apart", "half protected", "protected", "twice the same", "beyond", "beyond, protected", "all beyond"],
+)
+def test_what_is_protected_beside_a_weight_keeps_every_basis_orthonormal(directions: list[int]) -> None:
+    torch.manual_seed(0)
+    found = split(torch.randn(40, 16), 8)
+    others = torch.linalg.qr(torch.cat([found.u, torch.randn(40, 2).double()], 1)).Q[:, 16:]
+    columns = torch.stack([others[:, place - 100] if place >= 100 else found.u[:, place] for place in directions], 1)
+    rows = torch.stack([found.v[place % 16] for place in directions])
+    both = protect(found, columns, rows)
+    for basis in (both.u, both.v.mT):
+        assert float((basis.mT @ basis - torch.eye(16)).abs().max()) < 1e-12
+    assert both.protected == 10
+    for basis, before, span in ((both.u, found.u, columns), (both.v.mT, found.v.mT, rows.mT)):
+        high = basis[:, :10]
+        for inside in (before[:, :8], span):
+            assert float((inside - high @ (high.mT @ inside)).abs().max()) < 1e-12
+        assert float((before[:, :8].mT @ basis[:, 10:]).abs().max()) < 1e-12
+
+
+def test_where_nothing_is_left_to_train_it_is_said(train: Callable[..., OSFT], tmp_path: Path) -> None:
+    first = train(unfreeze_rank_ratio=0.25)
+    export = tmp_path / "first"
+    first.export(export, first.pretrained.tokenizer)
+    with pytest.raises(ConfigError, match="earlier tasks have taken 32 directions"):
+        train(unfreeze_rank_ratio=0.25, previous=[str(export)])
