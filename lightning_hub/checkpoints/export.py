@@ -42,14 +42,21 @@ def write_export(
 
 @contextmanager
 def whole_or_absent(target: Path) -> Iterator[Path]:
-    """Give a folder to write and check; it gets its name, in the place of an older one, when that has gone well."""
-    building = target.with_name(target.name + ".tmp")
+    """Give a folder to write and check; it gets its name, in the place of an older one, when that has gone well.
+
+    What lies beside it for that time has a hidden name: ``NAME.old`` may be a folder of somebody's own.
+    """
+    building = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True, mode=0o700)
-    yield building
+    try:
+        yield building
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
     for file in building.iterdir():
         file.chmod(0o600)
-    old = target.with_name(target.name + ".old")
+    old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.rename(old)

@@ -292,6 +292,7 @@ def test_the_commands_understand_adapters(
     assert "lora   rank 4" in capsys.readouterr().out
     assert run(["export", str(folder.path), "--merge"]) == 0
     assert "in bfloat16" in capsys.readouterr().out
+    assert run(["export", str(folder.path), "--merge", "--to", str(tmp_path / "new/folders/merged")]) == 0
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "Spell kamo."}\n')
     answers = []

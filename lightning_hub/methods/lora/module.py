@@ -257,6 +257,7 @@ class LoRA(SFT):
         """Write a plain model, in the dtype of the base on disk if None; return what of the change has survived."""
         stored = self.pretrained.config.dtype
         kept = dtype or (stored if isinstance(stored, torch.dtype) else torch.float32)
+        target.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=target.parent) as scratch:
             self.export(Path(scratch) / "adapter", tokenizer)
             return write_merged(target, Path(scratch) / "adapter", self.pretrained, tokenizer, kept)
