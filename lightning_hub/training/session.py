@@ -32,7 +32,7 @@ from lightning_hub.runs.samples import SamplesWriter
 from lightning_hub.runs.writer import StatusWriter
 from lightning_hub.training.announcement import Announcement
 from lightning_hub.training.attempt import Begun
-from lightning_hub.training.facts import recipe_facts
+from lightning_hub.training.facts import check_lasting, recipe_facts
 from lightning_hub.training.options import Options
 from lightning_hub.training.parser import RecipeCLI
 from lightning_hub.training.wishes import Asked, HardStop, Wishes, keep_lightning_out, requeue
@@ -117,6 +117,8 @@ class Session:
         cli = build(self.tree, self.folder.path, ours, checkpoint_io, options.trust_remote_code, self.environment)
         module, data, trainer = cli.model, cli.datamodule, cli.trainer
         module.filled_from = self.begun.checkpoint
+        if self.begun.checkpoint is not None:
+            check_lasting(self.begun.checkpoint, facts, module.lasting)
         keep_lightning_out(trainer)
         with SamplesWriter(self.folder.samples) as samples:
             for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by Lightning's connector

@@ -61,6 +61,8 @@ class LoRA(SFT):
         **options: SFT's.
     """
 
+    lasting = ("r", "alpha", "targets", "modules_to_save", "use_rslora", "use_dora", "init", "quantization")
+
     def __init__(
         self,
         model: str,

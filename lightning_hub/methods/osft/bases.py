@@ -138,7 +138,7 @@ def fill_bases(
 
 def _bases(site: Site, weight: Tensor, cache: BasesCache, earlier: Earlier | None) -> tuple[dict[str, Tensor], bool]:
     """Return the bases of one change by their names in it, and whether they had to be computed."""
-    path = cache.path(weight, site.change, earlier.fingerprint() if earlier else "")
+    path = cache.path(weight, site.change, earlier.fingerprint if earlier else "")
     bases = cache.load(path)
     if bases is not None:
         return bases, False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TypeAlias
 
@@ -72,9 +73,14 @@ class Earlier:
                     rights.append(file.get_tensor(f"{name}.right").double() if has_right else left)
         return (torch.cat(lefts, -1), torch.cat(rights, -2)) if lefts else None
 
+    @cached_property
     def fingerprint(self) -> str:
-        """Return a hash of the files, for what is made with them."""
-        return " ".join(hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in self.paths)
+        """A hash of the files, for what is made with them; they are as large as models, so each is read once."""
+        found = []
+        for path in self.paths:
+            with path.open("rb") as file:
+                found.append(hashlib.file_digest(file, "sha256").hexdigest()[:16])
+        return " ".join(found)
 
 
 def protect(found: Split, columns: Tensor, rows: Tensor) -> Split:

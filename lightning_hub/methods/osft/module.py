@@ -42,6 +42,9 @@ from lightning_hub.runs.folder import default_cache_dir
 LAYER_RATIOS = "osft_layer_ratios"
 """Under which name a checkpoint keeps adaptive ratios."""
 
+PREVIOUS = "osft_previous"
+"""Under which name a checkpoint keeps a hash of the earlier changes that its bases protect."""
+
 
 class OSFT(SFT):
     """Orthogonal subspace fine-tuning: each weight learns along its smallest singular directions only.
@@ -72,6 +75,8 @@ class OSFT(SFT):
         rank_bounds: With adaptive ranks, the least and the largest ratio of a layer.
         **options: SFT's.
     """
+
+    lasting = ("unfreeze_rank_ratio", "targets", "complement", "parametrization", "fused", "ranks", "rank_bounds")
 
     def __init__(
         self,
@@ -174,8 +179,16 @@ class OSFT(SFT):
         super().build()
 
     def _remember(self) -> None:
-        if self.filled_from is not None:
-            self.layer_ratios = read_state(self.filled_from).get(LAYER_RATIOS)
+        if self.filled_from is None:
+            return
+        state = read_state(self.filled_from)
+        self.layer_ratios = state.get(LAYER_RATIOS)
+        if state.get(PREVIOUS, self.earlier.fingerprint) != self.earlier.fingerprint:
+            raise ConfigError(
+                "the checkpoint protects what other files hold, or none",
+                where="model.init_args.previous",
+                remedy="name those that the run began with, or start a new run",
+            )
 
     def _load(self) -> PreTrainedModel:
         model = super()._load()
@@ -258,6 +271,7 @@ class OSFT(SFT):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the ranks of the layers: they cannot be told from the options alone."""
         super().on_save_checkpoint(checkpoint)
+        checkpoint[PREVIOUS] = self.earlier.fingerprint
         if self.layer_ratios is not None:
             checkpoint[LAYER_RATIOS] = self.layer_ratios
 
