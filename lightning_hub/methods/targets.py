@@ -39,6 +39,7 @@ class Matrix:
         group: What it does in its block; ``outside`` for embeddings and output layers.
         shape: As it is stored.
         is_transposed: Whether it is stored as (in, out), as GPT-2's layers are.
+        others: Further names of the same weight, in the model's state: those of layers that share it.
     """
 
     module: str
@@ -46,6 +47,7 @@ class Matrix:
     group: Group
     shape: tuple[int, ...]
     is_transposed: bool
+    others: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -65,6 +67,9 @@ def matrices(model: PreTrainedModel) -> list[Matrix]:
     for block in decoder_blocks(model):
         for path, module in block.named_modules():
             inside[id(module)] = tuple(_words(block, path))
+    known: dict[int, list[str]] = {}
+    for name, tensor in model.named_parameters(remove_duplicate=False):
+        known.setdefault(id(tensor), []).append(name)
     found, seen = [], set()
     for module, name in names.items():
         for parameter, tensor in module.named_parameters(recurse=False):
@@ -72,7 +77,8 @@ def matrices(model: PreTrainedModel) -> list[Matrix]:
                 seen.add(id(tensor))
                 group = _group(inside.get(id(module)), tensor.ndim)
                 shape = tuple(tensor.shape)
-                found.append(Matrix(name, parameter, group, shape, isinstance(module, Conv1D)))
+                others = tuple(other for other in known[id(tensor)] if other != f"{name}.{parameter}")
+                found.append(Matrix(name, parameter, group, shape, isinstance(module, Conv1D), others))
     return found
 
 
@@ -105,11 +111,14 @@ def resolve(model: PreTrainedModel, targets: str | Sequence[str]) -> list[Matrix
             such names (``q_proj``, ``self_attn.q_proj``), or regular expressions for whole names.
 
     Raises:
-        ConfigError: An entry matches nothing (the model's own names are listed), is no pattern, or names again what
-            another one has named.
+        ConfigError: An entry, or none at all, matches nothing (the model's own names are listed), is no pattern, or
+            names again what another one has named.
     """
     everything = matrices(model)
     chosen: dict[str, str] = {}
+    if not targets:
+        remedy = f"leave the option out, or name some; the model has {describe(everything)}"
+        raise ConfigError("names nothing", where="model.init_args.targets", remedy=remedy)
     for entry in [targets] if isinstance(targets, str) else targets:
         found = [matrix.full_name for matrix in everything if _is_meant(entry, matrix)]
         if not found:
@@ -134,16 +143,34 @@ def _is_meant(entry: str, matrix: Matrix) -> bool:
         return matrix.group in ("attention", "mlp") and len(matrix.shape) == 2
     if entry in GROUPS:
         return matrix.group == entry
-    if matrix.name == entry or matrix.name.endswith(f".{entry}"):
+    names = [matrix.name, *(other.removesuffix(".weight") for other in matrix.others)]
+    if any(name == entry or name.endswith(f".{entry}") for name in names):
         return True
     try:
-        return re.fullmatch(entry, matrix.name) is not None
+        return any(re.fullmatch(entry, name) for name in names)
     except re.error as error:
         raise ConfigError(
             f"{entry!r} is no regular expression: {error}",
             where="model.init_args.targets",
             remedy="write a name, a group or a pattern for whole names",
         ) from error
+
+
+def refuse_shared(found: Iterable[Matrix], remedy: str) -> None:
+    """Refuse weights that layers share: what is put beside one of these would change the others too, or not.
+
+    Args:
+        found: What is to be changed.
+        remedy: What to do instead.
+
+    Raises:
+        ConfigError: One is shared.
+    """
+    for matrix in found:
+        if matrix.others:
+            others = " and ".join(name.removesuffix(".weight") for name in matrix.others)
+            message = f"{matrix.name} shares its weight with {others}: neither can change alone"
+            raise ConfigError(message, where="model.init_args.targets", remedy=remedy)
 
 
 def describe(listed: Iterable[Matrix]) -> str:

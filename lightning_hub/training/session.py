@@ -276,4 +276,6 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")  # Lightning's own use of torch
     warnings.filterwarnings("ignore", ".*broadcast_buffers. is deprecated.*")  # its successor syncs at the start
     warnings.filterwarnings("ignore", ".*is_gradient_checkpointing. is deprecated.*")  # peft asks for it by this name
+    warnings.filterwarnings("ignore", ".*Total length of .list. across ranks is zero.*")  # no validation was asked for
+    warnings.filterwarnings("ignore", ".*a tied layer is part of the adapter.*")  # all that share a weight are trained
     warnings.filterwarnings("ignore", ".*sync_dist=True.*")  # what is logged is the same on every rank already

@@ -97,8 +97,12 @@ def adapted(folder: str, **options: Any) -> LoRA:
         ({"targets": ["q_proj", "nope"]}, ["'nope'", "attention: q_proj, k_proj, v_proj, o_proj; mlp: gate_proj"]),
         ({"targets": ["experts"]}, ["'experts' matches no weight", "mlp: gate_proj"]),
         ({"modules_to_save": ["embed_token"]}, ["'embed_token'", "modules_to_save", "attention: q_proj"]),
-        ({"targets": ["lm_head"]}, ["'lm_head' is one weight for model.embed_tokens and lm_head"]),
-        ({"targets": ["embed_tokens"]}, ["'embed_tokens' is one weight for"]),
+        ({"targets": ["lm_head"]}, ["model.embed_tokens shares its weight with lm_head", "modules_to_save"]),
+        ({"targets": [".*"]}, ["model.embed_tokens shares its weight with lm_head", "modules_to_save"]),
+        ({"targets": ["q_proj"], "modules_to_save": ["self_attn"]}, ["is trained whole, as modules_to_save says"]),
+        ({"modules_to_save": ["layers"]}, ["'layers' is a list of modules", "name what it holds, as model.layers.0"]),
+        ({"init": "pissa", "r": 65}, ["r 65 is more than the 64 directions of", "k_proj (64 x 128)"]),
+        ({"init": "olora", "r": 65}, ["r 65 is more than the 64 directions of"]),
         ({"adapter": "/nowhere"}, ["holds no adapter"]),
         ({"use_dora": True, "init": "pissa"}, ["use_dora does not go with init pissa"]),
     ],
@@ -108,6 +112,29 @@ def test_a_wrong_wish_is_refused_with_the_names_there_are(options: dict[str, Any
     with pytest.raises(ConfigError) as refused:
         adapted("demo", **options)
     assert all(part in str(refused.value) for part in parts), refused.value
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "layer"),
+    [
+        ("qwen3", {"init": "pissa", "targets": ["embed_tokens"]}, "model.embed_tokens"),
+        ("qwen3", {"init": "olora", "targets": ["embed_tokens"]}, "model.embed_tokens"),
+        ("gpt-oss, sinks", {"init": "pissa", "targets": ["experts"]}, "model.layers.0.mlp.experts.gate_up_proj"),
+        ("gpt2", {"init": "olora"}, "transformer.h.0.attn.c_attn"),
+    ],
+)
+def test_an_init_that_takes_its_start_out_of_other_layers_is_refused(
+    family: str, options: dict[str, Any], layer: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"init {options['init']} is for plain linear layers, not for {layer}"):
+        adapted(saved(family), **options)
+
+
+def test_adapters_in_float64_are_refused() -> None:
+    module = LoRA("demo", **SMALL)
+    module.trainer = Trainer(accelerator="cpu", precision="64-true", logger=False, enable_checkpointing=False)
+    with pytest.raises(ConfigError, match=r"trainer\.precision: adapters are float32"):
+        module.configure_model()
 
 
 def test_what_is_adapted_is_said() -> None:
@@ -138,6 +165,7 @@ def test_adapters_stay_in_float32_beside_a_bfloat16_base(precision: str) -> None
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("qwen3", {}),
     "whole modules": ("llama", {"modules_to_save": ["embed_tokens", "norm"], "targets": ["attention"]}),
+    "whole blocks": ("llama", {"modules_to_save": ["mlp", "up_proj", "layers.1"]}),
     "output layer": ("qwen3", {"targets": ["lm_head", "q_proj"]}),
     "dora, scaled by the root": ("qwen2", {"use_dora": True, "use_rslora": True}),
     "pissa": ("qwen3", {"init": "pissa", "use_rslora": True}),

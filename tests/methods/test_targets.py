@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTrainedModel
 
 from lightning_hub.errors import ConfigError
-from lightning_hub.methods.targets import Matrix, matrices, resolve
+from lightning_hub.methods.targets import Matrix, matrices, refuse_shared, resolve
 from tests.ops.models import CONFIGS, SHAPE
 
 MIXTRAL = MixtralConfig(**SHAPE, num_local_experts=2, num_experts_per_tok=1)
@@ -57,6 +57,22 @@ def test_an_entry_that_matches_nothing_is_refused_with_the_names_there_are(targe
         resolve(model("llama"), targets)
     if "(" not in targets[0]:
         assert "attention: q_proj, k_proj, v_proj, o_proj; mlp: gate_proj" in str(refused.value)
+
+
+@pytest.mark.parametrize("targets", ["", []])
+def test_no_target_at_all_is_refused(targets: str | list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"targets: names nothing; .*the model has outside: embed_tokens"):
+        resolve(model("llama"), targets)
+
+
+@pytest.mark.parametrize("target", ["lm_head", r".*lm_head", r".*embed_tokens"])
+def test_a_shared_weight_is_found_under_each_of_its_names(target: str) -> None:
+    with torch.device("meta"):
+        tied = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE, tie_word_embeddings=True))
+    (found,) = resolve(tied, target)
+    assert (found.full_name, found.others) == ("model.embed_tokens.weight", ("lm_head.weight",))
+    with pytest.raises(ConfigError, match=r"model\.embed_tokens shares its weight with lm_head"):
+        refuse_shared([found], "leave it out")
 
 
 def test_what_is_named_twice_is_refused() -> None:

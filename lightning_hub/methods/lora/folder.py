@@ -156,7 +156,7 @@ def probe(model: torch.nn.Module) -> Tensor:
     model.eval()
     size = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]  # any model of transformers has it
     ids = torch.linspace(0, size - 1, 16).long().unsqueeze(0)
-    logits: Tensor = model(input_ids=ids, use_cache=False).logits.float()
+    logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float()
     return logits
 
 

@@ -17,6 +17,7 @@ from lightning_hub.errors import ConfigError
 from lightning_hub.launch.meshes import check_adapters
 from lightning_hub.methods.lora.adapters import (
     EVA,
+    INIT,
     Init,
     Settings,
     adapt,
@@ -26,7 +27,7 @@ from lightning_hub.methods.lora.adapters import (
     layers_of,
     wished,
 )
-from lightning_hub.methods.lora.eva import INIT, directions, fill_directions
+from lightning_hub.methods.lora.eva import directions, fill_directions
 from lightning_hub.methods.lora.folder import fill_from, finished, read_config, write_adapter
 from lightning_hub.methods.lora.health import DeadAdapterError, Pulse, group_of
 from lightning_hub.methods.lora.merge import write_merged
@@ -124,6 +125,12 @@ class LoRA(SFT):
         Raises:
             ConfigError: The strategy cuts what the adapters need whole.
         """
+        if str(self.trainer.precision) in ("64", "64-true"):
+            raise ConfigError(
+                "adapters are float32 beside any base, so they cannot be trained in float64",
+                where="trainer.precision",
+                remedy="take 32-true",
+            )
         strategy = self.trainer.strategy
         mesh = strategy.device_mesh if isinstance(strategy, MeshStrategy) else None
         is_named = mesh is not None and "tp" in (mesh.mesh_dim_names or ())

@@ -125,7 +125,7 @@ class OSFT(SFT):
         model.requires_grad_(False)
         groups = {matrix.group for matrix in matrices(model)}
         default = [group for group in ("attention", "mlp", "experts") if group in groups]
-        self._chosen = resolve(model, self.targets or default)
+        self._chosen = resolve(model, default if self.targets is None else self.targets)
         add_changes(model, self._chosen, self._form(), self._ratios(model), self.earlier.rank)
         names = {matrix.full_name for matrix in self._chosen}
         norms = _norms(model)

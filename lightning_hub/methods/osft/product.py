@@ -110,7 +110,8 @@ def describe_sizes(found: Iterable[Merged]) -> str:
         for place, tensor in enumerate((one.change, one.weight)):
             sums[place] += float(tensor.double().square().sum())
     shares = {group: (change / weight) ** 0.5 if weight else 0.0 for group, (change, weight) in squares.items()}
-    return "changed by " + ", ".join(f"{share:.2%} ({group})" for group, share in shares.items())
+    told = ", ".join(f"{share:.2%} ({group})" for group, share in shares.items())
+    return f"changed by {told}" if told else "no target has a direction that trains"
 
 
 @dataclass

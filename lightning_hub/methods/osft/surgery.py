@@ -19,11 +19,9 @@ from lightning_hub.methods.osft.change import Change, Fused, Piece
 from lightning_hub.methods.osft.delta import Complement, Delta
 from lightning_hub.methods.osft.fused import output_axis, sizes
 from lightning_hub.methods.osft.usv import Usv
-from lightning_hub.methods.targets import Matrix
+from lightning_hub.methods.targets import Matrix, refuse_shared
 
 RATIO = "model.init_args.unfreeze_rank_ratio"
-
-_PLACE = "model.init_args.targets"
 
 THIN = 1.6
 """What a multiplication costs in a product of a thin matrix, where it costs 1 in one of wide ones. Measured on a CPU
@@ -120,16 +118,10 @@ def add_changes(
     Raises:
         ConfigError: A target is tied to another weight, which would change with it, or nothing of it is left to train.
     """
-    shared = _shared(model)
+    refuse_shared(targets, remedy="leave it out")
     for matrix in targets:
         module = model.get_submodule(matrix.module)
         weight = cast("nn.Parameter", getattr(module, matrix.parameter))
-        if id(weight) in shared:
-            raise ConfigError(
-                f"{matrix.name} shares its weight with another layer, which would change with it",
-                where=_PLACE,
-                remedy="leave it out",
-            )
         weight.requires_grad_(False)
         change = _change(model, matrix, form, ratios(matrix) if ratios else form.ratio, taken)
         if not any(parameter.numel() for parameter in change.trained()):
@@ -193,15 +185,6 @@ def _products(piece: Piece, shape: Sequence[int], tokens: int | None) -> tuple[f
     out, into = shape
     build = 2 * piece.rank / tokens if tokens else 0.0
     return out * into * (1 + build), piece.rank * (2 * (out + into) + max(out, into))
-
-
-def _shared(model: nn.Module) -> set[int]:
-    """Return which parameters have more than one name."""
-    seen: set[int] = set()
-    twice: set[int] = set()
-    for _, parameter in model.named_parameters(remove_duplicate=False):
-        (twice if id(parameter) in seen else seen).add(id(parameter))
-    return twice
 
 
 def sites(model: nn.Module, targets: Sequence[Matrix]) -> Iterator[Site]:

@@ -224,6 +224,14 @@ def test_the_exact_changes_stand_beside_the_export(
     assert loaded(ids).logits.isfinite().all()
 
 
+def test_that_nothing_has_changed_is_said(
+    train: Callable[..., OSFT], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = train(unfreeze_rank_ratio=0.0, train_other="norms")
+    module.export(tmp_path / "export", module.pretrained.tokenizer)
+    assert "osft   no target has a direction that trains" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("forward", ["merged", "factored"])
 def test_answers_build_each_weight_once(
     train: Callable[..., OSFT], forward: str, monkeypatch: pytest.MonkeyPatch
@@ -292,7 +300,9 @@ def test_where_nothing_is_left_to_train_it_is_said(train: Callable[..., OSFT], t
     [
         ({"unfreeze_rank_ratio": 1.5}, "unfreeze_rank_ratio is 1.5"),
         ({"unfreeze_rank_ratio": 0.0}, "nothing at all would train"),
-        ({"targets": ["lm_head"]}, "matches no weight|shares its weight"),
+        ({"targets": ["lm_head"]}, "model.embed_tokens shares its weight with lm_head"),
+        ({"targets": []}, "names nothing"),
+        ({"targets": ""}, "names nothing"),
         ({"targets": ["embed_tokens"]}, "shares its weight"),
         ({"previous": ["nowhere.safetensors"]}, "nowhere.safetensors cannot be read"),
         ({"targets": ["q_proj", "typo"]}, "'typo' matches no weight"),
