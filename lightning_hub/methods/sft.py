@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from lightning.pytorch import LightningModule
@@ -59,6 +59,9 @@ class SFT(LightningModule):
 
     lasting: ClassVar[tuple[str, ...]] = ()
     """Options that say what the tensors of a checkpoint are: a run that goes on must have the same."""
+
+    keeps_dtypes: ClassVar[bool] = False
+    """Whether the trainer may not cast what has been read: for methods that train in float32 beside frozen weights."""
 
     def __init__(
         self,
@@ -169,7 +172,8 @@ class SFT(LightningModule):
 
     def _load_dtype(self) -> torch.dtype:
         if self.weights_dtype == "auto":
-            return torch.bfloat16 if self.trainer.precision == "bf16-true" else torch.float32
+            halves = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
+            return halves.get(str(self.trainer.precision), torch.float32)
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.weights_dtype]
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -193,6 +197,13 @@ class SFT(LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": LambdaLR(optimizer, schedule), "interval": "step", "name": "lr"},
         }
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move, and cast if the method lets the trainer do that."""
+        if not self.keeps_dtypes:
+            return super().to(*args, **kwargs)
+        device, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        return self if device is None else super().to(device)
 
     # ---- the step --------------------------------------------------------------------------------------------------
 

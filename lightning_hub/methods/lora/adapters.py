@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lightning_hub.errors import ConfigError
+from lightning_hub.methods.sampling import sampled
 from lightning_hub.methods.targets import Matrix, describe, matrices, refuse_shared, resolve
 
 Init = Literal["default", "gaussian", "orthogonal", "pissa", "pissa_niter_4", "pissa_niter_16", "olora", "eva"]
@@ -32,9 +33,6 @@ ADAPTER = "default"
 
 PREFIX = "base_model.model."
 """What peft puts before the names of a model in adapter files."""
-
-SAMPLED = 64
-"""Numbers of each tensor that the hash of a base looks at."""
 
 INIT = "model.init_args.init"
 
@@ -239,11 +237,8 @@ def base_hash(model: nn.Module) -> str:
     """
     found = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        flat = parameter.detach().reshape(-1)
-        places = torch.linspace(0, max(0, flat.numel() - 1), min(SAMPLED, flat.numel()), dtype=torch.float64).long()
-        sample = flat[places.to(flat.device)].to(torch.bfloat16).cpu()
         found.update(f"{name} {tuple(parameter.shape)}".encode())
-        found.update(sample.view(torch.int16).numpy().tobytes())
+        found.update(sampled(parameter))
     return found.hexdigest()
 
 

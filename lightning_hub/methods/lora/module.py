@@ -62,6 +62,7 @@ class LoRA(SFT):
         **options: SFT's.
     """
 
+    keeps_dtypes = True
     lasting = ("r", "alpha", "targets", "modules_to_save", "use_rslora", "use_dora", "init", "quantization")
 
     def __init__(
@@ -176,11 +177,6 @@ class LoRA(SFT):
         is_frozen = not self.settings.modules_to_save and not shifting
         is_bf16 = str(self.trainer.precision).startswith("bf16")
         return torch.bfloat16 if self.weights_dtype == "auto" and is_frozen and is_bf16 else dtype
-
-    def to(self, *args: Any, **kwargs: Any) -> LoRA:
-        """Move, but keep every dtype: the trainer would cast the adapters with the rest, and they stay in float32."""
-        device, *_ = torch._C._nn._parse_to(*args, **kwargs)
-        return self if device is None else super().to(device)
 
     def describe(self) -> list[str]:
         """Return what is adapted."""

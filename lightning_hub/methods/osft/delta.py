@@ -78,7 +78,7 @@ class Delta(Piece):
         self.side = _side(out, into, complement, self.protected)
         lead = () if experts is None else (experts,)
         trained = {"all": shape, "both": (self.rank, self.rank), "left": (out, self.rank), "right": (self.rank, into)}
-        self.delta = nn.Parameter(torch.zeros(*lead, *trained[self.side]))
+        self.delta = nn.Parameter(torch.zeros(*lead, *trained[self.side], dtype=torch.float32))
         for name, basis in self._bases(out, into).items():
             empty = torch.zeros(*lead, *basis, dtype=torch.float32 if name == "inverse_squares" else dtype)
             self.register_parameter(name, nn.Parameter(empty, requires_grad=False))

@@ -76,6 +76,7 @@ class OSFT(SFT):
         **options: SFT's.
     """
 
+    keeps_dtypes = True
     lasting = ("unfreeze_rank_ratio", "targets", "complement", "parametrization", "fused", "ranks", "rank_bounds")
 
     def __init__(
@@ -116,12 +117,16 @@ class OSFT(SFT):
         self.layer_ratios: list[float] | None = None
         self.lr_scale = lr_scale
         self.decomposed = 0
+        self.strangers: list[str] = []
         self._chosen: list[Matrix] = []
 
     # ---- what trains -------------------------------------------------------------------------------------------------
 
     def choose_trainable(self, model: PreTrainedModel) -> None:
         """Freeze everything and put a change under each target."""
+        self.earlier.check(model)
+        if not next(model.parameters()).is_meta:
+            self.strangers = self.earlier.strangers(model)
         model.requires_grad_(False)
         groups = {matrix.group for matrix in matrices(model)}
         default = [group for group in ("attention", "mlp", "experts") if group in groups]
@@ -242,7 +247,8 @@ class OSFT(SFT):
         others = [matrix for matrix in left if ".parametrizations." not in matrix.full_name]
         how = "also train" if self.train_other == "all" else "stay as they are"
         lines += [f"osft   no rank is left for {name}: it stays" for name in sorted(named - changed)]
-        return lines + [f"osft   {how}: {describe(others)}"] * bool(others)
+        lines += [f"osft   {how}: {describe(others)}"] * bool(others)
+        return lines + [f"osft   {line}" for line in self.strangers]
 
     @staticmethod
     def _name_before(matrix: Matrix) -> str | None:

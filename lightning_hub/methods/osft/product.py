@@ -14,11 +14,16 @@ from torch import Tensor, nn
 
 from lightning_hub.methods.osft.change import Change, Factors, product
 from lightning_hub.methods.osft.surgery import Site, merged_name
+from lightning_hub.methods.sampling import sampled
 from lightning_hub.methods.targets import Group
 
 DELTA_FILE = "osft_delta.safetensors"
 """The exact changes, float32: ``<weight>.left`` times ``<weight>.right``; only ``left`` where everything trained. Parts
 of a fused weight are ``<weight>.0`` and so on, in the order of their outputs."""
+
+
+LEFT = "left"
+"""Where the file tells numbers of each weight with its change, by which a further task knows it."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ def merged_state(sites: Iterable[Site], state: Mapping[str, Tensor]) -> dict[str
 
 
 def write_changes(path: Path, found: Iterable[Merged], settings: Mapping[str, object]) -> None:
-    """Write the exact changes, each with the hash of the weight that it belongs to.
+    """Write the exact changes, each with the hash of the weight that it belongs to, and numbers of what it has become.
 
     Args:
         path: The file.
@@ -91,14 +96,16 @@ def write_changes(path: Path, found: Iterable[Merged], settings: Mapping[str, ob
     """
     tensors: dict[str, Tensor] = {}
     hashes: dict[str, str] = {}
+    left: dict[str, str] = {}
     for one in found:
-        for name, (left, right) in one.factors.items():
-            tensors[f"{name}.left"] = left.contiguous()
+        for name, (first, right) in one.factors.items():
+            tensors[f"{name}.left"] = first.contiguous()
             if right is not None:
                 tensors[f"{name}.right"] = right.contiguous()
         bits = one.weight.contiguous().view(torch.uint8).numpy().tobytes()
         hashes[one.name] = hashlib.sha256(bits).hexdigest()
-    about = json.dumps({"settings": dict(settings), "weights": hashes}, default=str)
+        left[one.name] = sampled(one.apply()).hex()
+    about = json.dumps({"settings": dict(settings), "weights": hashes, LEFT: left}, default=str)
     save_file(tensors, path, metadata={"format": "pt", "osft": about})
 
 

@@ -38,8 +38,10 @@ class Usv(Piece):
         lead = () if experts is None else (experts,)
         low = {"u": (out, self.rank), "s": (self.rank, 1), "v": (self.rank, into)}
         for name, size in low.items():
-            self.register_parameter(name, nn.Parameter(torch.zeros(*lead, *size)))
-            self.register_parameter(f"{name}_low", nn.Parameter(torch.zeros(*lead, *size), requires_grad=False))
+            self.register_parameter(name, nn.Parameter(torch.zeros(*lead, *size, dtype=torch.float32)))
+            self.register_parameter(
+                f"{name}_low", nn.Parameter(torch.zeros(*lead, *size, dtype=torch.float32), requires_grad=False)
+            )
         for name, size in {"u_high": (out, self.protected), "v_high": (self.protected, into)}.items():
             self.register_parameter(name, nn.Parameter(torch.zeros(*lead, *size, dtype=dtype), requires_grad=False))
         self.register_buffer("kept", None)

@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterator
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -125,10 +127,10 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., OSFT
     """Return a function that trains the embedded model with OSFT in this process."""
     monkeypatch.setenv("LIGHTNING_HUB_CACHE", str(tmp_path))
 
-    def fit(steps: int = 3, **options: object) -> OSFT:
+    def fit(steps: int = 3, precision: Any = "32-true", **options: object) -> OSFT:
         torch.manual_seed(0)
         module = OSFT(**{"model": "demo", "learning_rate": 1e-3, **options})  # type: ignore[arg-type]
-        trainer = make_trainer(Topology("one", 1, partial(strategy_for, None, 1)), max_steps=steps)
+        trainer = make_trainer(Topology("one", 1, partial(strategy_for, None, 1)), max_steps=steps, precision=precision)
         trainer.fit(module, Shares(trainer))
         return module
 
@@ -167,6 +169,19 @@ def test_what_is_exported_is_what_the_model_computes(train: Callable[..., OSFT])
     ids = torch.arange(3, 30)[None]
     with torch.no_grad():
         assert model.eval()(ids, use_cache=False).logits.equal(plain.eval()(ids, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("form", [{}, {"forward": "factored"}, {"parametrization": "usv"}], ids=str)
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "bf16-mixed"])
+def test_what_trains_is_float32_in_every_precision(
+    train: Callable[..., OSFT], precision: str, form: dict[str, object]
+) -> None:
+    module = train(precision=precision, **form)
+    halves = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
+    for site in module.sites():
+        assert site.original.dtype == halves.get(precision, torch.float32)
+        assert {parameter.dtype for parameter in site.change.trained()} == {torch.float32}
+        assert site.change.change(site.original).norm() > 0
 
 
 def test_other_weights_train_when_they_are_asked_to(train: Callable[..., OSFT]) -> None:
@@ -293,6 +308,58 @@ def test_where_nothing_is_left_to_train_it_is_said(train: Callable[..., OSFT], t
     first.export(export, first.pretrained.tokenizer)
     with pytest.raises(ConfigError, match="earlier tasks have taken 32 directions"):
         train(unfreeze_rank_ratio=0.25, previous=[str(export)])
+
+
+def altered(name: str, change: Callable[[dict[str, torch.Tensor]], object], export: Path) -> Path:
+    """Copy the file of an export's exact changes, and change the tensors in it."""
+    with safe_open(export / DELTA_FILE, framework="pt") as file:
+        about = file.metadata()
+    tensors = load_file(export / DELTA_FILE)
+    change(tensors)
+    save_file(tensors, export.parent / name, about)
+    return export.parent / name
+
+
+QUERY = "model.layers.0.self_attn.q_proj.weight"
+
+
+def test_earlier_changes_of_something_else_are_refused(train: Callable[..., OSFT], tmp_path: Path) -> None:
+    first = train(unfreeze_rank_ratio=0.25)
+    export = tmp_path / "first"
+    first.export(export, first.pretrained.tokenizer)
+    wrong = {
+        "wider": (
+            lambda held: held.update({f"{QUERY}.right": torch.zeros(32, 129)}),
+            "has the shape 128 x 129|128 x 129",
+        ),
+        "other": (lambda held: held.update({"h.0.weight.left": torch.zeros(2, 2)}), "h.0.weight, which this model has"),
+        "nan": (lambda held: held[f"{QUERY}.left"].fill_(float("nan")), f"no number in the change of {QUERY}"),
+    }
+    for name, (change, said) in wrong.items():
+        path = altered(name, change, export)
+        with pytest.raises(ConfigError, match=said):
+            train(unfreeze_rank_ratio=0.5, model=str(export), previous=[str(path)])
+    with pytest.raises(ConfigError, match="is named twice"):
+        train(unfreeze_rank_ratio=0.75, model=str(export), previous=[str(export), str(export / DELTA_FILE)])
+    everything = tmp_path / "all"
+    second = train(unfreeze_rank_ratio=1.0)
+    second.export(everything, second.pretrained.tokenizer)
+    with pytest.raises(ConfigError, match="leave it out of targets: nothing of it is left"):
+        train(unfreeze_rank_ratio=1.0, model=str(everything), previous=[str(everything)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_the_earlier_task_has_not_left_is_noticed(
+    train: Callable[..., OSFT], tmp_path: Path, dtype: torch.dtype
+) -> None:
+    first = train(unfreeze_rank_ratio=0.25)
+    export = tmp_path / "first"
+    first.export_merged(export, first.pretrained.tokenizer, dtype)
+    on = train(unfreeze_rank_ratio=0.5, model=str(export), previous=[str(export)])
+    assert not [line for line in on.describe() if "previous" in line]
+    astray = train(unfreeze_rank_ratio=0.5, previous=[str(export)])
+    (line,) = [line for line in astray.describe() if "previous" in line]
+    assert f"21 of 21 weights are not what {export / DELTA_FILE} has left" in line
 
 
 @pytest.mark.parametrize(
