@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ import safetensors.torch
 import torch
 from lightning.pytorch import Trainer
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -271,6 +274,36 @@ def test_an_adapter_for_something_else_is_refused(
             **{"targets": ["attention"], "adapter": str(tmp_path / "adapter"), **options},
         )
     assert all(part in str(refused.value) for part in parts), refused.value
+
+
+def test_a_damaged_adapter_is_refused(tmp_path: Path) -> None:
+    train("demo", tmp_path, targets=["attention"])
+    whole = tmp_path / "adapter"
+    weights = load_file(whole / "adapter_model.safetensors")
+    name = min(weights)
+    config = json.loads((whole / "adapter_config.json").read_text())
+    damages: dict[str, tuple[Callable[[Path], object], str]] = {
+        "cut": (lambda file: os.truncate(file / "adapter_model.safetensors", 1000), "cannot be read"),
+        "nan": (
+            lambda file: save_file({**weights, name: weights[name] * math.nan}, file / "adapter_model.safetensors"),
+            "holds what is no number",
+        ),
+        "no config": (lambda file: (file / "adapter_config.json").write_text("{"), "cannot be read"),
+        "other type": (
+            lambda file: (file / "adapter_config.json").write_text('{"peft_type": "IA3"}'),
+            "not LORA",
+        ),
+        "own strengths": (
+            lambda file: (file / "adapter_config.json").write_text(
+                json.dumps({**config, "alpha_pattern": {"q_proj": 1}})
+            ),
+            "ranks or strengths of its own",
+        ),
+    }
+    for kind, (damage, said) in damages.items():
+        damage(shutil.copytree(whole, tmp_path / kind))
+        with pytest.raises(ConfigError, match=said):
+            adapted("demo", targets=["attention"], adapter=str(tmp_path / kind))
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------
