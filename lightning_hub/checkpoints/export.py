@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 
 from safetensors import safe_open
@@ -35,9 +36,19 @@ def write_export(
     """
     with whole_or_absent(target) as building:
         model.save_pretrained(building, state_dict=dict(weights))
+        _tell_dtype(building, model, weights)
         tokenizer.save_pretrained(building)
         _compare(building, model, weights)
         beside(building)
+
+
+def _tell_dtype(folder: Path, model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
+    """Say in the configuration in which dtype weights are written: whoever loads them goes by that."""
+    dtypes = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
+    if len(dtypes) == 1 and dtypes != {model.dtype}:
+        config = deepcopy(model.config)
+        (config.dtype,) = dtypes
+        config.save_pretrained(folder)
 
 
 @contextmanager

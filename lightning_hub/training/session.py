@@ -21,7 +21,7 @@ from lightning_hub.callbacks.recorder import Recorder
 from lightning_hub.callbacks.samples import GenerateSamples
 from lightning_hub.checkpoints.plugin import FolderCheckpointIO
 from lightning_hub.checkpoints.settings import CheckpointSettings
-from lightning_hub.errors import ExitCode, HubError, NoCheckpointError
+from lightning_hub.errors import ConfigError, ExitCode, HubError, NoCheckpointError
 from lightning_hub.launch.place import Place
 from lightning_hub.methods.sft import SFT
 from lightning_hub.parallel.joining import GivenPlace
@@ -242,6 +242,9 @@ def measure(
     cli = build(tree, trust_remote_code=trust_remote_code, environment=environment)
     loop = cli.trainer.validate if verb == "validate" else cli.trainer.test
     loop(cli.model, cli.datamodule, verbose=False)
+    if not cli.trainer.callback_metrics:
+        remedy = "name a file, or a share of the rows of train"
+        raise ConfigError("there is no validation data", where="data.init_args.val", remedy=remedy)
     return {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
 
 

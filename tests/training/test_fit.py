@@ -74,6 +74,28 @@ def test_the_export_command_writes_the_same(fit: Fit, tmp_path: Path) -> None:
     assert all(torch.equal(load_file(first)[name], tensor) for name, tensor in load_file(again).items())
 
 
+@pytest.mark.slow
+def test_ranks_with_parts_of_a_model_say_what_rounding_has_done(
+    fit: Fit, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIGHTNING_HUB_CACHE", str(tmp_path / "cache"))
+    two = ("--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "fsdp")
+    code, _ = fit(*two, "--trainer.precision", "bf16-true", "--trainer.max_steps", "2", method="OSFT")
+    seen = capfd.readouterr()
+    assert code == 0, seen.err
+    assert "osft   in bfloat16 " in seen.out
+
+
+@pytest.mark.parametrize("verb", ["validate", "test"])
+def test_nothing_to_measure_on_is_refused(
+    fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
+    _, folder = fit("--trainer.max_steps", "1", val="null")
+    capsys.readouterr()
+    assert run([verb, "--config", str(folder.config)]) == 2
+    assert "data.init_args.val: there is no validation data" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("taken", ["file", "folder", "run"])
 def test_an_export_is_written_over_nothing(
     fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture[str], taken: str

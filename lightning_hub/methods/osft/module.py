@@ -294,6 +294,9 @@ class OSFT(SFT):
         if state:
             self._write(target, tokenizer, state, merged_state(self.sites(), state))
             print(f"osft   {describe_sizes(merged(self.sites(), state))}", flush=True)
+            halves = {site.original.dtype for site in self.sites()} - {torch.float32, torch.float64}
+            for dtype in halves:
+                print(f"osft   {self._rounding(state, dtype).describe(dtype)}", flush=True)
 
     def export_merged(self, target: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype | None) -> str:
         """Write a plain model in a dtype (that of the base on disk if None); return what rounding did to the change."""
@@ -301,12 +304,15 @@ class OSFT(SFT):
         on_disk = self.pretrained.config.dtype
         wanted = dtype or (on_disk if isinstance(on_disk, torch.dtype) else torch.float32)
         state = full_state(self.model)
+        self._write(target, tokenizer, state, merged_state(self.sites(), state, wanted))
+        return f"merge  {self._rounding(state, wanted).describe(wanted)}"
+
+    def _rounding(self, state: dict[str, Tensor], dtype: torch.dtype) -> Rounding:
+        """Return what becomes of the changes in weights of a dtype."""
         rounding = Rounding()
-        for site, one in zip(self.sites(), merged(self.sites(), state), strict=True):
-            rounding.add(one, site.change, wanted)
-        weights = {name: tensor.to(wanted) for name, tensor in merged_state(self.sites(), state).items()}
-        self._write(target, tokenizer, state, weights)
-        return rounding.describe(wanted)
+        for one in merged(self.sites(), state):
+            rounding.add(one, dtype)
+        return rounding
 
     def _write(
         self, target: Path, tokenizer: PreTrainedTokenizerBase, state: dict[str, Tensor], weights: dict[str, Tensor]

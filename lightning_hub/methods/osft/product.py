@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,6 +36,7 @@ class Merged:
         weight: ``W0``.
         change: The change, float32.
         factors: What the change is the product of: by the name of the weight, or those of its parts.
+        leaks: Returns the largest share of any change of it in protected columns, and in protected rows.
     """
 
     name: str
@@ -43,10 +44,15 @@ class Merged:
     weight: Tensor
     change: Tensor
     factors: dict[str, Factors]
+    leaks: Callable[[Tensor], tuple[float, float]]
 
-    def apply(self) -> Tensor:
-        """Return the weight with its change, in its dtype; numbers that do not change keep their bits."""
-        return torch.where(self.change == 0, self.weight, (self.weight + self.change).to(self.weight.dtype))
+    def apply(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the weight with its change, rounded once: to a dtype, its own if None.
+
+        Numbers that do not change keep their bits.
+        """
+        kept = dtype or self.weight.dtype
+        return torch.where(self.change == 0, self.weight.to(kept), (self.weight + self.change).to(kept))
 
 
 @torch.no_grad()
@@ -63,9 +69,16 @@ def merged(sites: Iterable[Site], state: Mapping[str, Tensor]) -> Iterator[Merge
         tensors |= {f"inner.{name}": kept.cpu() for name, kept in site.change.named_buffers()}
         weight = state[f"{prefix}.original"]
         factors = torch.func.functional_call(_Factors(site.change), tensors, (weight,))
+        leaks = _with(_Leaks(site.change), tensors, weight)
         change = site.change.join([product(pair) for pair in factors], site.change.axis)
         names = [name for name, *_ in site.pieces(weight)]
-        yield Merged(site.matrix.full_name, site.matrix.group, weight, change, dict(zip(names, factors, strict=True)))
+        yield Merged(
+            site.matrix.full_name, site.matrix.group, weight, change, dict(zip(names, factors, strict=True)), leaks
+        )
+
+
+def _with(leaks: _Leaks, tensors: dict[str, Tensor], weight: Tensor) -> Callable[[Tensor], tuple[float, float]]:
+    return lambda change: torch.func.functional_call(leaks, tensors, (weight, change))
 
 
 class _Factors(nn.Module):
@@ -79,11 +92,24 @@ class _Factors(nn.Module):
         return [piece.factors(part) for _, piece, part in self.inner.pieces(weight)]
 
 
-def merged_state(sites: Iterable[Site], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a model's weights with their changes, under the names that they had before."""
-    changed = {found.name: found.apply() for found in merged(sites, state)}
-    names = {key: merged_name(key) for key in state}
-    return {name: changed.get(name, state[key]) for key, name in names.items() if name is not None}
+class _Leaks(nn.Module):
+    """Says how much of a change leaks, from tensors that are handed to it."""
+
+    def __init__(self, change: Change) -> None:
+        super().__init__()
+        self.inner = change
+
+    def forward(self, weight: Tensor, change: Tensor) -> tuple[float, float]:
+        return self.inner.leaks(weight, change)
+
+
+def merged_state(
+    sites: Iterable[Site], state: Mapping[str, Tensor], dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """Return a model's weights with their changes, under the names that they had before; in a dtype if one is given."""
+    changed = {found.name: found.apply(dtype) for found in merged(sites, state)}
+    kept = {name: state[key] for key in state if (name := merged_name(key)) is not None}
+    return {name: changed.get(name, tensor).to(dtype or tensor.dtype) for name, tensor in kept.items()}
 
 
 def write_changes(path: Path, found: Iterable[Merged], settings: Mapping[str, object]) -> None:
@@ -139,16 +165,16 @@ class Rounding:
     moved: int = 0
     leaks: dict[str, float] = field(default_factory=dict)
 
-    def add(self, one: Merged, form: Change, dtype: torch.dtype) -> None:
+    def add(self, one: Merged, dtype: torch.dtype) -> None:
         """Count one weight."""
         change = one.change
-        cast = one.apply().to(dtype)
+        cast = one.apply(dtype)
         kept = cast.float() - one.weight.float()
         self.change += float(change.square().sum())
         self.lost += float((kept - change).square().sum())
         self.numbers += int((change != 0).sum())
         self.moved += int(((change != 0) & (cast != one.weight.to(dtype))).sum())
-        self.leaks[one.name] = max(form.leaks(one.weight, kept)) if change.any() else 0.0
+        self.leaks[one.name] = max(one.leaks(kept)) if change.any() else 0.0
 
     def describe(self, dtype: torch.dtype) -> str:
         """Return a line for a person."""
@@ -156,7 +182,7 @@ class Rounding:
         error = (self.lost / self.change) ** 0.5 if self.change else 0.0
         worst = max(self.leaks, key=lambda name: self.leaks[name], default="")
         return (
-            f"merge  in {word} {self.moved / max(1, self.numbers):.1%} of the changed numbers differ from the base's; "
+            f"in {word} {self.moved / max(1, self.numbers):.1%} of the changed numbers differ from the base's; "
             f"the change is off by {error:.1%}, and up to {self.leaks.get(worst, 0.0):.1%} of it lies in protected "
             f"directions ({worst}); the exact one is {DELTA_FILE}"
         )

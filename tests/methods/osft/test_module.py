@@ -282,6 +282,24 @@ def test_what_rounding_does_to_a_change_is_said(train: Callable[..., OSFT], tmp_
     assert worst > 0.01
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_merged_weights_are_rounded_once_and_read_again_as_they_are(
+    train: Callable[..., OSFT], tmp_path: Path, precision: str, dtype: torch.dtype, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = train(precision=precision)
+    said = module.export_merged(tmp_path / "merged", module.pretrained.tokenizer, dtype)
+    assert ("the change is off by 0.0%" in said) == (dtype == torch.float32)
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert read.dtype == dtype
+    for site in module.sites():
+        exact = site.original.detach() + site.change.change(site.original).detach()
+        assert torch.equal(read.get_parameter(site.matrix.full_name), exact.to(dtype))
+    capsys.readouterr()
+    module.export(tmp_path / "export", module.pretrained.tokenizer)
+    assert ("osft   in bfloat16 " in capsys.readouterr().out) == (precision == "bf16-true")
+
+
 @pytest.mark.parametrize("complement", ["full", "thin"])
 def test_a_further_task_leaves_alone_what_the_first_has_learnt(
     train: Callable[..., OSFT], tmp_path: Path, complement: str
