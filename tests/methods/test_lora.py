@@ -346,6 +346,17 @@ def test_a_checkpoint_of_another_base_is_refused(
     assert "the checkpoint's adapters belong to another model" in capsys.readouterr().err
 
 
+def test_an_adapter_upon_an_adapter_is_refused(
+    tmp_path: Path, write_rows: WriteRows, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, first = fit(tmp_path, write_rows, "--trainer.max_steps", "1")
+    upon = ["--model.model", str(first.export), "--trainer.max_steps", "1"]
+    assert fit(tmp_path, write_rows, *upon, folder="second")[0] == 2
+    assert f"{first.export} is an adapter itself" in capsys.readouterr().err
+    going_on = ["--model.adapter", str(first.export), "--trainer.max_steps", "1"]
+    assert fit(tmp_path, write_rows, *going_on, folder="third")[0] == 0
+
+
 def test_the_commands_understand_adapters(
     tmp_path: Path, write_rows: WriteRows, capsys: pytest.CaptureFixture[str]
 ) -> None:

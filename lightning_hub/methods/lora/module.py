@@ -111,6 +111,12 @@ class LoRA(SFT):
         if self.model is not None:
             return
         self._check_strategy()
+        if self.trainer.state.fn == "fit" and (base := self.pretrained.base) is not None:
+            raise ConfigError(
+                f"{self.source} is an adapter itself: peft would read one upon it as if it were alone",
+                where="model.init_args.model",
+                remedy=f"go on from it (model: {base}, adapter: {self.source}), or merge it with export --merge",
+            )
         super().configure_model()
         assert self.model is not None, "the call before has made it"
         self.base_hash = Crew().on_first(lambda: self.base_hash)
