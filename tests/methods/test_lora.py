@@ -352,7 +352,9 @@ def test_an_adapter_upon_an_adapter_is_refused(
     _, first = fit(tmp_path, write_rows, "--trainer.max_steps", "1")
     upon = ["--model.model", str(first.export), "--trainer.max_steps", "1"]
     assert fit(tmp_path, write_rows, *upon, folder="second")[0] == 2
-    assert f"{first.export} is an adapter itself" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"{first.export} is an adapter itself" in error
+    assert f"adapter: {first.export})" in error
     going_on = ["--model.adapter", str(first.export), "--trainer.max_steps", "1"]
     assert fit(tmp_path, write_rows, *going_on, folder="third")[0] == 0
 

@@ -115,7 +115,7 @@ class LoRA(SFT):
             raise ConfigError(
                 f"{self.source} is an adapter itself: peft would read one upon it as if it were alone",
                 where="model.init_args.model",
-                remedy=f"go on from it (model: {base}, adapter: {self.source}), or merge it with export --merge",
+                remedy=f"go on from it (model: {base.name}, adapter: {self.source}), or merge it with export --merge",
             )
         super().configure_model()
         assert self.model is not None, "the call before has made it"
