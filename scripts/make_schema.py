@@ -96,8 +96,9 @@ class Generator:
             record["required"] = True
         elif is_plain(default := plain_default(parameter.default)):
             record["default"] = cast(Plain, default)
-        if key in registry.RANGES:
-            record["range"] = registry.RANGES[key]
+        keys = (f"{base.__name__}.{parameter.name}" for base in owner.__mro__)
+        if bounds := next((registry.RANGES[key] for key in keys if key in registry.RANGES), None):
+            record["range"] = bounds
         if text := help_of(owner, parameter.name):
             record["help"] = text
         if owner is not cls:

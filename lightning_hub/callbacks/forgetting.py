@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from lightning_hub.errors import ConfigError
 from lightning_hub.models.pretrained import Pretrained
 from lightning_hub.ops.rows import IGNORED, Row, Step
 from lightning_hub.parallel.data_parallel import data_parallel
@@ -40,6 +41,9 @@ class Forgetting(Callback):
     """
 
     def __init__(self, eval_also: dict[str, str | list[str]]) -> None:
+        if not eval_also:
+            place = "trainer.callbacks.Forgetting.eval_also"
+            raise ConfigError("names no data", where=place, remedy="write NAME: FILE, or leave the callback out")
         self.eval_also = eval_also
         self.write: Callable[[int, Mapping[str, float]], None] = lambda step, values: None
         self._steps: dict[str, Iterable[Step]] = {}

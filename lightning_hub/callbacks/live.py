@@ -63,7 +63,7 @@ def fill_weights(module: nn.Module, stored: Stored) -> None:
     unknown = sorted(set(stored.names()) - state.keys())
     if unknown:
         message = f"the checkpoint holds {unknown[0]}, which the model has not"
-        raise ConfigError(message, where="--resume", remedy="resume with the model that the checkpoint is of")
+        raise ConfigError(message, where="--resume", remedy="resume with its model, method and options")
     for name, tensor in {id(tensor): (name, tensor) for name, tensor in state.items()}.values():
         stored.fill(name, part(tensor))
 

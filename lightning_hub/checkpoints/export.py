@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 
 from safetensors import safe_open
@@ -35,21 +36,38 @@ def write_export(
     """
     with whole_or_absent(target) as building:
         model.save_pretrained(building, state_dict=dict(weights))
+        _tell_dtype(building, model, weights)
         tokenizer.save_pretrained(building)
         _compare(building, model, weights)
         beside(building)
 
 
+def _tell_dtype(folder: Path, model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
+    """Say in the configuration in which dtype weights are written: whoever loads them goes by that."""
+    dtypes = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
+    if len(dtypes) == 1 and dtypes != {model.dtype}:
+        config = deepcopy(model.config)
+        (config.dtype,) = dtypes
+        config.save_pretrained(folder)
+
+
 @contextmanager
 def whole_or_absent(target: Path) -> Iterator[Path]:
-    """Give a folder to write and check; it gets its name, in the place of an older one, when that has gone well."""
-    building = target.with_name(target.name + ".tmp")
+    """Give a folder to write and check; it gets its name, in the place of an older one, when that has gone well.
+
+    What lies beside it for that time has a hidden name: ``NAME.old`` may be a folder of somebody's own.
+    """
+    building = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True, mode=0o700)
-    yield building
+    try:
+        yield building
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
     for file in building.iterdir():
         file.chmod(0o600)
-    old = target.with_name(target.name + ".old")
+    old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.rename(old)

@@ -34,7 +34,7 @@ OFFSETS = "DCP_SHARDING_INFO"
 ALIASES = "aliases"
 """Where a file's header names tensors that are another one: tied weights are written once."""
 
-OTHER_MODEL = "resume with the model that the checkpoint is of"
+OTHER_MODEL = "resume with its model, method and options"
 
 
 @dataclass(frozen=True)

@@ -175,6 +175,7 @@ class _Merge:
         out: list[str] = []
         node: Node | None = self.root
         for key in keys:
+            node = self.as_class(node)
             is_class = out in (["model"], ["data"]) or (
                 node is not None and isinstance(node.value, dict) and "class_path" in node.value
             )
@@ -184,6 +185,11 @@ class _Merge:
             node = _child(node, key)
             out.append(key)
         return tuple(out)
+
+    def as_class(self, node: Node | None) -> Node | None:
+        """Return a class that stands there by its name alone as one that can have options."""
+        is_name = node is not None and isinstance(node.value, str) and self.schema.find(node.value)
+        return Node.collection({"class_path": node}, node.place) if node is not None and is_name else node
 
     def fitted(self, node: Node, keys: tuple[str, ...], override: Override) -> Node:
         """Return the text itself where the option wants text: ``--data.train 2024`` is a file name."""
@@ -219,9 +225,11 @@ class _Merge:
         assert isinstance(node.value, list), "items are assigned in lists"
         if not key.isdigit() or int(key) >= len(node.value):
             known = f"0 to {len(node.value) - 1}" if node.value else "none yet, use +="
-            raise ConfigError(f"{key!r} is not an item of this list ({known})", where=override.flag)
+            remedy = f"write --{'.'.join(map(str, path))}.{len(node.value) - 1}.{key}" if node.value else None
+            raise ConfigError(f"{key!r} is not an item of this list ({known})", where=override.flag, remedy=remedy)
         items = list(node.value)
-        items[int(key)] = self.assigned(items[int(key)], rest, value, override, (*path, int(key)))
+        item = self.as_class(items[int(key)]) if rest else items[int(key)]
+        items[int(key)] = self.assigned(item, rest, value, override, (*path, int(key)))
         return Node.collection(items, node.place)
 
 

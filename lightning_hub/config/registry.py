@@ -97,6 +97,8 @@ RANGES: dict[str, str] = {
     "LoRA.r": ">= 1",
     "LoRA.alpha": "> 0",
     "LoRA.dropout": ">= 0, < 1",
+    "OSFT.unfreeze_rank_ratio": ">= 0, <= 1",
+    "OSFT.lr_scale": "> 0",
     "ChatData.max_seq_len": ">= 2",
     "ChatData.max_tokens_per_gpu": ">= 1",
     "ChatData.effective_batch_size": ">= 1",
@@ -117,7 +119,8 @@ RANGES: dict[str, str] = {
     "GenerateSamples.temperature": ">= 0",
     "Source.weight": "> 0, <= 1000",
 }
-"""Bounds by ``Class.option``; a subclass inherits those of the class that the option comes from."""
+"""Bounds by ``Class.option``; a subclass inherits them, also where it has a default of its own. None lets a number be
+infinite."""
 
 REFUSED: dict[str, str] = {
     "GradientAccumulationScheduler": "gradients are accumulated by data.init_args.effective_batch_size",

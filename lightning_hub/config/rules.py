@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,9 +16,11 @@ _DEVICE_WORDS = re.compile(r"auto|-1|\d+(\s*,\s*\d+)*,?")
 
 
 def out_of_range(value: Plain, bounds: str) -> bool:
-    """Say whether a number breaks bounds such as ``"> 0, <= 1"``."""
+    """Say whether a number breaks bounds such as ``"> 0, <= 1"``, or is infinite."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
+    if math.isinf(value):
+        return True
     for sign, limit in _BOUND.findall(bounds):
         bound = float(limit)
         holds = {">": value > bound, ">=": value >= bound, "<": value < bound, "<=": value <= bound}[sign]

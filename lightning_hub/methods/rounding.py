@@ -35,7 +35,7 @@ class Survival:
         Args:
             base: The weight as it was.
             change: What was learnt, float32.
-            end: The weight with its change, before the cast.
+            end: The weight with its change, not rounded to another dtype before.
         """
         cast = end.to(self.dtype)
         left = cast.float() - base.float()
@@ -52,6 +52,6 @@ class Survival:
         name = str(self.dtype).removeprefix("torch.")
         hint = "; --dtype float32 keeps it" if error > LARGE else ""
         return (
-            f"merge  in {name} {share:.1%} of the changed numbers differ from the base's, and the change is off by "
+            f"in {name} {share:.1%} of the changed numbers differ from the base's, and the change is off by "
             f"{error:.1%}{hint}"
         )

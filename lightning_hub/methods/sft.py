@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from lightning.pytorch import LightningModule
@@ -56,6 +56,9 @@ class SFT(LightningModule):
         on_nan: What to do when the loss or gradient of a step is NaN or infinite on any rank: stop, or skip:n to
             leave out up to n such steps.
     """
+
+    lasting: ClassVar[tuple[str, ...]] = ()
+    """Options that say what the tensors of a checkpoint are: a run that goes on must have the same."""
 
     def __init__(
         self,

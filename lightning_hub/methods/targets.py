@@ -39,6 +39,7 @@ class Matrix:
         group: What it does in its block; ``outside`` for embeddings and output layers.
         shape: As it is stored.
         is_transposed: Whether it is stored as (in, out), as GPT-2's layers are.
+        others: Further names of the same weight, in the model's state: those of layers that share it.
     """
 
     module: str
@@ -46,11 +47,12 @@ class Matrix:
     group: Group
     shape: tuple[int, ...]
     is_transposed: bool
+    others: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         """How a person names it: the layer, or the parameter of a module that is none."""
-        return _short(self.full_name)
+        return self.module if self.parameter == "weight" else f"{self.module}.{self.parameter}"
 
     @property
     def full_name(self) -> str:
@@ -65,6 +67,9 @@ def matrices(model: PreTrainedModel) -> list[Matrix]:
     for block in decoder_blocks(model):
         for path, module in block.named_modules():
             inside[id(module)] = tuple(_words(block, path))
+    known: dict[int, list[str]] = {}
+    for name, tensor in model.named_parameters(remove_duplicate=False):
+        known.setdefault(id(tensor), []).append(name)
     found, seen = [], set()
     for module, name in names.items():
         for parameter, tensor in module.named_parameters(recurse=False):
@@ -72,7 +77,8 @@ def matrices(model: PreTrainedModel) -> list[Matrix]:
                 seen.add(id(tensor))
                 group = _group(inside.get(id(module)), tensor.ndim)
                 shape = tuple(tensor.shape)
-                found.append(Matrix(name, parameter, group, shape, isinstance(module, Conv1D)))
+                others = tuple(other for other in known[id(tensor)] if other != f"{name}.{parameter}")
+                found.append(Matrix(name, parameter, group, shape, isinstance(module, Conv1D), others))
     return found
 
 
@@ -105,21 +111,16 @@ def resolve(model: PreTrainedModel, targets: str | Sequence[str]) -> list[Matrix
             such names (``q_proj``, ``self_attn.q_proj``), or regular expressions for whole names.
 
     Raises:
-        ConfigError: An entry matches nothing (the model's own names are listed), is no pattern, names again what
-            another one has named, or means a weight that two layers share.
+        ConfigError: An entry, or none at all, matches nothing (the model's own names are listed), is no pattern, or
+            names again what another one has named.
     """
-    everything, tied = matrices(model), _tied(model)
+    everything = matrices(model)
     chosen: dict[str, str] = {}
+    if not targets:
+        remedy = f"leave the option out, or name some; the model has {describe(everything)}"
+        raise ConfigError("names nothing", where="model.init_args.targets", remedy=remedy)
     for entry in [targets] if isinstance(targets, str) else targets:
         found = [matrix.full_name for matrix in everything if _is_meant(entry, matrix)]
-        for names in tied:
-            if any(name in found or _is_named(entry, _short(name)) for name in names):
-                raise ConfigError(
-                    f"{entry!r} is one weight for {' and '.join(map(_short, names))}, and what changes one would not "
-                    "change the other",
-                    where="model.init_args.targets",
-                    remedy="leave it out, or train it whole: modules_to_save of LoRA, train_other of OSFT",
-                )
         if not found:
             raise ConfigError(
                 f"{entry!r} matches no weight of this model",
@@ -137,38 +138,39 @@ def resolve(model: PreTrainedModel, targets: str | Sequence[str]) -> list[Matrix
     return [matrix for matrix in everything if matrix.full_name in chosen]
 
 
-def _tied(model: nn.Module) -> list[list[str]]:
-    """Return the names of each parameter that has more than one."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return [same for same in names.values() if len(same) > 1]
-
-
-def _short(name: str) -> str:
-    """Return how a person names a parameter: the layer, where it is its weight."""
-    return name.removesuffix(".weight")
-
-
 def _is_meant(entry: str, matrix: Matrix) -> bool:
     if entry == ALL_LINEAR:
         return matrix.group in ("attention", "mlp") and len(matrix.shape) == 2
     if entry in GROUPS:
         return matrix.group == entry
-    return _is_named(entry, matrix.name)
-
-
-def _is_named(entry: str, name: str) -> bool:
-    if name == entry or name.endswith(f".{entry}"):
+    names = [matrix.name, *(other.removesuffix(".weight") for other in matrix.others)]
+    if any(name == entry or name.endswith(f".{entry}") for name in names):
         return True
     try:
-        return re.fullmatch(entry, name) is not None
+        return any(re.fullmatch(entry, name) for name in names)
     except re.error as error:
         raise ConfigError(
             f"{entry!r} is no regular expression: {error}",
             where="model.init_args.targets",
             remedy="write a name, a group or a pattern for whole names",
         ) from error
+
+
+def refuse_shared(found: Iterable[Matrix], remedy: str) -> None:
+    """Refuse weights that layers share: what is put beside one of these would change the others too, or not.
+
+    Args:
+        found: What is to be changed.
+        remedy: What to do instead.
+
+    Raises:
+        ConfigError: One is shared.
+    """
+    for matrix in found:
+        if matrix.others:
+            others = " and ".join(name.removesuffix(".weight") for name in matrix.others)
+            message = f"{matrix.name} shares its weight with {others}: neither can change alone"
+            raise ConfigError(message, where="model.init_args.targets", remedy=remedy)
 
 
 def describe(listed: Iterable[Matrix]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -163,7 +164,9 @@ class Pretrained:
     def _merged(self, base: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
         from peft import PeftModel  # half a second, for adapters only
 
-        adapted = self._open("adapter", lambda name, **_: PeftModel.from_pretrained(base, name))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing. is deprecated.*")  # peft asks by this name
+            adapted = self._open("adapter", lambda name, **_: PeftModel.from_pretrained(base, name))
         model: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)

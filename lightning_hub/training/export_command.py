@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ def main(argv: Sequence[str]) -> int:
     if given.dtype and not given.merge:
         raise ConfigError("weights that are not merged keep their dtype", where="--dtype", remedy="add --merge")
     folder = find_run(given.run, runs_root(given.runs_root))
+    if given.to:
+        _check_free(given.to)
     tree: dict[str, Any] = fill_defaults(
         recipe_from_text(folder.config.read_text(encoding="utf-8"), str(folder.config))
     )
@@ -38,3 +41,17 @@ def main(argv: Sequence[str]) -> int:
     said = export(tree, folder, target, merge=given.merge, dtype=given.dtype, trust_remote_code=allowed)
     print(f"{said}\n{target}" if said else target)
     return ExitCode.DONE
+
+
+def _check_free(target: Path) -> None:
+    """Refuse to write over what is there: it may be a person's model, data, or home.
+
+    Raises:
+        ConfigError: The path is taken, or cannot be written.
+    """
+    there = next(path for path in (target, *target.absolute().parents) if path.exists())
+    if not os.access(there, os.W_OK) or (there != target and not there.is_dir()):
+        raise ConfigError(f"{there} is no folder that can be written", where="--to", remedy="name another")
+    if there == target and (not target.is_dir() or next(target.iterdir(), None) is not None):
+        remedy = "name a new folder, or remove this one first"
+        raise ConfigError(f"{target} is there already, and nothing is written over it", where="--to", remedy=remedy)

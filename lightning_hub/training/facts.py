@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
+
+from lightning_hub.checkpoints.plugin import read_state
+from lightning_hub.errors import ConfigError
 
 KEYS = (
     "seed_everything",
@@ -23,3 +28,29 @@ def recipe_facts(tree: dict[str, Any]) -> dict[str, str]:
             value = (value or {}).get(word)
         facts[key] = str(value)
     return facts | {f"model.init_args.{name}": str(value) for name, value in tree["model"]["init_args"].items()}
+
+
+def check_lasting(checkpoint: Path, facts: dict[str, str], names: Iterable[str]) -> None:
+    """Refuse options of the method that say what the tensors of a checkpoint are, if they are not those it was made by.
+
+    Some would not fit; others would, and mean another model.
+
+    Args:
+        checkpoint: What the run goes on from.
+        facts: Of this run.
+        names: Of these options.
+
+    Raises:
+        ConfigError: One has changed.
+    """
+    before = read_state(checkpoint).get("facts", {})
+    if before.get("model.class_path") != facts["model.class_path"]:
+        return  # another method's options
+    for key in (f"model.init_args.{name}" for name in names):
+        if key in before and before[key] != facts.get(key):
+            raise ConfigError(
+                f"it was {before[key]} when the checkpoint was made and is {facts.get(key)}, and what has been trained "
+                "hangs on it",
+                where=key,
+                remedy="leave it as it was, or start a new run",
+            )

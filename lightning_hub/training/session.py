@@ -21,7 +21,7 @@ from lightning_hub.callbacks.recorder import Recorder
 from lightning_hub.callbacks.samples import GenerateSamples
 from lightning_hub.checkpoints.plugin import FolderCheckpointIO
 from lightning_hub.checkpoints.settings import CheckpointSettings
-from lightning_hub.errors import ExitCode, HubError, NoCheckpointError
+from lightning_hub.errors import ConfigError, ExitCode, HubError, NoCheckpointError
 from lightning_hub.launch.place import Place
 from lightning_hub.methods.sft import SFT
 from lightning_hub.parallel.joining import GivenPlace
@@ -32,7 +32,7 @@ from lightning_hub.runs.samples import SamplesWriter
 from lightning_hub.runs.writer import StatusWriter
 from lightning_hub.training.announcement import Announcement
 from lightning_hub.training.attempt import Begun
-from lightning_hub.training.facts import recipe_facts
+from lightning_hub.training.facts import check_lasting, recipe_facts
 from lightning_hub.training.options import Options
 from lightning_hub.training.parser import RecipeCLI
 from lightning_hub.training.wishes import Asked, HardStop, Wishes, keep_lightning_out, requeue
@@ -117,6 +117,8 @@ class Session:
         cli = build(self.tree, self.folder.path, ours, checkpoint_io, options.trust_remote_code, self.environment)
         module, data, trainer = cli.model, cli.datamodule, cli.trainer
         module.filled_from = self.begun.checkpoint
+        if self.begun.checkpoint is not None:
+            check_lasting(self.begun.checkpoint, facts, module.lasting)
         keep_lightning_out(trainer)
         with SamplesWriter(self.folder.samples) as samples:
             for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by Lightning's connector
@@ -240,6 +242,9 @@ def measure(
     cli = build(tree, trust_remote_code=trust_remote_code, environment=environment)
     loop = cli.trainer.validate if verb == "validate" else cli.trainer.test
     loop(cli.model, cli.datamodule, verbose=False)
+    if not cli.trainer.callback_metrics:
+        remedy = "name a file, or a share of the rows of train"
+        raise ConfigError("there is no validation data", where="data.init_args.val", remedy=remedy)
     return {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
 
 
@@ -274,4 +279,6 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")  # Lightning's own use of torch
     warnings.filterwarnings("ignore", ".*broadcast_buffers. is deprecated.*")  # its successor syncs at the start
     warnings.filterwarnings("ignore", ".*is_gradient_checkpointing. is deprecated.*")  # peft asks for it by this name
+    warnings.filterwarnings("ignore", ".*Total length of .list. across ranks is zero.*")  # no validation was asked for
+    warnings.filterwarnings("ignore", ".*a tied layer is part of the adapter.*")  # all that share a weight are trained
     warnings.filterwarnings("ignore", ".*sync_dist=True.*")  # what is logged is the same on every rank already

@@ -111,6 +111,14 @@ def test_callbacks_are_appended(read: Read, base: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("key", ["0.patience", "0.init_args.patience"])
+def test_an_appended_callback_takes_options(read: Read, base: Path, key: str) -> None:
+    words = ["--trainer.callbacks+=EarlyStopping", f"--trainer.callbacks.{key}", "3", "--trainer.callbacks.0.mode=max"]
+    assert read("--config", base, *words).get("trainer.callbacks") == [
+        {"class_path": "EarlyStopping", "init_args": {"patience": 3, "mode": "max"}}
+    ]
+
+
 @pytest.mark.parametrize("words", ["--model SampleLoRA --model.r 4", "--model.r 4 --model SampleLoRA"])
 def test_a_new_class_keeps_shared_options_and_names_what_it_drops(read: Read, base: Path, words: str) -> None:
     recipe = read("--config", base, *words.split())
@@ -152,6 +160,7 @@ def test_an_empty_section_wipes_nothing(base: Path, tmp_path: Path) -> None:
         (["--trainer..x", "1"], "empty key"),
         (["--trainer.callbacks+=[a"], "is not a value"),
         (["--trainer.callbacks+=A", "--trainer.callbacks.3.x", "1"], "'3' is not an item"),
+        (["--trainer.callbacks+=A", "--trainer.callbacks.x", "1"], "write --trainer.callbacks.0.x"),
     ],
 )
 def test_refused_words(read: Read, words: list[str], message: str) -> None:

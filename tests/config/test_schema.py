@@ -44,6 +44,20 @@ def test_every_default_fits_its_own_type_and_range() -> None:
                 assert not out_of_range(option.default, option.range), (info.name, option)
 
 
+def test_bounds_hold_for_methods_with_defaults_of_their_own() -> None:
+    schema = shipped_schema()
+    bounds: dict[str, str] = {}
+    for path in registry.CLASSES:
+        info = schema.find(path)
+        assert info is not None
+        bounds |= {f"{info.name}.{name}": option.range for name, option in info.options.items()}
+    for method in ("LoRA", "OSFT"):
+        own = {key.removeprefix("SFT."): limits for key, limits in registry.RANGES.items() if key.startswith("SFT.")}
+        assert {name: bounds[f"{method}.{name}"] for name in own} == own
+    assert out_of_range(float("inf"), bounds["LoRA.alpha"])
+    assert out_of_range(-1.0, bounds["OSFT.lr_scale"])
+
+
 def test_the_verb_prints_the_catalogue(capsys: pytest.CaptureFixture[str]) -> None:
     assert print_schema([]) == 0
     assert {record["name"] for record in json.loads(capsys.readouterr().out)["classes"]} >= {"SFT", "Trainer"}

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -12,7 +16,7 @@ import safetensors.torch
 import torch
 from lightning.pytorch import Trainer
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -98,8 +102,12 @@ def adapted(folder: str, **options: Any) -> LoRA:
         ({"targets": ["q_proj", "nope"]}, ["'nope'", "attention: q_proj, k_proj, v_proj, o_proj; mlp: gate_proj"]),
         ({"targets": ["experts"]}, ["'experts' matches no weight", "mlp: gate_proj"]),
         ({"modules_to_save": ["embed_token"]}, ["'embed_token'", "modules_to_save", "attention: q_proj"]),
-        ({"targets": ["lm_head"]}, ["'lm_head' is one weight for model.embed_tokens and lm_head"]),
-        ({"targets": ["embed_tokens"]}, ["'embed_tokens' is one weight for"]),
+        ({"targets": ["lm_head"]}, ["model.embed_tokens shares its weight with lm_head", "modules_to_save"]),
+        ({"targets": [".*"]}, ["model.embed_tokens shares its weight with lm_head", "modules_to_save"]),
+        ({"targets": ["q_proj"], "modules_to_save": ["self_attn"]}, ["is trained whole, as modules_to_save says"]),
+        ({"modules_to_save": ["layers"]}, ["'layers' is a list of modules", "name what it holds, as model.layers.0"]),
+        ({"init": "pissa", "r": 65}, ["r 65 is more than the 64 directions of", "k_proj (64 x 128)"]),
+        ({"init": "olora", "r": 65}, ["r 65 is more than the 64 directions of"]),
         ({"adapter": "/nowhere"}, ["holds no adapter"]),
         ({"use_dora": True, "init": "pissa"}, ["use_dora does not go with init pissa"]),
     ],
@@ -109,6 +117,29 @@ def test_a_wrong_wish_is_refused_with_the_names_there_are(options: dict[str, Any
     with pytest.raises(ConfigError) as refused:
         adapted("demo", **options)
     assert all(part in str(refused.value) for part in parts), refused.value
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "layer"),
+    [
+        ("qwen3", {"init": "pissa", "targets": ["embed_tokens"]}, "model.embed_tokens"),
+        ("qwen3", {"init": "olora", "targets": ["embed_tokens"]}, "model.embed_tokens"),
+        ("gpt-oss, sinks", {"init": "pissa", "targets": ["experts"]}, "model.layers.0.mlp.experts.gate_up_proj"),
+        ("gpt2", {"init": "olora"}, "transformer.h.0.attn.c_attn"),
+    ],
+)
+def test_an_init_that_takes_its_start_out_of_other_layers_is_refused(
+    family: str, options: dict[str, Any], layer: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"init {options['init']} is for plain linear layers, not for {layer}"):
+        adapted(saved(family), **options)
+
+
+def test_adapters_in_float64_are_refused() -> None:
+    module = LoRA("demo", **SMALL)
+    module.trainer = Trainer(accelerator="cpu", precision="64-true", logger=False, enable_checkpointing=False)
+    with pytest.raises(ConfigError, match=r"trainer\.precision: adapters are float32"):
+        module.configure_model()
 
 
 def test_what_is_adapted_is_said() -> None:
@@ -147,6 +178,7 @@ def test_adapters_stay_in_float32_beside_a_bfloat16_base(precision: str) -> None
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("qwen3", {}),
     "whole modules": ("llama", {"modules_to_save": ["embed_tokens", "norm"], "targets": ["attention"]}),
+    "whole blocks": ("llama", {"modules_to_save": ["mlp", "up_proj", "layers.1"]}),
     "output layer": ("qwen3", {"targets": ["lm_head", "q_proj"]}),
     "dora, scaled by the root": ("qwen2", {"use_dora": True, "use_rslora": True}),
     "pissa": ("qwen3", {"init": "pissa", "use_rslora": True}),
@@ -188,7 +220,9 @@ def test_the_export_is_the_trained_model_for_peft_and_merged(kind: str, tmp_path
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32, attn_implementation="eager")
     torch.testing.assert_close(probe(merged), expected, rtol=1e-5, atol=1e-5)
     assert not [name for name in load_file(tmp_path / "merged/model.safetensors") if "lora" in name]
-    again = Pretrained(str(tmp_path / "adapter")).load(dtype=torch.float32, attn_implementation="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)  # chat and predict would show it
+        again = Pretrained(str(tmp_path / "adapter")).load(dtype=torch.float32, attn_implementation="eager")
     torch.testing.assert_close(probe(again), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -270,6 +304,36 @@ def test_an_adapter_for_something_else_is_refused(
     assert all(part in str(refused.value) for part in parts), refused.value
 
 
+def test_a_damaged_adapter_is_refused(tmp_path: Path) -> None:
+    train("demo", tmp_path, targets=["attention"])
+    whole = tmp_path / "adapter"
+    weights = load_file(whole / "adapter_model.safetensors")
+    name = min(weights)
+    config = json.loads((whole / "adapter_config.json").read_text())
+    damages: dict[str, tuple[Callable[[Path], object], str]] = {
+        "cut": (lambda file: os.truncate(file / "adapter_model.safetensors", 1000), "cannot be read"),
+        "nan": (
+            lambda file: save_file({**weights, name: weights[name] * math.nan}, file / "adapter_model.safetensors"),
+            "holds what is no number",
+        ),
+        "no config": (lambda file: (file / "adapter_config.json").write_text("{"), "cannot be read"),
+        "other type": (
+            lambda file: (file / "adapter_config.json").write_text('{"peft_type": "IA3"}'),
+            "not LORA",
+        ),
+        "own strengths": (
+            lambda file: (file / "adapter_config.json").write_text(
+                json.dumps({**config, "alpha_pattern": {"q_proj": 1}})
+            ),
+            "ranks or strengths of its own",
+        ),
+    }
+    for kind, (damage, said) in damages.items():
+        damage(shutil.copytree(whole, tmp_path / kind))
+        with pytest.raises(ConfigError, match=said):
+            adapted("demo", targets=["attention"], adapter=str(tmp_path / kind))
+
+
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
 
@@ -310,6 +374,19 @@ def test_a_checkpoint_of_another_base_is_refused(
     assert "the checkpoint's adapters belong to another model" in capsys.readouterr().err
 
 
+def test_an_adapter_upon_an_adapter_is_refused(
+    tmp_path: Path, write_rows: WriteRows, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, first = fit(tmp_path, write_rows, "--trainer.max_steps", "1")
+    upon = ["--model.model", str(first.export), "--trainer.max_steps", "1"]
+    assert fit(tmp_path, write_rows, *upon, folder="second")[0] == 2
+    error = capsys.readouterr().err
+    assert f"{first.export} is an adapter itself" in error
+    assert f"adapter: {first.export})" in error
+    going_on = ["--model.adapter", str(first.export), "--trainer.max_steps", "1"]
+    assert fit(tmp_path, write_rows, *going_on, folder="third")[0] == 0
+
+
 def test_the_commands_understand_adapters(
     tmp_path: Path, write_rows: WriteRows, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -317,6 +394,7 @@ def test_the_commands_understand_adapters(
     assert "lora   rank 4" in capsys.readouterr().out
     assert run(["export", str(folder.path), "--merge"]) == 0
     assert "in bfloat16" in capsys.readouterr().out
+    assert run(["export", str(folder.path), "--merge", "--to", str(tmp_path / "new/folders/merged")]) == 0
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "Spell kamo."}\n')
     answers = []

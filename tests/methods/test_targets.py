@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTrainedModel
 
 from lightning_hub.errors import ConfigError
-from lightning_hub.methods.targets import Matrix, matrices, resolve
+from lightning_hub.methods.targets import Matrix, matrices, refuse_shared, resolve
 from tests.ops.models import CONFIGS, SHAPE
 
 MIXTRAL = MixtralConfig(**SHAPE, num_local_experts=2, num_experts_per_tok=1)
@@ -33,7 +33,7 @@ MLP = {"gate_proj", "up_proj", "down_proj"}
         ("llama", ["mlp"], MLP),
         ("llama", ["q_proj", "mlp.up_proj"], {"q_proj", "up_proj"}),
         ("llama", [r".*layers\.1\.self_attn\.[qk]_proj"], {"q_proj", "k_proj"}),
-        ("qwen3", ["embed_tokens"], {"embed_tokens"}),
+        ("llama", ["embed_tokens"], {"embed_tokens"}),
         ("gpt2", "all-linear", {"c_attn", "c_proj", "c_fc"}),
         ("mixtral", "all-linear", ATTENTION),
         ("mixtral", ["experts"], {"gate_up_proj", "down_proj"}),
@@ -59,18 +59,25 @@ def test_an_entry_that_matches_nothing_is_refused_with_the_names_there_are(targe
         assert "attention: q_proj, k_proj, v_proj, o_proj; mlp: gate_proj" in str(refused.value)
 
 
+@pytest.mark.parametrize("targets", ["", []])
+def test_no_target_at_all_is_refused(targets: str | list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"targets: names nothing; .*the model has outside: embed_tokens"):
+        resolve(model("llama"), targets)
+
+
+@pytest.mark.parametrize("target", ["lm_head", r".*lm_head", r".*embed_tokens"])
+def test_a_shared_weight_is_found_under_each_of_its_names(target: str) -> None:
+    with torch.device("meta"):
+        tied = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE, tie_word_embeddings=True))
+    (found,) = resolve(tied, target)
+    assert (found.full_name, found.others) == ("model.embed_tokens.weight", ("lm_head.weight",))
+    with pytest.raises(ConfigError, match=r"model\.embed_tokens shares its weight with lm_head"):
+        refuse_shared([found], "leave it out")
+
+
 def test_what_is_named_twice_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"'attention' and 'q_proj' both name model\.layers\.0\.self_attn\.q_proj"):
         resolve(model("llama"), ["attention", "q_proj"])
-
-
-@pytest.mark.parametrize("entry", ["lm_head", "embed_tokens", ".*embed_tokens", "lm_h.*", ".*"])
-def test_a_weight_of_two_layers_is_refused_however_it_is_named(entry: str) -> None:
-    with torch.device("meta"):
-        tied = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE, tie_word_embeddings=True))
-    with pytest.raises(ConfigError, match=r"is one weight for model\.embed_tokens and lm_head"):
-        resolve(tied, [entry])
-    assert ends(resolve(tied, "all-linear")) == ATTENTION | MLP
 
 
 @pytest.mark.parametrize("family", [*CONFIGS, "mixtral"])

@@ -74,6 +74,63 @@ def test_the_export_command_writes_the_same(fit: Fit, tmp_path: Path) -> None:
     assert all(torch.equal(load_file(first)[name], tensor) for name, tensor in load_file(again).items())
 
 
+@pytest.mark.slow
+def test_ranks_with_parts_of_a_model_say_what_rounding_has_done(
+    fit: Fit, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIGHTNING_HUB_CACHE", str(tmp_path / "cache"))
+    two = ("--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "fsdp")
+    code, _ = fit(*two, "--trainer.precision", "bf16-true", "--trainer.max_steps", "2", method="OSFT")
+    seen = capfd.readouterr()
+    assert code == 0, seen.err
+    assert "osft   in bfloat16 " in seen.out
+
+
+@pytest.mark.parametrize("verb", ["validate", "test"])
+def test_nothing_to_measure_on_is_refused(
+    fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
+    _, folder = fit("--trainer.max_steps", "1", val="null")
+    capsys.readouterr()
+    assert run([verb, "--config", str(folder.config)]) == 2
+    assert "data.init_args.val: there is no validation data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("taken", ["file", "folder", "run"])
+def test_an_export_is_written_over_nothing(
+    fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture[str], taken: str
+) -> None:
+    _, folder = fit("--trainer.max_steps", "1")
+    there = {"file": tmp_path / "data.jsonl", "folder": tmp_path / "model", "run": folder.path}[taken]
+    if taken == "folder":
+        there.mkdir()
+    if taken != "run":
+        (there / "config.json" if taken == "folder" else there).write_text("{}")
+    before = sorted(path for path in there.parent.rglob("*") if path.name != "lock")
+    capsys.readouterr()
+    assert run(["export", str(folder.path), "--to", str(there)]) == 2
+    assert f"{there} is there already" in capsys.readouterr().err
+    assert sorted(path for path in there.parent.rglob("*") if path.name != "lock") == before
+
+
+def test_an_export_below_a_file_is_refused(fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, folder = fit("--trainer.max_steps", "1")
+    (tmp_path / "file").touch()
+    assert run(["export", str(folder.path), "--to", str(tmp_path / "file/export")]) == 2
+    assert f"{tmp_path / 'file'} is no folder" in capsys.readouterr().err
+
+
+def test_an_export_leaves_its_neighbours_alone(fit: Fit, tmp_path: Path) -> None:
+    _, folder = fit("--trainer.max_steps", "1")
+    for name in ("model.old", "model.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").touch()
+    (tmp_path / "model").mkdir()
+    assert run(["export", str(folder.path), "--to", str(tmp_path / "model")]) == 0
+    assert all((tmp_path / name / "mine").exists() for name in ("model.old", "model.tmp"))
+    assert not list(tmp_path.glob(".model*"))
+
+
 def test_zero_steps_prepare_check_and_export(fit: Fit) -> None:
     code, folder = fit("--trainer.max_steps", "0")
     assert code == 0

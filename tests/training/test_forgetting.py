@@ -94,6 +94,11 @@ def test_data_that_is_not_there_is_named_by_its_option(
     assert "Forgetting.eval_also.spell: " in capsys.readouterr().err
 
 
+def test_no_data_at_all_is_refused(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit("--trainer.callbacks+=Forgetting", "--trainer.callbacks.0.eval_also", "{}")[0] == 2
+    assert "Forgetting.eval_also: names no data" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", [DDP, FSDP])
 def test_ranks_share_the_rows_and_agree(strategy: type, tmp_path: Path, old: Path, write_rows: WriteRows) -> None:

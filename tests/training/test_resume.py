@@ -151,6 +151,56 @@ def test_other_changes_are_named_and_take_effect(fit: Fit, capsys: pytest.Captur
     assert [line["lr"] for line in read_metrics(folder)] == [1e-3, 1e-3, 5e-4]
 
 
+LASTING = {  # a method, options of the first run, a change that would fit the tensors or not, and the key it names
+    "rank": ("LoRA", (), ("--model.r", "8"), "r"),
+    "strength": ("LoRA", (), ("--model.alpha", "8"), "alpha"),
+    "targets": ("LoRA", (), ("--model.targets", "q_proj"), "targets"),
+    "a start in the weights": ("LoRA", (), ("--model.init", "pissa"), "init"),
+    "no start in the weights": ("LoRA", ("--model.init", "olora"), ("--model.init", "default"), "init"),
+    "ratio": ("OSFT", (), ("--model.unfreeze_rank_ratio", "0.5"), "unfreeze_rank_ratio"),
+    "mean ratio": (
+        "OSFT",
+        ("--model.ranks", "adaptive"),
+        ("--model.unfreeze_rank_ratio", "0.5"),
+        "unfreeze_rank_ratio",
+    ),
+    "form": ("OSFT", (), ("--model.parametrization", "usv"), "parametrization"),
+}
+
+
+@pytest.mark.parametrize("case", LASTING)
+def test_what_is_trained_stays_what_it_is(
+    fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    monkeypatch.setenv("LIGHTNING_HUB_CACHE", str(tmp_path / "cache"))
+    method, begun, change, name = LASTING[case]
+    code, folder = fit("--trainer.max_steps", "1", *begun, method=method)
+    assert code == 0
+    before = folder.latest.resolve()
+    capsys.readouterr()
+    assert run(["runs", "resume", str(folder.path), "--trainer.max_steps", "2", *change]) == 2
+    error = capsys.readouterr().err
+    assert f"error: model.init_args.{name}: it was " in error
+    assert "leave it as it was" in error
+    assert folder.latest.resolve() == before
+    assert run(["runs", "resume", str(folder.path), "--trainer.max_steps", "2"]) == 0
+
+
+def test_a_run_goes_on_protecting_what_it_began_with(
+    fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIGHTNING_HUB_CACHE", str(tmp_path / "cache"))
+    _, first = fit("--trainer.max_steps", "1", method="OSFT")
+    task = ("--model.model", str(first.export), "--model.unfreeze_rank_ratio", "0.5")
+    previous = ("--model.previous", f"[{first.export}]")
+    _, second = fit("--trainer.max_steps", "1", *task, *previous, method="OSFT", folder="second")
+    more = ("--trainer.max_steps", "2")
+    assert run(["runs", "resume", str(second.path), *more, "--model.previous", f"[{second.export}]"]) == 2
+    assert "model.init_args.previous: the checkpoint protects what other files hold" in capsys.readouterr().err
+    moved = shutil.copytree(first.export, tmp_path / "moved")
+    assert run(["runs", "resume", str(second.path), *more, "--model.previous", f"[{moved}]"]) == 0
+
+
 @pytest.mark.security("S1")
 @pytest.mark.parametrize("name", ["address", "file", "no manifest"])
 def test_what_is_no_checkpoint_of_ours_is_refused(

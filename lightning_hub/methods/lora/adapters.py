@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lightning_hub.errors import ConfigError
-from lightning_hub.methods.targets import Matrix, describe, matrices, resolve
+from lightning_hub.methods.sampling import sampled
+from lightning_hub.methods.targets import Matrix, describe, matrices, refuse_shared, resolve
 
 Init = Literal["default", "gaussian", "orthogonal", "pissa", "pissa_niter_4", "pissa_niter_16", "olora", "eva"]
 
@@ -33,8 +34,7 @@ ADAPTER = "default"
 PREFIX = "base_model.model."
 """What peft puts before the names of a model in adapter files."""
 
-SAMPLED = 64
-"""Numbers of each tensor that the hash of a base looks at."""
+INIT = "model.init_args.init"
 
 INIT_SEED = 0
 """Seed of an approximate decomposition, which has to come out the same at a resume."""
@@ -90,7 +90,11 @@ def adapt(model: PreTrainedModel, settings: Settings, base: str) -> LoraConfig:
             inject_adapter_in_model(config, model, ADAPTER)
         except (ValueError, TypeError, NotImplementedError) as error:
             reason = " ".join(str(error).split())
-            raise ConfigError(f"peft cannot adapt this model so ({reason})", where="model.init_args") from error
+            raise ConfigError(
+                f"peft cannot adapt this model so ({reason})",
+                where="model.init_args",
+                remedy="leave that option out, or the layers that it is not for out of targets",
+            ) from error
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # steps of adapters are too small for bfloat16
@@ -110,7 +114,13 @@ def wished(model: PreTrainedModel, settings: Settings, base: str) -> tuple[LoraC
         ConfigError: A name matches nothing, or the wishes do not go together.
     """
     trained = whole_modules(model, settings.modules_to_save)
-    found = [matrix for matrix in resolve(model, settings.targets) if matrix.module not in trained]
+    whole = tuple(f"{name}." for name in trained)
+    found = [matrix for matrix in resolve(model, settings.targets) if not matrix.full_name.startswith(whole)]
+    if not found:
+        message = "all that targets name is trained whole, as modules_to_save says"
+        raise ConfigError(message, where="model.init_args.targets", remedy="leave some of it to the adapters")
+    refuse_shared(found, remedy="leave it out, or train it whole with modules_to_save")
+    _check_shifting(model, found, settings)
     return _config(model, found, settings, base), trained
 
 
@@ -135,6 +145,12 @@ def whole_modules(model: PreTrainedModel, entries: Sequence[str]) -> list[str]:
                 where="model.init_args.modules_to_save",
                 remedy=f"it has {describe(matrices(model))}",
             )
+        if isinstance(owners[found[0]], nn.ModuleList | nn.ModuleDict):
+            raise ConfigError(
+                f"{entry!r} is a list of modules, which peft cannot save as one",
+                where="model.init_args.modules_to_save",
+                remedy=f"name what it holds, as {next(name for name in owners if name.startswith(f'{found[0]}.'))}",
+            )
         if any(not parameter.is_floating_point() for name in found for parameter in owners[name].parameters()):
             raise ConfigError(
                 f"{entry!r} is quantized, so it cannot be trained whole",
@@ -145,7 +161,26 @@ def whole_modules(model: PreTrainedModel, entries: Sequence[str]) -> list[str]:
     weights = {id(parameter) for name in chosen for parameter in owners[name].parameters()}
     tied = [name for name, module in owners.items() if weights & {id(own) for own in module.parameters(recurse=False)}]
     inside = tuple(f"{name}." for name in chosen)
-    return [name for name in owners if name in chosen or (name in tied and not name.startswith(inside))]
+    return [name for name in owners if name in [*chosen, *tied] and not name.startswith(inside)]
+
+
+def _check_shifting(model: PreTrainedModel, found: Iterable[Matrix], settings: Settings) -> None:
+    """Refuse layers that an init cannot take a start out of: peft would fail late, or start somewhere else.
+
+    Raises:
+        ConfigError: There is one.
+    """
+    for matrix in found if is_shifting(settings.init) else ():
+        least = min(matrix.shape)
+        is_known = isinstance(model.get_submodule(matrix.module), nn.Linear)
+        if not is_known and not (matrix.is_transposed and settings.init != "olora"):
+            message = f"init {settings.init} is for plain linear layers, not for {matrix.name}"
+            raise ConfigError(message, where=INIT, remedy="take another init, or leave it out of targets")
+        if settings.r > least:
+            shape = " x ".join(map(str, matrix.shape))
+            message = f"r {settings.r} is more than the {least} directions of {matrix.name} ({shape})"
+            remedy = f"init {settings.init} takes {least} at most: lower r, or take another init"
+            raise ConfigError(message, where="model.init_args.r", remedy=remedy)
 
 
 def _config(model: PreTrainedModel, found: Sequence[Matrix], settings: Settings, base: str) -> LoraConfig:
@@ -202,11 +237,8 @@ def base_hash(model: nn.Module) -> str:
     """
     found = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        flat = parameter.detach().reshape(-1)
-        places = torch.linspace(0, max(0, flat.numel() - 1), min(SAMPLED, flat.numel()), dtype=torch.float64).long()
-        sample = flat[places.to(flat.device)].to(torch.bfloat16).cpu()
         found.update(f"{name} {tuple(parameter.shape)}".encode())
-        found.update(sample.view(torch.int16).numpy().tobytes())
+        found.update(sampled(parameter))
     return found.hexdigest()
 
 

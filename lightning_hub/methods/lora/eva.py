@@ -13,11 +13,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lightning_hub.errors import ConfigError
-from lightning_hub.methods.lora.adapters import ADAPTER, EVA, layers_of
+from lightning_hub.methods.lora.adapters import ADAPTER, EVA, INIT, layers_of
 from lightning_hub.ops.loss import Traits, inputs_of
 from lightning_hub.ops.rows import IGNORED, Row, Step
-
-INIT = "model.init_args.init"
 
 FORWARDS = 1000
 """Rows after which directions that still turn are given up."""

@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import safetensors.torch
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
-from safetensors import safe_open
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -29,6 +29,8 @@ TOLERANCE = 1e-5
 """How far logits may be apart, as a share of the largest."""
 
 KEY = "model.init_args.adapter"
+
+_ANOTHER = "name the folder of a whole adapter of LoRA"
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ def probe(model: torch.nn.Module) -> Tensor:
     model.eval()
     size = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]  # any model of transformers has it
     ids = torch.linspace(0, size - 1, 16).long().unsqueeze(0)
-    logits: Tensor = model(input_ids=ids, use_cache=False).logits.float()
+    logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float()
     return logits
 
 
@@ -175,8 +177,16 @@ def read_config(folder: Path, settings: Settings) -> None:
         ConfigError: There is none, or the recipe says otherwise.
     """
     if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
-        raise ConfigError(f"{folder} holds no adapter ({CONFIG}, {WEIGHTS})", where=KEY)
-    found = LoraConfig.from_pretrained(str(folder))
+        raise ConfigError(f"{folder} holds no adapter ({CONFIG}, {WEIGHTS})", where=KEY, remedy=_ANOTHER)
+    try:
+        found = PeftConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise ConfigError(f"{folder / CONFIG} cannot be read ({error})", where=KEY, remedy=_ANOTHER) from error
+    if not isinstance(found, LoraConfig):
+        raise ConfigError(f"the adapter in {folder} is of type {found.peft_type}, not LORA", where=KEY, remedy=_ANOTHER)
+    if found.rank_pattern or found.alpha_pattern:
+        message = f"the adapter in {folder} has ranks or strengths of its own for some layers"
+        raise ConfigError(message, where=KEY, remedy="merge it, and name the merged model as model")
     given = {
         "r": (found.r, settings.r),
         "alpha": (found.lora_alpha, settings.alpha),
@@ -201,11 +211,15 @@ def fill_from(folder: Path, model: PreTrainedModel, base_hash: str) -> None:
     """
     live = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     names = file_names(model, live)
-    with safe_open(folder / WEIGHTS, framework="pt") as stream:
-        theirs = (stream.metadata() or {}).get(BASE_HASH)
-        if base_hash and theirs and theirs != base_hash:
-            raise ConfigError(f"the adapter in {folder} was trained on another model", where=KEY)
-        found = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118  # no dictionary
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as stream:
+            theirs = (stream.metadata() or {}).get(BASE_HASH)
+            found = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118  # no dictionary
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{folder / WEIGHTS} cannot be read ({error})", where=KEY, remedy=_ANOTHER) from error
+    if base_hash and theirs and theirs != base_hash:
+        remedy = "take the model that it was trained on, or another adapter"
+        raise ConfigError(f"the adapter in {folder} was trained on another model", where=KEY, remedy=remedy)
     for name in sorted(found.keys() ^ names.keys()):
         side = "the adapter has no" if name in names else "the recipe adapts no"
         layer = name.removeprefix(PREFIX)
@@ -214,4 +228,7 @@ def fill_from(folder: Path, model: PreTrainedModel, base_hash: str) -> None:
         if found[name].shape != parameter.shape:
             shapes = f"{tuple(found[name].shape)}, this model needs {tuple(parameter.shape)}"
             raise ConfigError(f"{name.removeprefix(PREFIX)} of the adapter has the shape {shapes}", where=KEY)
+        if not found[name].isfinite().all():
+            message = f"{folder / WEIGHTS} holds what is no number in {name.removeprefix(PREFIX)}"
+            raise ConfigError(message, where=KEY, remedy=_ANOTHER)
         parameter.copy_(found[name])

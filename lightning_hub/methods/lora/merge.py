@@ -73,4 +73,4 @@ def write_merged(
     _cast(merged, torch.float32)
     again = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32, attn_implementation="eager")
     check_answers(probe(again), probe(merged), target)
-    return "\n".join(survival.describe() for survival in survivals)
+    return "\n".join(f"merge  {survival.describe()}" for survival in survivals)

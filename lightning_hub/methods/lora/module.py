@@ -17,6 +17,7 @@ from lightning_hub.errors import ConfigError
 from lightning_hub.launch.meshes import check_adapters
 from lightning_hub.methods.lora.adapters import (
     EVA,
+    INIT,
     Init,
     Settings,
     adapt,
@@ -26,7 +27,7 @@ from lightning_hub.methods.lora.adapters import (
     layers_of,
     wished,
 )
-from lightning_hub.methods.lora.eva import INIT, directions, fill_directions
+from lightning_hub.methods.lora.eva import directions, fill_directions
 from lightning_hub.methods.lora.folder import fill_from, finished, read_config, write_adapter
 from lightning_hub.methods.lora.health import DeadAdapterError, Pulse, group_of
 from lightning_hub.methods.lora.merge import write_merged
@@ -60,6 +61,8 @@ class LoRA(SFT):
         adapter: Folder of an adapter to go on from, made for this model with the same r, alpha, targets and variant.
         **options: SFT's.
     """
+
+    lasting = ("r", "alpha", "targets", "modules_to_save", "use_rslora", "use_dora", "init", "quantization")
 
     def __init__(
         self,
@@ -107,6 +110,12 @@ class LoRA(SFT):
         if self.model is not None:
             return
         self._check_strategy()
+        if self.trainer.state.fn == "fit" and (base := self.pretrained.base) is not None:
+            raise ConfigError(
+                f"{self.source} is an adapter itself: peft would read one upon it as if it were alone",
+                where="model.init_args.model",
+                remedy=f"go on from it (model: {base.name}, adapter: {self.source}), or merge it with export --merge",
+            )
         super().configure_model()
         assert self.model is not None, "the call before has made it"
         self.base_hash = Crew().on_first(lambda: self.base_hash)
@@ -122,6 +131,12 @@ class LoRA(SFT):
         Raises:
             ConfigError: The strategy cuts what the adapters need whole.
         """
+        if str(self.trainer.precision) in ("64", "64-true"):
+            raise ConfigError(
+                "adapters are float32 beside any base, so they cannot be trained in float64",
+                where="trainer.precision",
+                remedy="take 32-true",
+            )
         strategy = self.trainer.strategy
         mesh = strategy.device_mesh if isinstance(strategy, MeshStrategy) else None
         is_named = mesh is not None and "tp" in (mesh.mesh_dim_names or ())
@@ -251,6 +266,7 @@ class LoRA(SFT):
     def export_merged(self, target: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype | None) -> str:
         """Write a plain model, in the dtype of the base on disk if None; return what of the change has survived."""
         kept = dtype or self.pretrained.stored_dtype
+        target.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=target.parent) as scratch:
             self.export(Path(scratch) / "adapter", tokenizer)
             return write_merged(target, Path(scratch) / "adapter", self.pretrained, tokenizer, kept)

@@ -145,7 +145,8 @@ def fill_bases(
 
 def _bases(site: Site, weight: Tensor, cache: BasesCache, earlier: Earlier) -> tuple[dict[str, Tensor], bool]:
     """Return the bases of one change by their names in it, and whether they had to be computed."""
-    path = cache.path(weight, site.change, earlier.fingerprint(site.matrix.full_name))
+    learnt = f"{earlier.fingerprint} {site.matrix.full_name}" if earlier.paths else ""  # equal weights may differ in it
+    path = cache.path(weight, site.change, learnt)
     bases = cache.load(path)
     if bases is not None:
         return bases, False

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import operator
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,16 +12,18 @@ from typing import TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_hub.errors import ConfigError
-from lightning_hub.methods.osft.product import DELTA_FILE
+from lightning_hub.methods.osft.product import DELTA_FILE, LEFT
 from lightning_hub.methods.osft.split import Split
+from lightning_hub.methods.sampling import sampled
 
 _PLACE = "model.init_args.previous"
 
 NEW = 1e-8
 """How far a direction must lie outside of what is protected to count as another one."""
+_OTHER = "name exports of runs that began with this model"
 
 Spans: TypeAlias = tuple[Tensor, Tensor]
 """What the columns of changes span, and what their rows span."""
@@ -44,8 +46,11 @@ class Earlier:
         Raises:
             ConfigError: There is none.
         """
-        paths = tuple(path / DELTA_FILE if path.is_dir() else path for path in map(Path, given))
-        for path in paths:
+        named = (Path(path).expanduser() for path in given)
+        paths = tuple(path / DELTA_FILE if path.is_dir() else path for path in named)
+        for place, path in enumerate(paths):
+            if path.resolve() in (other.resolve() for other in paths[:place]):
+                raise ConfigError(f"{path} is named twice", where=_PLACE, remedy="name each export once")
             try:
                 with safe_open(path, framework="pt") as file:
                     known = "osft" in (file.metadata() or {})
@@ -55,39 +60,61 @@ class Earlier:
                 raise ConfigError(f"{path} holds no exact changes of ours", where=_PLACE, remedy="name an export")
         return cls(paths)
 
-    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Refuse changes of another model, which would protect nothing.
+    def rank(self, name: str, shape: Sequence[int] | None = None) -> int:
+        """Return how many directions of a weight, or of a part of one, the earlier changes take on each side.
 
         Args:
-            shapes: Of the model's matrices as they are stored, by their names.
+            name: Of the weight, or of the part.
+            shape: What it must have, if anything.
 
         Raises:
-            ConfigError: A change is of a weight that the model has not.
+            ConfigError: They are of a weight of another shape.
         """
-        for path in self.paths:
-            with safe_open(path, framework="pt") as file:
-                names = set(file.keys())
-                for name in sorted(key.removesuffix(".left") for key in names if key.endswith(".left")):
-                    left, right = (f"{name}.left", f"{name}.right" if f"{name}.right" in names else f"{name}.left")
-                    shape = (*file.get_slice(left).get_shape()[:-1], file.get_slice(right).get_shape()[-1])
-                    whole, _, place = name.rpartition(".")
-                    own = shapes.get(whole if place.isdigit() else name, ())
-                    is_part = place.isdigit() and len(own) == len(shape) and all(map(operator.le, shape, own))
-                    if shape != own and not is_part:
-                        raise ConfigError(
-                            f"{path} has a change of {name} ({' x '.join(map(str, shape))}), which this model has not",
-                            where=_PLACE,
-                            remedy="name exports of runs that began with this very model",
-                        )
-
-    def rank(self, name: str) -> int:
-        """Return how many directions of a weight the earlier changes take on each side."""
         taken = 0
         for path in self.paths:
             with safe_open(path, framework="pt") as file:
-                if f"{name}.left" in file.keys():  # noqa: SIM118  # no dictionary
-                    taken += min(file.get_slice(f"{name}.left").get_shape()[-2:])
+                names = set(file.keys())
+                if f"{name}.left" not in names:
+                    continue
+                theirs = left = file.get_slice(f"{name}.left").get_shape()
+                if f"{name}.right" in names:
+                    theirs = [*left[:-1], file.get_slice(f"{name}.right").get_shape()[-1]]
+                if shape is not None and theirs != [*shape]:
+                    shapes = f"{' x '.join(map(str, theirs))}, this model's is {' x '.join(map(str, shape))}"
+                    raise ConfigError(
+                        f"{path} holds a change of {name} of the shape {shapes}", where=_PLACE, remedy=_OTHER
+                    )
+                taken += min(left[-2:])
         return taken
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse changes of weights that a model has not.
+
+        Raises:
+            ConfigError: There is one.
+        """
+        known = {name for name, _ in model.named_parameters()}
+        for path in self.paths:
+            with safe_open(path, framework="pt") as file:
+                changed = {key.rpartition(".")[0] for key in file.keys()}  # noqa: SIM118  # no dictionary
+            strange = sorted(name for name in changed if not {name, name.rpartition(".")[0]} & known)
+            if strange:
+                message = f"{path} holds a change of {strange[0]}, which this model has not"
+                raise ConfigError(message, where=_PLACE, remedy=_OTHER)
+
+    def strangers(self, model: nn.Module) -> list[str]:
+        """Return a line for a person if the weights of a model, as it was read, are not what the last file has left."""
+        if not self.paths:
+            return []
+        with safe_open(self.paths[-1], framework="pt") as file:
+            left = json.loads(file.metadata()["osft"]).get(LEFT, {})
+        others = [name for name, numbers in left.items() if sampled(model.get_parameter(name)).hex() != numbers]
+        if not others:
+            return []
+        return [
+            f"previous: {len(others)} of {len(left)} weights are not what {self.paths[-1]} has left, as "
+            f"{others[0]}: is it of this model, and the last?"
+        ]
 
     def spans(self, name: str) -> Spans | None:
         """Return the columns and the rows that the earlier changes of a weight span, side by side, in float64."""
@@ -97,18 +124,17 @@ class Earlier:
                 names = set(file.keys())
                 if f"{name}.left" in names:
                     left = file.get_tensor(f"{name}.left").double()
-                    has_right = f"{name}.right" in names
+                    right = file.get_tensor(f"{name}.right").double() if f"{name}.right" in names else left
+                    if not (left.isfinite().all() and right.isfinite().all()):
+                        message = f"{path} holds what is no number in the change of {name}"
+                        raise ConfigError(message, where=_PLACE, remedy="the file is damaged: export that run again")
                     lefts.append(left)
-                    rights.append(file.get_tensor(f"{name}.right").double() if has_right else left)
+                    rights.append(right)
         return (torch.cat(lefts, -1), torch.cat(rights, -2)) if lefts else None
 
-    def fingerprint(self, name: str) -> str:
-        """Return what bases of a weight are kept under: equal weights may have learnt other things."""
-        return f"{self._hashes} {name}" if self.paths else ""
-
     @cached_property
-    def _hashes(self) -> str:
-        """What tells their files from others: each is read once, however many weights there are."""
+    def fingerprint(self) -> str:
+        """A hash of the files, for what is made with them; they are as large as models, so each is read once."""
         found = []
         for path in self.paths:
             with path.open("rb") as file:

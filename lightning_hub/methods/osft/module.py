@@ -43,6 +43,9 @@ from lightning_hub.runs.folder import default_cache_dir
 LAYER_RATIOS = "osft_layer_ratios"
 """Under which name a checkpoint keeps adaptive ratios."""
 
+PREVIOUS = "osft_previous"
+"""Under which name a checkpoint keeps a hash of the earlier changes that its bases protect."""
+
 
 class OSFT(SFT):
     """Orthogonal subspace fine-tuning: each weight learns along its smallest singular directions only.
@@ -73,6 +76,8 @@ class OSFT(SFT):
         rank_bounds: With adaptive ranks, the least and the largest ratio of a layer.
         **options: SFT's.
     """
+
+    lasting = ("unfreeze_rank_ratio", "targets", "complement", "parametrization", "fused", "ranks", "rank_bounds")
 
     def __init__(
         self,
@@ -112,18 +117,21 @@ class OSFT(SFT):
         self.layer_ratios: list[float] | None = None
         self.lr_scale = lr_scale
         self.decomposed = 0
+        self.strangers: list[str] = []
         self._chosen: list[Matrix] = []
 
     # ---- what trains -------------------------------------------------------------------------------------------------
 
     def choose_trainable(self, model: PreTrainedModel) -> None:
         """Freeze everything and put a change under each target."""
+        self.earlier.check(model)
+        if not next(model.parameters()).is_meta:
+            self.strangers = self.earlier.strangers(model)
         model.requires_grad_(False)
-        everything = matrices(model)
-        self.earlier.check({matrix.full_name: matrix.shape for matrix in everything})
-        groups = {matrix.group for matrix in everything}
+        groups = {matrix.group for matrix in matrices(model)}
         default = [group for group in ("attention", "mlp", "experts") if group in groups]
-        self._chosen = resolve(model, self.targets or default or ALL_LINEAR)  # which says what there is
+        wanted = (default or ALL_LINEAR) if self.targets is None else self.targets  # all-linear says what there is
+        self._chosen = resolve(model, wanted)
         add_changes(model, self._chosen, self._form(), self._ratios(model), self.earlier.rank)
         names = {matrix.full_name for matrix in self._chosen}
         norms = _norms(model)
@@ -180,8 +188,16 @@ class OSFT(SFT):
         super().build()
 
     def _remember(self) -> None:
-        if self.filled_from is not None:
-            self.layer_ratios = read_state(self.filled_from).get(LAYER_RATIOS)
+        if self.filled_from is None:
+            return
+        state = read_state(self.filled_from)
+        self.layer_ratios = state.get(LAYER_RATIOS)
+        if state.get(PREVIOUS, self.earlier.fingerprint) != self.earlier.fingerprint:
+            raise ConfigError(
+                "the checkpoint protects what other files hold, or none",
+                where="model.init_args.previous",
+                remedy="name those that the run began with, or start a new run",
+            )
 
     def _load(self) -> PreTrainedModel:
         model = super()._load()
@@ -234,7 +250,8 @@ class OSFT(SFT):
         others = [matrix for matrix in matrices(self.model) if merged_name(matrix.full_name) not in (None, *named)]
         how = "also train" if self.train_other == "all" else "stay as they are"
         lines += [f"osft   no rank is left for {name}: it stays" for name in sorted(named - changed)]
-        return lines + [f"osft   {how}: {describe(others)}"] * bool(others)
+        lines += [f"osft   {how}: {describe(others)}"] * bool(others)
+        return lines + [f"osft   {line}" for line in self.strangers]
 
     def answer(self, *args: Any, **kwargs: Any) -> list[str]:
         """Answer prompts with weights that are built once, not for every token."""
@@ -259,6 +276,7 @@ class OSFT(SFT):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the ranks of the layers: they cannot be told from the options alone."""
         super().on_save_checkpoint(checkpoint)
+        checkpoint[PREVIOUS] = self.earlier.fingerprint
         if self.layer_ratios is not None:
             checkpoint[LAYER_RATIOS] = self.layer_ratios
 
@@ -275,18 +293,24 @@ class OSFT(SFT):
         if state:
             self._write(target, tokenizer, state, merged_state(self.sites(), state))
             print(f"osft   {describe_sizes(merged(self.sites(), state))}", flush=True)
+            halves = {site.original.dtype for site in self.sites()} - {torch.float32, torch.float64}
+            for dtype in halves:
+                print(f"osft   {self._leaking(state, dtype).describe()}", flush=True)
 
     def export_merged(self, target: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype | None) -> str:
         """Write a plain model in a dtype (that of the base on disk if None); return what rounding did to the change."""
         assert self.model is not None, "configure_model has run"
         wanted = dtype or self.pretrained.stored_dtype
         state = full_state(self.model)
-        leaking = Leaking(wanted)
-        for site, one in zip(self.sites(), merged(self.sites(), state), strict=True):
-            leaking.add_leaking(one, site.change)
-        weights = {name: tensor.to(wanted) for name, tensor in merged_state(self.sites(), state).items()}
-        self._write(target, tokenizer, state, weights)
-        return leaking.describe()
+        self._write(target, tokenizer, state, merged_state(self.sites(), state, wanted))
+        return f"merge  {self._leaking(state, wanted).describe()}"
+
+    def _leaking(self, state: dict[str, Tensor], dtype: torch.dtype) -> Leaking:
+        """Return what becomes of the changes in weights of a dtype."""
+        leaking = Leaking(dtype)
+        for one in merged(self.sites(), state):
+            leaking.count(one)
+        return leaking
 
     def _write(
         self, target: Path, tokenizer: PreTrainedTokenizerBase, state: dict[str, Tensor], weights: dict[str, Tensor]

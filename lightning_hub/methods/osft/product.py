@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,11 +15,16 @@ from torch import Tensor, nn
 from lightning_hub.methods.osft.change import Change, Factors, product
 from lightning_hub.methods.osft.surgery import Site, merged_name
 from lightning_hub.methods.rounding import Survival
+from lightning_hub.methods.sampling import sampled
 from lightning_hub.methods.targets import Group
 
 DELTA_FILE = "osft_delta.safetensors"
 """The exact changes, float32: ``<weight>.left`` times ``<weight>.right``; only ``left`` where everything trained. Parts
 of a fused weight are ``<weight>.0`` and so on, in the order of their outputs."""
+
+
+LEFT = "left"
+"""Where the file tells numbers of each weight with its change, by which a further task knows it."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,7 @@ class Merged:
         weight: ``W0``.
         change: The change, float32.
         factors: What the change is the product of: by the name of the weight, or those of its parts.
+        leaks: Returns the largest share of any change of it in protected columns, and in protected rows.
     """
 
     name: str
@@ -39,10 +45,15 @@ class Merged:
     weight: Tensor
     change: Tensor
     factors: dict[str, Factors]
+    leaks: Callable[[Tensor], tuple[float, float]]
 
-    def apply(self) -> Tensor:
-        """Return the weight with its change, in its dtype; numbers that do not change keep their bits."""
-        return torch.where(self.change == 0, self.weight, (self.weight + self.change).to(self.weight.dtype))
+    def apply(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the weight with its change, rounded once: to a dtype, its own if None.
+
+        Numbers that do not change keep their bits.
+        """
+        kept = dtype or self.weight.dtype
+        return torch.where(self.change == 0, self.weight.to(kept), (self.weight + self.change).to(kept))
 
 
 @torch.no_grad()
@@ -59,9 +70,16 @@ def merged(sites: Iterable[Site], state: Mapping[str, Tensor]) -> Iterator[Merge
         tensors |= {f"inner.{name}": kept.cpu() for name, kept in site.change.named_buffers()}
         weight = state[f"{prefix}.original"]
         factors = torch.func.functional_call(_Factors(site.change), tensors, (weight,))
+        leaks = _with(_Leaks(site.change), tensors, weight)
         change = site.change.join([product(pair) for pair in factors], site.change.axis)
         names = [name for name, *_ in site.pieces(weight)]
-        yield Merged(site.matrix.full_name, site.matrix.group, weight, change, dict(zip(names, factors, strict=True)))
+        yield Merged(
+            site.matrix.full_name, site.matrix.group, weight, change, dict(zip(names, factors, strict=True)), leaks
+        )
+
+
+def _with(leaks: _Leaks, tensors: dict[str, Tensor], weight: Tensor) -> Callable[[Tensor], tuple[float, float]]:
+    return lambda change: torch.func.functional_call(leaks, tensors, (weight, change))
 
 
 class _Factors(nn.Module):
@@ -75,15 +93,28 @@ class _Factors(nn.Module):
         return [piece.factors(part) for _, piece, part in self.inner.pieces(weight)]
 
 
-def merged_state(sites: Iterable[Site], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a model's weights with their changes, under the names that they had before."""
-    changed = {found.name: found.apply() for found in merged(sites, state)}
-    names = {key: merged_name(key) for key in state}
-    return {name: changed.get(name, state[key]) for key, name in names.items() if name is not None}
+class _Leaks(nn.Module):
+    """Says how much of a change leaks, from tensors that are handed to it."""
+
+    def __init__(self, change: Change) -> None:
+        super().__init__()
+        self.inner = change
+
+    def forward(self, weight: Tensor, change: Tensor) -> tuple[float, float]:
+        return self.inner.leaks(weight, change)
+
+
+def merged_state(
+    sites: Iterable[Site], state: Mapping[str, Tensor], dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """Return a model's weights with their changes, under the names that they had before; in a dtype if one is given."""
+    changed = {found.name: found.apply(dtype) for found in merged(sites, state)}
+    kept = {name: state[key] for key in state if (name := merged_name(key)) is not None}
+    return {name: changed.get(name, tensor).to(dtype or tensor.dtype) for name, tensor in kept.items()}
 
 
 def write_changes(path: Path, found: Iterable[Merged], settings: Mapping[str, object]) -> None:
-    """Write the exact changes, each with the hash of the weight that it belongs to.
+    """Write the exact changes, each with the hash of the weight that it belongs to, and numbers of what it has become.
 
     Args:
         path: The file.
@@ -92,14 +123,16 @@ def write_changes(path: Path, found: Iterable[Merged], settings: Mapping[str, ob
     """
     tensors: dict[str, Tensor] = {}
     hashes: dict[str, str] = {}
+    left: dict[str, str] = {}
     for one in found:
-        for name, (left, right) in one.factors.items():
-            tensors[f"{name}.left"] = left.contiguous()
+        for name, (first, right) in one.factors.items():
+            tensors[f"{name}.left"] = first.contiguous()
             if right is not None:
                 tensors[f"{name}.right"] = right.contiguous()
         bits = one.weight.contiguous().view(torch.uint8).numpy().tobytes()
         hashes[one.name] = hashlib.sha256(bits).hexdigest()
-    about = json.dumps({"settings": dict(settings), "weights": hashes}, default=str)
+        left[one.name] = sampled(one.apply()).hex()
+    about = json.dumps({"settings": dict(settings), "weights": hashes, LEFT: left}, default=str)
     save_file(tensors, path, metadata={"format": "pt", "osft": about})
 
 
@@ -111,7 +144,8 @@ def describe_sizes(found: Iterable[Merged]) -> str:
         for place, tensor in enumerate((one.change, one.weight)):
             sums[place] += float(tensor.double().square().sum())
     shares = {group: (change / weight) ** 0.5 if weight else 0.0 for group, (change, weight) in squares.items()}
-    return "changed by " + ", ".join(f"{share:.2%} ({group})" for group, share in shares.items())
+    told = ", ".join(f"{share:.2%} ({group})" for group, share in shares.items())
+    return f"changed by {told}" if told else "no target has a direction that trains"
 
 
 @dataclass
@@ -124,13 +158,15 @@ class Leaking(Survival):
 
     leaks: dict[str, float] = field(default_factory=dict)
 
-    def add_leaking(self, one: Merged, form: Change) -> None:
+    def count(self, one: Merged) -> None:
         """Count one weight."""
-        left = self.add(one.weight, one.change, one.apply())
-        self.leaks[one.name] = max(form.leaks(one.weight, left)) if one.change.any() else 0.0
+        left = self.add(one.weight, one.change, one.apply(self.dtype))
+        self.leaks[one.name] = max(one.leaks(left)) if one.change.any() else 0.0
 
     def describe(self) -> str:
         """Return a line for a person."""
+        if not self.leaks:
+            return super().describe()
         worst = max(self.leaks, key=lambda name: self.leaks[name])
         return (
             f"{super().describe()}; up to {self.leaks[worst]:.1%} of it lies in protected directions ({worst}); "

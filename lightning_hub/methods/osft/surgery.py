@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +20,16 @@ from lightning_hub.methods.osft.delta import Complement, Delta
 from lightning_hub.methods.osft.fused import output_axis, sizes
 from lightning_hub.methods.osft.split import trained_rank
 from lightning_hub.methods.osft.usv import Usv
-from lightning_hub.methods.targets import Matrix
+from lightning_hub.methods.targets import Matrix, refuse_shared
 
 RATIO = "model.init_args.unfreeze_rank_ratio"
 
 THIN = 1.6
 """What a multiplication costs in a product of a thin matrix, where it costs 1 in one of wide ones. Measured on a CPU
 for weights from 128 x 512 to 2048 x 768 and rows from 512 to 4,096 tokens: there the two ways about meet."""
+
+Taken: TypeAlias = Callable[[str, Sequence[int] | None], int]
+"""How many directions earlier tasks have taken of the weight of a name; of any shape if that is None."""
 
 Parametrization = Literal["delta", "usv"]
 
@@ -104,7 +107,7 @@ def add_changes(
     targets: Sequence[Matrix],
     form: Form,
     ratios: Callable[[Matrix], float] | None = None,
-    taken: Callable[[str], int] = lambda name: 0,
+    taken: Taken = lambda name, shape: 0,
 ) -> None:
     """Freeze the targets and put a change under each that trains anything.
 
@@ -116,11 +119,12 @@ def add_changes(
         targets: Weights of the model.
         form: Of the changes.
         ratios: Gives the ratio of each weight, where they differ.
-        taken: Tells how many directions of a weight, by its name, earlier tasks have taken.
+        taken: Tells how many directions of a weight, by its name and shape, earlier tasks have taken.
 
     Raises:
         ConfigError: Nothing of a target is left to train.
     """
+    refuse_shared(targets, remedy="leave it out")
     for matrix in targets:
         module = model.get_submodule(matrix.module)
         weight = cast("nn.Parameter", getattr(module, matrix.parameter))
@@ -134,14 +138,14 @@ def add_changes(
             module.register_forward_hook(change.add_to_output)
 
 
-def _change(model: PreTrainedModel, matrix: Matrix, form: Form, ratio: float, taken: Callable[[str], int]) -> Change:
+def _change(model: PreTrainedModel, matrix: Matrix, form: Form, ratio: float, taken: Taken) -> Change:
     """Return the change of one weight, or of its parts."""
     *experts, out, into = matrix.shape
     axis = output_axis(model, matrix)
     lengths = sizes(model, matrix) if form.fused == "parts" else [matrix.shape[axis]]
     dtype = model.get_parameter(matrix.full_name).dtype
     count = len(lengths)
-    if any(map(taken, [matrix.full_name] if count > 1 else [piece_name(matrix, 0, 2)])):
+    if taken(matrix.full_name if count > 1 else piece_name(matrix, 0, 2), None):
         raise ConfigError(
             f"an earlier task has changed {matrix.name} as {'one weight' if count > 1 else 'several'}",
             where="model.init_args.fused",
@@ -151,13 +155,13 @@ def _change(model: PreTrainedModel, matrix: Matrix, form: Form, ratio: float, ta
     for place, length in enumerate(lengths):
         shape = (length, into) if axis == -2 else (out, length)
         name = piece_name(matrix, place, count)
-        used = taken(name)
+        used = taken(name, (*experts, *shape))
         is_left = trained_rank(ratio, min(shape)) > used
         if used and not is_left:
             raise ConfigError(
                 f"earlier tasks have taken {used} directions of {name}, all that ratio {ratio} frees",
                 where="model.init_args.previous",
-                remedy="raise unfreeze_rank_ratio",
+                remedy="raise unfreeze_rank_ratio" if ratio < 1 else "leave it out of targets: nothing of it is left",
             )
         if not is_left:
             parts.append(Still(shape))

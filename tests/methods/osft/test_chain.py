@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lightning_hub.errors import ConfigError
@@ -48,7 +49,7 @@ def test_what_protects_nothing_of_this_model_is_refused(train: Callable[..., OSF
     for family in ("qwen3", "gpt2"):  # the names of this model in other sizes; other names
         first = train(steps=1, model=saved(family), targets=["attention"])
         first.export(tmp_path / family, Pretrained("demo").tokenizer)
-        with pytest.raises(ConfigError, match=r"has a change of .*, which this model has not"):
+        with pytest.raises(ConfigError, match=r"holds a change of .*(, which this model has not|, this model's is )"):
             train(unfreeze_rank_ratio=0.5, previous=[str(tmp_path / family)])
 
 
@@ -100,3 +101,55 @@ def test_where_nothing_is_left_to_train_it_is_said(train: Callable[..., OSFT], t
     first.export(export, first.pretrained.tokenizer)
     with pytest.raises(ConfigError, match="earlier tasks have taken 32 directions"):
         train(unfreeze_rank_ratio=0.25, previous=[str(export)])
+
+
+def altered(name: str, change: Callable[[dict[str, torch.Tensor]], object], export: Path) -> Path:
+    """Copy the file of an export's exact changes, and change the tensors in it."""
+    with safe_open(export / DELTA_FILE, framework="pt") as file:
+        about = file.metadata()
+    tensors = load_file(export / DELTA_FILE)
+    change(tensors)
+    save_file(tensors, export.parent / name, about)
+    return export.parent / name
+
+
+QUERY = "model.layers.0.self_attn.q_proj.weight"
+
+
+def test_earlier_changes_of_something_else_are_refused(train: Callable[..., OSFT], tmp_path: Path) -> None:
+    first = train(unfreeze_rank_ratio=0.25)
+    export = tmp_path / "first"
+    first.export(export, first.pretrained.tokenizer)
+    wrong = {
+        "wider": (
+            lambda held: held.update({f"{QUERY}.right": torch.zeros(32, 129)}),
+            "of the shape 128 x 129, this model's is 128 x 128",
+        ),
+        "other": (lambda held: held.update({"h.0.weight.left": torch.zeros(2, 2)}), "h.0.weight, which this model has"),
+        "nan": (lambda held: held[f"{QUERY}.left"].fill_(float("nan")), f"no number in the change of {QUERY}"),
+    }
+    for name, (change, said) in wrong.items():
+        path = altered(name, change, export)
+        with pytest.raises(ConfigError, match=said):
+            train(unfreeze_rank_ratio=0.5, model=str(export), previous=[str(path)])
+    with pytest.raises(ConfigError, match="is named twice"):
+        train(unfreeze_rank_ratio=0.75, model=str(export), previous=[str(export), str(export / DELTA_FILE)])
+    everything = tmp_path / "all"
+    second = train(unfreeze_rank_ratio=1.0)
+    second.export(everything, second.pretrained.tokenizer)
+    with pytest.raises(ConfigError, match="leave it out of targets: nothing of it is left"):
+        train(unfreeze_rank_ratio=1.0, model=str(everything), previous=[str(everything)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_the_earlier_task_has_not_left_is_noticed(
+    train: Callable[..., OSFT], tmp_path: Path, dtype: torch.dtype
+) -> None:
+    first = train(unfreeze_rank_ratio=0.25)
+    export = tmp_path / "first"
+    first.export_merged(export, first.pretrained.tokenizer, dtype)
+    on = train(unfreeze_rank_ratio=0.5, model=str(export), previous=[str(export)])
+    assert not [line for line in on.describe() if "previous" in line]
+    astray = train(unfreeze_rank_ratio=0.5, previous=[str(export)])
+    (line,) = [line for line in astray.describe() if "previous" in line]
+    assert f"21 of 21 weights are not what {export / DELTA_FILE} has left" in line

@@ -204,6 +204,19 @@ def test_the_published_form_is_projected_before_clipping_and_after_the_step(trai
         assert max(leaks(change, exact.u[:, : exact.protected], exact.v[: exact.protected])) < 1e-3
 
 
+@pytest.mark.parametrize("form", [{}, {"forward": "factored"}, {"parametrization": "usv"}], ids=str)
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "bf16-mixed"])
+def test_what_trains_is_float32_in_every_precision(
+    train: Callable[..., OSFT], precision: str, form: dict[str, object]
+) -> None:
+    module = train(precision=precision, **form)
+    halves = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
+    for site in module.sites():
+        assert site.original.dtype == halves.get(precision, torch.float32)
+        assert {parameter.dtype for parameter in site.change.trained()} == {torch.float32}
+        assert site.change.change(site.original).norm() > 0
+
+
 def test_other_weights_train_when_they_are_asked_to(train: Callable[..., OSFT]) -> None:
     norms = train(train_other="norms")
     trained = {name for name, parameter in norms.named_parameters() if parameter.requires_grad}
@@ -270,6 +283,14 @@ def test_the_exact_changes_stand_beside_the_export(
     assert loaded(ids).logits.isfinite().all()
 
 
+def test_that_nothing_has_changed_is_said(
+    train: Callable[..., OSFT], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = train(unfreeze_rank_ratio=0.0, train_other="norms")
+    module.export(tmp_path / "export", module.pretrained.tokenizer)
+    assert "osft   no target has a direction that trains" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("forward", ["merged", "factored"])
 def test_answers_build_each_weight_once(
     train: Callable[..., OSFT], forward: str, monkeypatch: pytest.MonkeyPatch
@@ -319,13 +340,33 @@ def test_where_no_blocks_are_known_the_layers_there_are_get_listed() -> None:
         OSFT("unused").choose_trainable(model)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_merged_weights_are_rounded_once_and_read_again_as_they_are(
+    train: Callable[..., OSFT], tmp_path: Path, precision: str, dtype: torch.dtype, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = train(precision=precision)
+    said = module.export_merged(tmp_path / "merged", module.pretrained.tokenizer, dtype)
+    assert ("the change is off by 0.0%" in said) == (dtype == torch.float32)
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert read.dtype == dtype
+    for site in module.sites():
+        exact = site.original.detach() + site.change.change(site.original).detach()
+        assert torch.equal(read.get_parameter(site.matrix.full_name), exact.to(dtype))
+    capsys.readouterr()
+    module.export(tmp_path / "export", module.pretrained.tokenizer)
+    assert ("osft   in bfloat16 " in capsys.readouterr().out) == (precision == "bf16-true")
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         ({"unfreeze_rank_ratio": 1.5}, "unfreeze_rank_ratio is 1.5"),
         ({"unfreeze_rank_ratio": 0.0}, "nothing at all would train"),
-        ({"targets": ["lm_head"]}, "is one weight for model.embed_tokens and lm_head"),
-        ({"targets": [".*embed_tokens"]}, "is one weight for"),
+        ({"targets": ["lm_head"]}, "model.embed_tokens shares its weight with lm_head"),
+        ({"targets": []}, "names nothing"),
+        ({"targets": ""}, "names nothing"),
+        ({"targets": ["embed_tokens"]}, "shares its weight"),
         ({"previous": ["nowhere.safetensors"]}, "nowhere.safetensors cannot be read"),
         ({"targets": ["q_proj", "typo"]}, "'typo' matches no weight"),
         ({"parametrization": "usv", "complement": "thin"}, "thin does not go with the published form"),
