@@ -21,9 +21,10 @@ from lightning_hub.methods.sampling import sampled
 
 _PLACE = "model.init_args.previous"
 
+_OTHER = "name exports of runs that began with this model"
+
 NEW = 1e-8
 """How far a direction must lie outside of what is protected to count as another one."""
-_OTHER = "name exports of runs that began with this model"
 
 Spans: TypeAlias = tuple[Tensor, Tensor]
 """What the columns of changes span, and what their rows span."""

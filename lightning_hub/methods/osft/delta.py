@@ -42,7 +42,6 @@ AMPLIFIED_ROUNDED = 2.5
 """The same where the bases are bfloat16, or the projector is computed in it: less than 5e-3 leaks, of which 1.4e-3
 by the rounding of the other bases."""
 
-
 NEGLIGIBLE = 1e-8
 """Singular values below this share of the largest count as zero."""
 

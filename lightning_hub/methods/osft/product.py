@@ -22,7 +22,6 @@ DELTA_FILE = "osft_delta.safetensors"
 """The exact changes, float32: ``<weight>.left`` times ``<weight>.right``; only ``left`` where everything trained. Parts
 of a fused weight are ``<weight>.0`` and so on, in the order of their outputs."""
 
-
 LEFT = "left"
 """Where the file tells numbers of each weight with its change, by which a further task knows it."""
 

@@ -150,18 +150,6 @@ def test_only_the_changes_are_trained(train: Callable[..., OSFT]) -> None:
     assert module.num_parameters == sum(tensor.numel() for tensor in tied)
 
 
-@pytest.mark.parametrize("parametrization", ["delta", "usv"])
-def test_what_trains_stays_in_float32_beside_a_bfloat16_base(train: Callable[..., OSFT], parametrization: str) -> None:
-    module = train(precision="bf16-true", learning_rate=1e-5, parametrization=parametrization)
-    found = {(parameter.requires_grad, parameter.dtype) for _, parameter in module.named_parameters()}
-    assert {dtype for trains, dtype in found if trains} == {torch.float32}
-    assert {site.original.dtype for site in module.sites()} == {torch.bfloat16}
-    for site in module.sites():
-        change = site.change.change(site.original).detach()
-        assert change.dtype == torch.float32
-        assert change.any(), "steps as small as these are lost in bfloat16"
-
-
 def test_norms_in_bfloat16_are_not_sharded_with_changes_in_float32() -> None:
     model = random_model("llama", torch.bfloat16)
     OSFT("unused").choose_trainable(model)
@@ -209,12 +197,12 @@ def test_the_published_form_is_projected_before_clipping_and_after_the_step(trai
 def test_what_trains_is_float32_in_every_precision(
     train: Callable[..., OSFT], precision: str, form: dict[str, object]
 ) -> None:
-    module = train(precision=precision, **form)
+    module = train(precision=precision, learning_rate=1e-5, **form)
     halves = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
     for site in module.sites():
         assert site.original.dtype == halves.get(precision, torch.float32)
         assert {parameter.dtype for parameter in site.change.trained()} == {torch.float32}
-        assert site.change.change(site.original).norm() > 0
+        assert site.change.change(site.original).any(), "steps as small as these are lost in half precision"
 
 
 def test_other_weights_train_when_they_are_asked_to(train: Callable[..., OSFT]) -> None:
