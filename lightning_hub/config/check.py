@@ -206,7 +206,9 @@ class _Checker:
         if inner or not option.type.accepts(value):
             yield from inner or [self.wrong_type(path, value, option)]
         elif out_of_range(value, option.range):
-            yield self.fault(path, f"{_shown(path, value)} is out of range", f"give a number {option.range}")
+            yield self.fault(
+                path, f"{_shown(path, value)} is out of range", f"give a number {option.range or 'that is finite'}"
+            )
 
     def nested(self, path: KeyPath, value: Plain, type_: Type) -> Iterator[ConfigError]:
         """Check the classes and settings that a value holds."""

@@ -9,9 +9,15 @@ from dataclasses import replace
 
 from lightning_hub.config.reading import KeyPath, Plain
 from lightning_hub.config.recipe import Recipe, keyed_fault
+from lightning_hub.config.registry import CLASSES
+from lightning_hub.config.suggest import nearest
 from lightning_hub.errors import ConfigError
 
+MEASURED = ("loss", "grad_norm")
+"""What callbacks can watch in any run; ``val_loss`` where there is validation data."""
+
 _BOUND = re.compile(r"(>=|<=|>|<)\s*(-?[0-9.]+)")
+_SHIPPED = frozenset(path.rpartition(".")[2] for path in CLASSES)
 _DEVICE_WORDS = re.compile(r"auto|-1|\d+(\s*,\s*\d+)*,?")
 
 
@@ -43,6 +49,7 @@ def check_rules(recipe: Recipe, filled: dict[str, Plain]) -> Iterator[ConfigErro
             path, message, remedy = fault
             yield keyed_fault(recipe, path, message, remedy)
     yield from _remote_code(recipe)
+    yield from _metrics(recipe)
 
 
 _Fault = tuple[str, str, str] | None
@@ -103,6 +110,35 @@ def _remote_code(recipe: Recipe) -> Iterator[ConfigError]:
         if key.replace("-", "_") == "trust_remote_code":
             remedy = "remove it and, if you trust the model, give the flag --trust-remote-code"
             yield keyed_fault(recipe, (*path, key), "running a model's own code is not a recipe's to allow", remedy)
+
+
+def _metrics(recipe: Recipe) -> Iterator[ConfigError]:
+    """Refuse to watch what is never measured: it would be noticed at the end of an epoch only, or never."""
+    listed = recipe.get("trainer.callbacks")
+    callbacks = [item for item in listed if isinstance(item, dict)] if isinstance(listed, list) else []
+    classes = [recipe.get("model.class_path"), *(item.get("class_path") for item in callbacks)]
+    if not _SHIPPED.issuperset(map(_short, classes)):
+        return  # a class of somebody's own may log whatever it likes
+    known = [*MEASURED, "val_loss"]
+    watched = [("checkpoint.best.metric", recipe.get("checkpoint.best.metric"))]
+    for place, item in enumerate(callbacks):
+        options = item.get("init_args")
+        if isinstance(options, dict):
+            names = options.get("eval_also")
+            known += [f"forgetting/{name}" for name in names] if isinstance(names, dict) else []
+            if options.get("strict") is not False:
+                watched.append((f"trainer.callbacks.{place}.init_args.monitor", options.get("monitor")))
+    for path, metric in watched:
+        if metric == "val_loss" and recipe.get("data.init_args.val") is None:
+            yield keyed_fault(recipe, path, "val_loss is never measured: there is no validation data", "set data.val")
+        elif isinstance(metric, str) and metric not in known and not metric.startswith("${env:"):
+            near = nearest(metric, known)
+            remedy = f"did you mean {near}?" if near else f"there are {', '.join(known)}"
+            yield keyed_fault(recipe, path, f"{metric!r} is never measured", remedy)
+
+
+def _short(name: Plain) -> str:
+    return str(name).rpartition(".")[2]
 
 
 def _mappings(value: Plain, path: KeyPath) -> Iterator[tuple[KeyPath, str, Plain]]:

@@ -156,6 +156,16 @@ def test_a_wrong_recipe_is_refused_without_torch(tmp_path: Path) -> None:
         ("trainer", "callbacks: [LambdaCallback]", "LambdaCallback is not used here"),
         ("trainer", "callbacks: [lightning.pytorch.callbacks.BatchSizeFinder]", "max_tokens_per_gpu"),
         ("trainer", "callbacks: [{class_path: EarlyStopping}]", "EarlyStopping needs monitor"),
+        (
+            "trainer",
+            "callbacks: [{class_path: EarlyStopping, init_args: {monitor: vall_loss}}]",
+            "did you mean val_loss?",
+        ),
+        (
+            "trainer",
+            "callbacks: [{class_path: ModelCheckpoint, init_args: {monitor: bleu}}]",
+            "'bleu' is never measured",
+        ),
         ("trainer", "callbacks: [{init_args: {}}]", "class_path is missing"),
         (
             "trainer",
@@ -193,6 +203,37 @@ def test_missing_sections_and_options_are_told() -> None:
     assert "model is missing" in faults_of("data: {class_path: ChatData, init_args: {train: x}}\n")
     assert "SFT needs model" in faults_of("model: SFT\ndata: {class_path: ChatData, init_args: {train: x}}\n")
     assert "data is missing" in faults_of("model: {class_path: SFT, init_args: {model: x}}\n")
+
+
+def watching(callback: str, metric: str) -> str:
+    """Return a good recipe with a callback that watches a metric, beside one that measures the loss on old data."""
+    items = f"{{class_path: {callback}, init_args: {{monitor: {metric}}}}}"
+    items += ", {class_path: Forgetting, init_args: {eval_also: {chat: x}}}"
+    return GOOD.replace("max_epochs: 3,", f"max_epochs: 3, callbacks: [{items}],")
+
+
+@pytest.mark.parametrize(
+    ("callback", "metric", "said"),
+    [
+        ("EarlyStopping", "val_loss", ""),
+        ("EarlyStopping", "forgetting/chat", ""),
+        ("ModelCheckpoint", "grad_norm", ""),
+        ("ModelCheckpoint", "null", ""),
+        ("EarlyStopping", '"${env:METRIC}"', ""),
+        ("mine.Watcher", "bleu", ""),
+        ("EarlyStopping", "bleu", "'bleu' is never measured; there are loss, grad_norm, val_loss, forgetting/chat"),
+        ("EarlyStopping", "forgetting/cat", "did you mean forgetting/chat?"),
+    ],
+)
+def test_what_is_watched_must_be_measured(callback: str, metric: str, said: str) -> None:
+    faults = [fault for fault in faults_of(watching(callback, metric)).splitlines() if "measured" in fault]
+    assert [said in fault for fault in faults] == [True] * bool(said)
+
+
+def test_the_validation_loss_is_watched_only_where_there_is_one() -> None:
+    said = faults_of(watching("EarlyStopping", "val_loss").replace("val: 0.1, ", ""))
+    assert said.count("val_loss is never measured: there is no validation data; set data.val") == 2
+    assert "checkpoint.best.metric" in said
 
 
 def test_options_are_those_of_the_chosen_class(with_lora: Schema) -> None:

@@ -117,7 +117,7 @@ def test_names_given_as_functions_are_refused_as_names_too() -> None:
     ],
 )
 def test_allowed_callbacks_pass(name: str) -> None:
-    args = "monitor: val_loss" if "Early" in name else ""
+    args = "monitor: loss" if "Early" in name else ""
     text = f"trainer: {{callbacks: [{{class_path: {name}, init_args: {{{args}}}}}]}}\n{MODEL}{DATA}"
     assert find_faults(recipe_from_text(text, "r")) == []
 
