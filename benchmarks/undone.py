@@ -2,7 +2,7 @@
 
 The model is that of ``benchmarks.forgetting``'s first scene after both further tasks.
 
-usage: python -m benchmarks.undone [--seed 3] [--method osft] [--rate 1e-3] [--steps 300]
+usage: python -m benchmarks.undone [--seed 3] [--method osft] [--rate 1e-3] [--steps 300] [--quick]
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ def main() -> None:
     parser.add_argument("--method", choices=NAMES, default="osft")
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs; no record")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    scene = Room()
+    scene, steps = (Room(steps=10), 4) if given.quick else (Room(), given.steps)
     plain = scene.model(given.seed)
-    *_, (taught, _) = stages(scene, given.method, given.rate, given.seed, given.steps)
+    *_, (taught, _) = stages(scene, given.method, given.rate, given.seed, steps)
     found: dict[str, Json] = {"nothing": round(scene.test(taught, 0, given.seed), 4)}
     for matrix in targets(plain):
         weight, before = taught.get_parameter(matrix.full_name), plain.get_parameter(matrix.full_name)
@@ -38,7 +39,9 @@ def main() -> None:
         found[matrix.module] = round(scene.test(taught, 0, given.seed), 4)
         weight.data.copy_(after)
     table(("taken back", "right on the first task"), list(found.items()))
-    record("undone", {**vars(given), "scene": "room", "taken_back": found})
+    if not given.quick:
+        settings: dict[str, Json] = {"seed": given.seed, "method": given.method, "rate": given.rate, "steps": steps}
+        record("undone", {**settings, "taken_back": found})
 
 
 if __name__ == "__main__":

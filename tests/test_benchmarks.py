@@ -10,23 +10,39 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.keepers import NAMES
+
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("scene", "leak_steps"), [("room", 20), ("embedded", 0)])
-def test_the_benchmark_of_forgetting_runs_in_small(scene: str, leak_steps: int, tmp_path: Path) -> None:
-    options = ["--quick", "--scene", scene, "--leak-steps", str(leak_steps)]
-    command = [sys.executable, "-m", "benchmarks.forgetting", *options]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "LIGHTNING_HUB_CACHE": str(tmp_path)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    rows = re.findall(r"^(\w[\w -]*\w) +[0-9.e-]+ +[0-9]+ ", done.stdout, re.MULTILINE)
-    assert {"sft", "sft targets", "lora", "osft", "osft thin", "peft osf", "factors"} <= set(rows)
-    leaks = dict(re.findall(r"^(osft|osft thin|peft osf|factors) +([0-9.e+-]+)$", done.stdout, re.MULTILINE))
-    if not leak_steps:
-        return
+def test_the_benchmark_of_forgetting_runs_in_small(tmp_path: Path) -> None:
+    said = run_in_small("benchmarks.forgetting", tmp_path, "--leak-steps", "20")
+    rows = re.findall(r"^(\w[\w -]*\w) +[0-9.e-]+ +[0-9]+ ", said, re.MULTILINE)
+    assert set(NAMES) <= set(rows)
+    leaks = dict(re.findall(r"^(osft|osft thin|peft osf|factors) +([0-9.e+-]+)$", said, re.MULTILINE))
     assert float(leaks["osft"]) < 1e-5
     assert float(leaks["osft thin"]) < 1e-5
     assert float(leaks["factors"]) < 1e-3
     assert float(leaks["peft osf"]) > 0.01, "gradients alone do not keep an optimizer inside"
+
+
+@pytest.mark.slow
+def test_its_other_scene_runs_in_small(tmp_path: Path) -> None:
+    said = run_in_small("benchmarks.forgetting", tmp_path, "--scene", "embedded", "--only", "osft", "--leak-steps", "0")
+    assert "accuracy on: known, shout, double" in said
+
+
+@pytest.mark.slow
+def test_taking_changes_back_runs_in_small(tmp_path: Path) -> None:
+    said = run_in_small("benchmarks.undone", tmp_path)
+    assert re.search(r"^model.layers.1.mlp.down_proj +[01]", said, re.MULTILINE)
+
+
+def run_in_small(module: str, cache: Path, *options: str) -> str:
+    """Run a benchmark as little as it can, and return what it prints."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "LIGHTNING_HUB_CACHE": str(cache)}
+    command = [sys.executable, "-m", module, "--quick", *options]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
