@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from lightning_hub.errors import ConfigError
 from lightning_hub.methods.lora import LoRA, quantization
 from lightning_hub.methods.lora.quantization import Quantization
+from lightning_hub.models.pretrained import Pretrained
 from lightning_hub.ops.attention import PACKED
 from tests.methods.test_lora import SMALL, peft_loop, train
 from tests.parallel.harness import Case, calm, trained
@@ -69,8 +70,13 @@ def test_the_export_is_an_adapter_for_the_whole_weights(kind: Quantization, tmp_
     train(calm(), tmp_path, quantization=kind, gradient_checkpointing=True)
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
     assert "quantization" not in (tmp_path / "adapter" / "adapter_config.json").read_text()
-    with pytest.raises(ConfigError, match="an adapter's folder cannot be read in"):
-        train(str(tmp_path / "adapter"), tmp_path, quantization=kind)
+
+
+def test_an_adapter_is_not_quantized_with_its_base(tmp_path: Path) -> None:
+    train(calm(), tmp_path)
+    given = Pretrained(str(tmp_path / "adapter"))
+    with pytest.raises(ConfigError, match="an adapter's folder cannot be read in nf4"):
+        quantization.load_quantized(given, "nf4", torch.float32, PACKED, torch.device("cpu"))
 
 
 @installed
