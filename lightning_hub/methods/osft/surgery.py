@@ -122,7 +122,7 @@ def add_changes(
         taken: Tells how many directions of a weight, by its name and shape, earlier tasks have taken.
 
     Raises:
-        ConfigError: Nothing of a target is left to train.
+        ConfigError: A target shares its weight with another layer, or nothing of it is left to train.
     """
     refuse_shared(targets, remedy="leave it out")
     for matrix in targets:
