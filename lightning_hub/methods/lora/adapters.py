@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lightning_hub.errors import ConfigError
+from lightning_hub.methods.lora.layers import compute_in_layer_dtype
 from lightning_hub.methods.sampling import sampled
 from lightning_hub.methods.targets import Matrix, describe, matrices, refuse_shared, resolve
 
@@ -98,6 +99,7 @@ def adapt(model: PreTrainedModel, settings: Settings, base: str) -> LoraConfig:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # steps of adapters are too small for bfloat16
+    compute_in_layer_dtype(model)
     config.modules_to_save = trained or None
     config.init_lora_weights = True  # whoever reads the adapter needs no other start
     for name in trained:

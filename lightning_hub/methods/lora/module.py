@@ -24,7 +24,6 @@ from lightning_hub.methods.lora.adapters import (
     base_hash,
     describe_adapters,
     is_shifting,
-    layers_of,
     wished,
 )
 from lightning_hub.methods.lora.eva import directions, fill_directions
@@ -121,9 +120,6 @@ class LoRA(SFT):
         self.base_hash = Crew().on_first(lambda: self.base_hash)
         if share := data_parallel(self.trainer.strategy).rank:
             seed_anew(share)
-        if "mixed" in str(self.trainer.precision):
-            for _, layer in layers_of(self.model):
-                layer.cast_input_dtype_enabled = False  # autocast casts the small adapters, not the activations
 
     def _check_strategy(self) -> None:
         """Refuse what has not been made right, where no recipe was checked before the processes started.
