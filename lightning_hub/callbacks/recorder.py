@@ -9,12 +9,16 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
+from transformers import PreTrainedModel
 
+from lightning_hub.callbacks.flops import FlopsCounter, peak_flops
 from lightning_hub.callbacks.forgetting import Forgetting
 from lightning_hub.errors import HubError
 from lightning_hub.ops.rows import Step
 from lightning_hub.parallel.agreement import worst
+from lightning_hub.parallel.data_parallel import data_parallel
 from lightning_hub.runs.rank import RankWriter, classify
+from lightning_hub.runs.timings import PhaseName
 from lightning_hub.runs.writer import StatusWriter
 
 
@@ -55,6 +59,11 @@ class Recorder(Callback):
         self.rank = rank
         self.run = run
         self.pulse = rank.pulse
+        self.timer = rank.timer
+        self._flops: FlopsCounter | None = None
+        self._peak_flops: float | None = None
+        self._interval_flops = 0.0
+        self._before_validation: PhaseName = "setup"
         self.tokens = 0
         self.loss_tokens = 0
         self._lr = 0.0
@@ -68,13 +77,15 @@ class Recorder(Callback):
     # ---- begin and end -----------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the run's metrics to callbacks that measure something of their own."""
+        """Give the run's metrics to callbacks that measure something of their own (the data is prepared by now)."""
+        self.timer.enter("model")
         for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by Lightning's connector
             if isinstance(callback, Forgetting) and self.run is not None:
                 callback.write = self.rank.log
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write what the data came to, before anything is trained on it."""
+        """Write what the data came to, before anything is trained on it (the model is read by now)."""
+        self.timer.enter("setup")
         if self.run is None:
             return
         data = trainer.datamodule  # type: ignore[attr-defined]  # Lightning types its trainer without one
@@ -87,11 +98,21 @@ class Recorder(Callback):
             total = trainer.estimated_stepping_batches
             steps = int(total) if total != float("inf") else None
             self.run.set_status("running", step=trainer.global_step, max_steps=steps)
+        self._count_flops(trainer, pl_module)
+        self.timer.enter("first step")
         self._restart_interval()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the training phase."""
         self.pulse.phase = "exit"
+        self.timer.enter("teardown")
+
+    def _count_flops(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find out what a step computes, where the peak of the device is known."""
+        peak = peak_flops(pl_module.device) if "16" in str(trainer.precision) else None
+        model = getattr(pl_module, "model", None)
+        if peak is not None and isinstance(model, PreTrainedModel):
+            self._flops, self._peak_flops = FlopsCounter.of(model), peak * trainer.world_size
 
     # ---- steps -------------------------------------------------------------------------------------------------------
 
@@ -99,6 +120,7 @@ class Recorder(Callback):
         """Say that a step begins; what was saved before it took no training time."""
         if self.pulse.phase == "save":
             self._since += time.monotonic() - self.pulse.doing_since
+            self.timer.enter("steps")
         self.pulse.phase = "train"
         self.pulse.do("forward")
         self._batch = batch
@@ -119,6 +141,8 @@ class Recorder(Callback):
     ) -> None:
         """Count the step, and log it if it is its turn."""
         step = trainer.global_step
+        if self.timer.phase == "first step":
+            self.timer.enter("steps")
         self.pulse.step, self.pulse.epoch = step, trainer.current_epoch
         if cast("TrainedModule", pl_module).is_skipped:
             self._note_samples(trainer, step, "skipped")
@@ -126,9 +150,11 @@ class Recorder(Callback):
         self.loss_tokens += batch.num_trained
         self._interval_tokens += batch.num_tokens
         self._interval_steps += 1
+        if self._flops is not None:
+            self._interval_flops += self._flops.of_step(batch, data_parallel(trainer.strategy).size)
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Lightning's connector
         last = trainer.fit_loop.epoch_loop._is_training_done
-        if (every and step % every == 0) or last:
+        if (every and step % every == 0) or last or step == 1:
             self._log_step(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -162,6 +188,8 @@ class Recorder(Callback):
             "step_time": seconds / self._interval_steps,
             "epoch": trainer.current_epoch,
         }
+        if self._peak_flops is not None:
+            values["mfu"] = self._interval_flops / seconds / self._peak_flops
         if torch.cuda.is_available():
             values["memory_gb"], values["memory_rank"] = worst(torch.cuda.max_memory_allocated() / 1e9)
             torch.cuda.reset_peak_memory_stats()
@@ -171,6 +199,7 @@ class Recorder(Callback):
 
     def _restart_interval(self) -> None:
         self._interval_tokens = self._interval_steps = 0
+        self._interval_flops = 0.0
         self._since = time.perf_counter()
 
     def _publish(self, trainer: Trainer, numbers: dict[str, float | int]) -> None:
@@ -187,6 +216,7 @@ class Recorder(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say that a validation begins."""
+        self._before_validation = self.timer.enter("validation")
         self.pulse.phase = "eval"
         self.pulse.do("validation")
 
@@ -200,11 +230,13 @@ class Recorder(Callback):
                 self.rank.log(step, {"val_loss": float(loss)})
                 for logger in trainer.loggers:
                     logger.log_metrics({"val_loss": float(loss)}, step=step)
+        self.timer.enter(self._before_validation)
         self.pulse.phase = "train"
         self._since += time.monotonic() - self.pulse.doing_since  # validating is no training time
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Say that a checkpoint is being written."""
+        self.timer.enter("saving")
         self.pulse.phase = "save"
         self.pulse.do("save checkpoint")
 

@@ -61,7 +61,7 @@ def _train(folder: RunFolder, train: Path, val: Path, console: Console, method: 
     prompts = [SHOUT.question.format(word=word) for word in words(TRAINED + VALIDATED + ASKED, seed=7)[-ASKED:]]
     before = _answers("demo", prompts)
     known = _knowledge("demo") if method else {}
-    session = Session(tree, begin(run, "never"), run)
+    session = Session(tree, begin(run, "never"), run, is_summed_up=False)
     code: int = ExitCode.FAILED
     try:
         code = session.fit()

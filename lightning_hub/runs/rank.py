@@ -19,6 +19,7 @@ from lightning_hub.runs.logfile import LogFile, Redirect, Tee
 from lightning_hub.runs.metrics import MetricsWriter
 from lightning_hub.runs.pulse import Beat, HeartbeatFile, Pulse, heartbeat_period
 from lightning_hub.runs.records import ErrorRecord
+from lightning_hub.runs.timings import PhaseTimer
 from lightning_hub.runs.writer import Trouble
 
 STACKS_SIGNAL = signal.SIGUSR2
@@ -59,6 +60,7 @@ class RankWriter:
         self.rank = rank
         self.node = node
         self.pulse = Pulse()
+        self.timer = PhaseTimer()
         self.trouble = trouble or Trouble()
         make_private_folder(self.files.path)
         self._metrics = MetricsWriter(folder.metrics, attempt)

@@ -92,7 +92,7 @@ def _config_of_attempt(run: RunWriter, begun: Begun, tree: dict[str, Any]) -> Pa
 
 
 def _told(run: RunWriter, work: Callable[[], int]) -> int:
-    """Do the work of an attempt, close the run, and say where its result is."""
+    """Do the work of an attempt and close the run."""
     code: int = ExitCode.FAILED
     try:
         code = work()
@@ -101,8 +101,6 @@ def _told(run: RunWriter, work: Callable[[], int]) -> int:
         raise
     finally:
         run.close(code)
-    if code == ExitCode.DONE and run.folder.export.is_dir():
-        print(f"run    {run.folder.path}\nexport {run.folder.export}")
     return code
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -29,6 +30,7 @@ from lightning_hub.runs.folder import RunFolder
 from lightning_hub.runs.manifest import newest_whole
 from lightning_hub.runs.rank import RankWriter
 from lightning_hub.runs.samples import SamplesWriter
+from lightning_hub.runs.summary import run_summary
 from lightning_hub.runs.writer import StatusWriter
 from lightning_hub.training.announcement import Announcement
 from lightning_hub.training.attempt import Begun
@@ -47,6 +49,7 @@ class Session:
         status: Where the run's state is told; on rank 0 only.
         environment: This process among the others that it has joined; None if it is alone.
         options: What a person allows.
+        is_summed_up: Whether the end of the run is summed up in print; the demo shows it in its own way.
     """
 
     def __init__(
@@ -57,7 +60,9 @@ class Session:
         *,
         environment: GivenPlace | None = None,
         options: Options | None = None,
+        is_summed_up: bool = True,
     ) -> None:
+        self.is_summed_up = is_summed_up
         self.tree = tree
         self.begun = begun
         self.folder = begun.folder
@@ -85,7 +90,11 @@ class Session:
         try:
             with self.wishes.listening():
                 self.rank.start(shown=self.place.launcher != "fit")
-                return self._train()
+                if self.status is not None:
+                    print(f"run    {self.folder.path}", flush=True)
+                code = self._train()
+                self._sum_up()
+                return code
         except HardStop as stop:
             print(stop, file=sys.stderr)
             return self._failed(stop)
@@ -95,9 +104,19 @@ class Session:
                 error.exit_code = ExitCode(code)
             raise
         finally:
+            if self.status is not None:
+                self.status.event("timings", attempt=self.begun.attempt, seconds=dict(self.rank.timer.seconds()))
             self.rank.close()
 
+    def _sum_up(self) -> None:
+        """Print the end of the run for whoever watches or reads the log."""
+        if self.status is None or not self.is_summed_up:
+            return
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+        print("\n".join(run_summary(self.folder, self.rank.timer.seconds(), memory_gb=peak)), flush=True)
+
     def _train(self) -> int:
+        self.rank.timer.enter("setup")
         trial = bool(self.tree["trainer"].get("fast_dev_run"))
         facts, options = recipe_facts(self.tree), self.options
 
@@ -124,9 +143,11 @@ class Session:
             for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by Lightning's connector
                 if isinstance(callback, GenerateSamples):
                     callback.write = samples.write
+            self.rank.timer.enter("data")
             trainer.fit(module, data, ckpt_path=self.begun.checkpoint)
         if not trial:
             self.rank.pulse.do("export")
+            self.rank.timer.enter("export")
             module.export(self.folder.export, data.tokenizer)
         if self.status is not None:
             self.status.set_status("finished", step=trainer.global_step, exit_code=0)

@@ -1,0 +1,110 @@
+"""Model FLOPs of a step, for MFU: the share of a device's peak that the arithmetic of the model itself takes.
+
+Counted as NeMo and others do, so that figures compare: a forward takes 2 operations for each weight and token, the
+backward 2 for the gradient of the input and 2 for that of a weight that trains. So full training takes 6 N a token and
+LoRA about 4 N. Causal attention takes the sum of the squares of the documents' lengths. Recomputation is not counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Self
+
+import torch
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lightning_hub.ops.rows import Step
+
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "A10G": 70e12,
+    "MI300X": 1307e12,
+    "RTX 4090": 165e12,
+}
+"""Dense bfloat16 operations per second by the data sheet, by a part of the device's name."""
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Return the peak of a device in half precision, in operations per second; None if it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+@dataclass(frozen=True)
+class FlopsCounter:
+    """Operations of a step of a model.
+
+    Attributes:
+        per_token: Of forward and backward through all layers but the output layer, for each token.
+        per_trained_token: Of the output layer, whose logits are made for trained tokens only.
+        per_squared_length: Of attention, for each document, times the square of its length.
+    """
+
+    per_token: float
+    per_trained_token: float
+    per_squared_length: float
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Self:
+        """Count the weights of a model as it is trained: after its adapters are in place."""
+        head = model.get_output_embeddings()
+        active = _active_share(model)
+        inside = 0.0
+        for module in model.modules():
+            if module is not head:
+                inside += _layer_flops(module)
+                inside += sum(
+                    active * _flops(parameter.numel(), parameter.requires_grad)
+                    for parameter in module.parameters(recurse=False)
+                    if parameter.ndim == 3 and not isinstance(module, nn.Linear | nn.Conv1d)
+                )
+        config = model.config.get_text_config()
+        heads = getattr(config, "num_attention_heads", 0) or 0
+        width = heads * (getattr(config, "head_dim", None) or getattr(config, "hidden_size", 0) // max(1, heads))
+        layers = getattr(config, "num_hidden_layers", 0) or 0
+        return cls(inside, _layer_flops(head) if isinstance(head, nn.Module) else 0.0, 3 * 2.0 * layers * width)
+
+    def of_step(self, step: Step, data_parallel_size: int) -> float:
+        """Return the operations of a step over all ranks; the lengths of other ranks' documents are taken to be alike.
+
+        Args:
+            step: This rank's share of the step, with the token counts of all ranks.
+            data_parallel_size: How many ranks share out the data.
+        """
+        squares = sum((end - start) ** 2 for row in step.rows for start, end in pairwise(row.borders))
+        attention = self.per_squared_length * squares * data_parallel_size
+        return self.per_token * step.num_tokens + self.per_trained_token * step.num_trained + attention
+
+
+def _layer_flops(module: nn.Module) -> float:
+    """Return the operations of a linear layer for one token; 0 for anything else."""
+    if isinstance(module, nn.Linear):  # of its sizes: quantized and sharded weights have other shapes
+        size = module.in_features * module.out_features
+    elif isinstance(module, Conv1D):
+        size = module.nx * module.nf
+    else:
+        return 0.0
+    return _flops(size, is_parametrized(module) or module.weight.requires_grad)
+
+
+def _flops(size: int, trains: bool) -> float:
+    return (6.0 if trains else 4.0) * size
+
+
+def _active_share(model: PreTrainedModel) -> float:
+    """Return the share of the experts that a token goes through."""
+    config = model.config.get_text_config()
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    experts = next((getattr(config, name) for name in names if getattr(config, name, None)), None)
+    chosen = getattr(config, "num_experts_per_tok", None)
+    return chosen / experts if experts and chosen else 1.0
