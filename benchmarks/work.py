@@ -43,8 +43,10 @@ SHAPES = {
     "small": Shape("llama", 256, 688, 6, 4, 4, 8192, False),
     "tiny-qwen": Shape("qwen2", 64, 128, 2, 4, 2, 1024, True),
     "0.5b": Shape("qwen2", 896, 4864, 24, 14, 2, 151_936, True),
+    "1.5b": Shape("qwen2", 1536, 8960, 28, 12, 2, 151_936, True),
+    "7b": Shape("qwen2", 3584, 18_944, 28, 28, 4, 152_064, False),
 }
-"""``small`` has 9 M parameters; ``0.5b`` is that of Qwen2.5-0.5B, 494 M."""
+"""``small`` has 9 M parameters; ``0.5b``, ``1.5b`` and ``7b`` are those of Qwen2.5."""
 
 
 def make_model(folder: Path, shape: Shape, seed: int = 0, device: str = "cpu") -> None:
