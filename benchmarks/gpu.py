@@ -79,8 +79,8 @@ def lora(plan: Plan, kind: str = "lora", more: tuple[str, ...] = ()) -> Figures:
 
 
 SHAPES_OF_PARTS = {"sft-0.5b": "0.5b", "sft-1.5b": "1.5b", "osft-1.5b": "1.5b", "fsdp1": "1.5b", "lora-7b": "7b",
-                   "nf4": "7b"}  # fmt: skip
-TOKENS_OF_PARTS = {"lora-7b": 8192, "nf4": 8192}
+                   "nf4": "1.5b"}  # fmt: skip
+TOKENS_OF_PARTS = {"lora-7b": 8192}
 PARTS: dict[str, Callable[[Plan], Figures]] = {
     "exactness": exactness,
     "demo": demo,
@@ -108,6 +108,9 @@ def run_parts(plan: Plan, names: Sequence[str], *, measured: bool) -> Figures:
             found = {"error": f"{type(error).__name__}: {str(error)[-2000:]}"}
             print(f"FAILED: {found['error']}")
         results[name] = found | {"wall_seconds": round(time.perf_counter() - began, 1)}
+        record(
+            "gpu", {"gpu_measured": measured, "part": name, **found}, torch.cuda.get_device_name() if measured else None
+        )
     return results
 
 
@@ -128,7 +131,6 @@ def main() -> int:
         if measured:
             plan = Plan("", "cuda", "0.5b", given.tokens, 600, 4096, given.steps, Path(scratch))
         results = run_parts(plan, given.parts, measured=measured)
-    record("gpu", {"gpu_measured": measured, "parts": results}, name or None)
     failed = [name for name, result in results.items() if isinstance(result, dict) and "error" in result]
     return 1 if failed else 0
 

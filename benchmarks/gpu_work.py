@@ -144,14 +144,15 @@ def trained_beside_raw(plan: Plan, kind: str, flags: tuple[str, ...]) -> tuple[R
 
 def bare_loop(plan: Plan, kind: str) -> dict[str, Json]:
     """Run the bare loop in a process of its own."""
-    out = plan.scratch / f"{plan.name}-raw.json"
+    out = plan.scratch / f"raw-{kind}-{plan.shape}-{plan.precision}-{plan.tokens}-{plan.steps}.json"
     command = [sys.executable, "-m", "benchmarks.gpu_raw", "--kind", kind, "--work", str(plan.work), "--out", str(out)]
     command += ["--steps", str(plan.steps), "--tokens", str(plan.tokens), "--longest", str(plan.longest)]
     command += ["--device", plan.device, "--precision", plan.precision]
-    done = subprocess.run(command, env=child_environment(**QUIET), capture_output=True, text=True, timeout=LIMIT,
-                          check=False)  # fmt: skip
-    if done.returncode:
-        raise RuntimeError(f"the bare loop ended with {done.returncode}: {done.stderr[-1500:]}")
+    if not out.exists():  # parts of the same work share it
+        done = subprocess.run(command, env=child_environment(**QUIET), capture_output=True, text=True, timeout=LIMIT,
+                              check=False)  # fmt: skip
+        if done.returncode:
+            raise RuntimeError(f"the bare loop ended with {done.returncode}: {done.stderr[-1500:]}")
     notes: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
     rates = [tokens / seconds for tokens, seconds in zip(notes["tokens"][1:], notes["step_seconds"], strict=True)]
     memory = notes["peak_memory_gb"]

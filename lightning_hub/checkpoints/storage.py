@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TypeAlias, TypeVar
@@ -36,14 +37,23 @@ class DiskFullError(HubError):
 
 
 def write_file(path: Path, blocks: Iterable[bytes | memoryview]) -> Files:
-    """Write a new file block by block, hash it on the way, and flush it to disk."""
+    """Write a new file block by block, hash it on the way, and flush it to disk.
+
+    Blocks are made (copied from a device), written and hashed at the same time, one of each: hashing alone takes as
+    long as writing. So three blocks at most are held.
+    """
     digest, size = hashlib.sha256(), 0
-    with path.open("xb") as stream:
+    source = iter(blocks)
+    with path.open("xb") as stream, ThreadPoolExecutor(2) as workers:
         os.fchmod(stream.fileno(), 0o600)
-        for block in blocks:
+        block = next(source, None)
+        while block is not None:
+            following = workers.submit(next, source, None)
+            hashed = workers.submit(digest.update, block)
             stream.write(block)
-            digest.update(block)
             size += memoryview(block).nbytes
+            hashed.result()
+            block = following.result()
         stream.flush()
         os.fsync(stream.fileno())
     return {path.name: (size, digest.hexdigest())}
