@@ -136,6 +136,7 @@ class Session:
         cli = build(self.tree, self.folder.path, ours, checkpoint_io, options.trust_remote_code, self.environment)
         module, data, trainer = cli.model, cli.datamodule, cli.trainer
         module.filled_from = self.begun.checkpoint
+        module.stays_on_device = True
         if self.begun.checkpoint is not None:
             check_lasting(self.begun.checkpoint, facts, module.lasting)
         keep_lightning_out(trainer)
