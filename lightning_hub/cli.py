@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib import import_module
 
 from lightning_hub import __version__
+from lightning_hub.config.shipped import shipped_recipes
 from lightning_hub.config.suggest import nearest
 from lightning_hub.errors import ConfigError, ExitCode, HubError
 
@@ -81,7 +82,8 @@ def _dispatch(words: Sequence[str]) -> int:
     verb = verbs.get(words[0])
     if verb is None:
         near = nearest(words[0], verbs)
-        remedy = f"did you mean {near}?" if near else "see lightning-hub --help"
+        recipe = f" --config {words[0]}" if near == "fit" and words[0] in shipped_recipes() else ""
+        remedy = f"did you mean {near}{recipe}?" if near else "see lightning-hub --help"
         raise ConfigError(f"no such command: {words[0]}", remedy=remedy)
     return verb.load()(words[1:])
 

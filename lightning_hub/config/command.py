@@ -8,11 +8,34 @@ from dataclasses import dataclass
 
 from lightning_hub.config.recipe import Override, Recipe, build_recipe
 from lightning_hub.config.schema import SECTIONS, Schema, shipped_schema
+from lightning_hub.config.shipped import recipe_path, shipped_recipes
 from lightning_hub.config.suggest import SYNONYMS, nearest
 from lightning_hub.errors import ConfigError
 
 _FLAG = re.compile(r"--(?P<keys>[A-Za-z_][\w.-]*?)(?P<append>\+)?(?:=(?P<value>.*))?", re.DOTALL)
+_ASSIGNMENT = re.compile(r"[A-Za-z_][\w-]*(\.[\w.-]+)?\+?=.*", re.DOTALL)
 _NEGATIVE = re.compile(r"-\.?\d")
+
+
+SHORT_FLAGS = {"logger": ("trainer", "logger")}
+"""Flags that stand for an option of a recipe."""
+
+LOGGERS = {"wandb": "WandbLogger", "tensorboard": "TensorBoardLogger", "mlflow": "MLFlowLogger", "csv": "CSVLogger"}
+"""What people call Lightning's loggers."""
+
+FLAGS_OF_OTHERS = {
+    "output_dir": "--run-dir",
+    "out_dir": "--run-dir",
+    "ckpt_output_dir": "--run-dir",
+    "default_root_dir": "--runs-root",
+    "experiment_name": "--run-name",
+    "name": "--run-name",
+    "resume_from_checkpoint": "--resume",
+    "ckpt_path": "--resume",
+    "config_file": "--config",
+    "report_to": "--logger",
+}
+"""Flags of other tools, to ours."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +63,8 @@ class SplitArguments:
 def parse_command(argv: Iterable[str], schema: Schema | None = None) -> Command:
     """Read ``--config A --config B --model LoRA --model.learning_rate 1e-5 --run-dir D``.
 
+    A file may stand without ``--config`` and an override without its dashes: ``A.yaml model.learning_rate=1e-5``.
+
     Nothing is imported and no option is checked here; ``check`` does that with every fault at once.
 
     Raises:
@@ -60,11 +85,13 @@ def split_arguments(argv: Iterable[str]) -> SplitArguments:
         if word == "--":
             rest += [word, *waiting]
             break
-        match = _FLAG.fullmatch("--config" + word[2:] if re.match(r"-c(=|$)", word) else word)
-        if match is None:
+        match = _FLAG.fullmatch(_with_dashes(word))
+        if match is None and word.endswith((".yaml", ".yml")):
+            files.append(recipe_path(word))
+        elif match is None:
             rest.append(word)
         elif match["keys"] == "config":
-            files.append(_value(match, waiting) or _missing_value("--config", "a YAML file"))
+            files.append(recipe_path(_value(match, waiting) or _missing_value("--config", "a YAML file")))
         elif _belongs_to_recipe(match):
             overrides.append(_override(match, waiting))
         else:
@@ -72,9 +99,16 @@ def split_arguments(argv: Iterable[str]) -> SplitArguments:
     return SplitArguments(tuple(files), tuple(overrides), tuple(rest))
 
 
+def _with_dashes(word: str) -> str:
+    """Return the long form of ``-c FILE`` and of ``section.option=value``."""
+    if re.match(r"-c(=|$)", word):
+        return "--config" + word[2:]
+    return f"--{word}" if _ASSIGNMENT.fullmatch(word) else word
+
+
 def _belongs_to_recipe(match: re.Match[str]) -> bool:
     section, dot, _ = match["keys"].partition(".")
-    if section in SECTIONS:
+    if section in SECTIONS or section in SHORT_FLAGS:
         return True
     if dot:
         near = nearest(section, SECTIONS)
@@ -86,10 +120,13 @@ def _belongs_to_recipe(match: re.Match[str]) -> bool:
 
 def _override(match: re.Match[str], waiting: list[str]) -> Override:
     flag = f"--{match['keys']}"
-    keys = tuple(match["keys"].split("."))
+    keys = SHORT_FLAGS.get(match["keys"]) or tuple(match["keys"].split("."))
     if not all(keys):
         raise ConfigError("the flag holds an empty key", where=flag, remedy="write --section.option value")
-    return Override(flag, keys, _value(match, waiting), append=bool(match["append"]))
+    value = _value(match, waiting)
+    if keys == ("trainer", "logger") and value is not None:
+        value = LOGGERS.get(value, value)
+    return Override(flag, keys, value, append=bool(match["append"]))
 
 
 def _value(match: re.Match[str], waiting: list[str]) -> str | None:
@@ -114,20 +151,26 @@ def explain_flag(flag: str, known: Iterable[str], schema: Schema | None = None) 
     """
     name = flag.partition("=")[0]
     word = name.lstrip("-").replace("-", "_")
+    if not flag.startswith("-") and "=" not in flag:
+        remedy = f"did you mean --config {word}?" if word in shipped_recipes() else "see --help"
+        return ConfigError("unexpected argument", where=name, remedy=remedy)
     options = _full_names(schema or shipped_schema())
     wanted = next((options[name] for name in (word, *SYNONYMS.get(word, ())) if name in options), None)
-    near = nearest(name, known)
+    listed = list(known)
+    translated = FLAGS_OF_OTHERS.get(word)
+    near = translated if translated in listed else None if wanted else nearest(name, listed)
     if near is None and wanted is None:
         close = nearest(word, options)
         wanted = options[close] if close else None
-    remedy = f"did you mean {near}?" if near else f"did you mean --{wanted}?" if wanted else "see --help"
-    return ConfigError("unknown flag", where=name, remedy=remedy)
+    dashes = "--" if flag.startswith("-") else ""
+    remedy = f"did you mean {near}?" if near else f"did you mean {dashes}{wanted}?" if wanted else "see --help"
+    return ConfigError("unknown flag" if dashes else "no such option", where=name, remedy=remedy)
 
 
 def _full_names(schema: Schema) -> dict[str, str]:
     """Map each option of the sections' own classes to its dotted flag."""
-    names = {"seed_everything": "seed_everything", "seed": "seed_everything"}
+    names: dict[str, str] = {}
     for kind in ("checkpoint", "data", "model", "trainer"):
         for info in schema.of_kind(kind):
             names |= {option: f"{kind}.{option}" for option in info.options}
-    return names
+    return names | {"seed_everything": "seed_everything", "seed": "seed_everything"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import textwrap
 from collections.abc import Iterable
 
@@ -13,6 +12,15 @@ from lightning_hub.config.suggest import nearest
 from lightning_hub.errors import ConfigError
 
 _FLAG = re.compile(r"--(?P<section>[\w.]+)\.help(?:=(?P<name>.*))?")
+
+
+WIDTH = 80
+"""Columns that help is wrapped at: those of the smallest terminal."""
+
+
+def plain(text: str | None) -> str:
+    """Return a docstring as help: without the marks of reStructuredText."""
+    return (text or "").replace("``", "").replace("`", "")
 
 
 def class_help(argv: Iterable[str], schema: Schema | None = None) -> str | None:
@@ -51,15 +59,28 @@ def _section_help(section: str, name: str, schema: Schema) -> str:
 def overview(classes: Iterable[ClassInfo]) -> str:
     """Return classes with a line each."""
     listed = list(classes)
-    width = max(len(info.name) for info in listed)
-    return "\n".join(f"  {info.name:<{width}}  {info.summary}" for info in listed)
+    return "\n".join(_rows([(info.name, plain(info.summary)) for info in listed]))
+
+
+def _rows(rows: Iterable[tuple[str, str]]) -> list[str]:
+    """Return names with their texts beside them, wrapped."""
+    listed = list(rows)
+    column = max((len(name) for name, _ in listed), default=0) + 4
+    return [
+        line
+        for name, text in listed
+        for line in textwrap.wrap(
+            text or "-", WIDTH, initial_indent=f"  {name}".ljust(column), subsequent_indent=" " * column
+        )
+    ]
 
 
 def describe(info: ClassInfo) -> str:
     """Return a class with all its options: name, type, default, help."""
-    lines = [f"{info.name}: {info.summary}", f"({info.path})", ""]
+    lines = [*textwrap.wrap(f"{info.name}: {plain(info.summary)}", WIDTH), f"({info.path})", ""]
     for option in info.options.values():
-        lines += [f"  {_signature(option)}", *_wrapped(option.help)]
+        lines += textwrap.wrap(_signature(option), WIDTH, initial_indent="  ", subsequent_indent=" " * 8)
+        lines += _wrapped(plain(option.help))
     return "\n".join(lines)
 
 
@@ -72,8 +93,7 @@ def _signature(option: Option) -> str:
 
 
 def _wrapped(text: str) -> list[str]:
-    width = min(100, shutil.get_terminal_size().columns)
-    return textwrap.wrap(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return textwrap.wrap(text, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
 
 
 def recipe_help(verb: str, flags: Iterable[tuple[str, str]], schema: Schema | None = None) -> str:
@@ -85,22 +105,25 @@ def recipe_help(verb: str, flags: Iterable[tuple[str, str]], schema: Schema | No
         schema: The catalogue; the shipped one by default.
     """
     catalogue = schema or shipped_schema()
-    listed = list(flags)
-    width = max(len(flag) for flag, _ in listed)
-    own = "\n".join(f"  {flag:<{width}}  {text}" for flag, text in listed)
+    own = "\n".join(_rows(flags))
     return f"""\
-usage: lightning-hub {verb} --config RECIPE.yaml [--config ...] [--section.option VALUE ...] [FLAGS]
+usage: lightning-hub {verb} RECIPE.yaml [RECIPE.yaml ...]
+                         [section.option=VALUE ...] [FLAGS]
 
-A recipe has the sections {", ".join(SECTIONS)}. Later files win over earlier ones, options given
-here win over files: --trainer.max_epochs 3 --model.learning_rate 2e-5. --trainer.callbacks+=NAME appends.
+--config RECIPE.yaml and --section.option VALUE mean the same. Shipped recipes
+go by their names: --config sft. A recipe has the sections
+{", ".join(SECTIONS)}.
+Later files win over earlier ones, and options given here win over files:
+trainer.max_epochs=3 model.learning_rate=2e-5. trainer.callbacks+=NAME appends.
 
 models:
 {overview(catalogue.of_kind("model"))}
 data:
 {overview(catalogue.of_kind("data"))}
 
-Options of a class: --model.help SFT, --data.help ChatData, --trainer.help, --checkpoint.help,
---trainer.callbacks.help [NAME], --trainer.logger.help [NAME].
+Options of a class: --model.help SFT, --data.help ChatData, --trainer.help,
+--checkpoint.help, --trainer.callbacks.help [NAME],
+--trainer.logger.help [NAME].
 
 flags:
 {own}"""

@@ -67,6 +67,25 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "neftune_noise_alpha": ("neftune_alpha",),
     "label_smoothing_factor": ("label_smoothing",),
     "activation_checkpointing": ("gradient_checkpointing",),
+    "wandb": ("WandbLogger",),
+    "tensorboard": ("TensorBoardLogger",),
+    "mlflow": ("MLFlowLogger",),
+    # verbs
+    "train": ("fit",),
+    "finetune": ("fit",),
+    "sft": ("fit",),
+    "lora": ("fit",),
+    "osft": ("fit",),
+    "tune": ("fit",),
+    "eval": ("validate",),
+    "evaluate": ("validate",),
+    "generate": ("predict",),
+    "infer": ("predict",),
+    "inference": ("predict",),
+    "ls": ("runs",),
+    "ps": ("runs",),
+    "check": ("doctor",),
+    "merge": ("export",),
 }
 """What people bring from other tools, to our names in the order of fit."""
 
@@ -114,4 +133,8 @@ def elsewhere(word: str, schema: Schema, here: ClassInfo | None, chosen: dict[st
             if info is not here and name in info.options:
                 inside = "init_args." if section in ("model", "data") else ""
                 return f"{section}.{inside}{name}"
+    for name in wanted:
+        for info in schema.of_kind("strategy"):
+            if info is not here and name in info.options:
+                return f"trainer.strategy.init_args.{name} of class_path {info.name}"
     return None

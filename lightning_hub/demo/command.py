@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_hub.config.command import parse_command
+from lightning_hub.config.helptext import plain
 from lightning_hub.demo.tasks import PRETRAINING, SHOUT, conversations, words
 from lightning_hub.errors import ExitCode
 from lightning_hub.launch.topology import settle_alone
@@ -19,6 +20,7 @@ from lightning_hub.runs.folder import RunFolder, create_run, runs_root
 from lightning_hub.training.attempt import begin
 from lightning_hub.training.command import checked
 from lightning_hub.training.folder import write_run
+from lightning_hub.training.notice import LOADING, notice
 from lightning_hub.training.options import Options
 
 RECIPE = Path(__file__).with_name("recipe.yaml")
@@ -30,13 +32,14 @@ TRAINED, VALIDATED, ASKED, TESTED = 4000, 160, 3, 60
 
 def main(argv: Sequence[str]) -> int:
     """Fine-tune the embedded model and show what it has learnt."""
-    parser = argparse.ArgumentParser(prog="lightning-hub demo", description=__doc__)
+    parser = argparse.ArgumentParser(prog="lightning-hub demo", description=plain(__doc__))
     parser.add_argument("--method", choices=METHODS, help="train with it, and test what the model knew before, too")
     parser.add_argument("--runs-root", help="where runs are kept (LIGHTNING_HUB_RUNS, else runs/)")
     given = parser.parse_args(argv)
     console = Console(highlight=False)
     folder = create_run("demo", runs_root(given.runs_root))
     train, val = _write_data(folder)
+    notice(LOADING)
     console.print("[bold]Lightning Hub demo[/]: a small language model learns a new task")
     console.print(f"  model  embedded, {_size()}; it can spell and reverse words")
     console.print(f"  task   [cyan]{SHOUT.question.format(word='kamo')}[/] -> [green]{SHOUT.answer('kamo')}[/]")

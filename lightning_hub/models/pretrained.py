@@ -26,13 +26,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as transformers_logging
 
 from lightning_hub.errors import ConfigError
+from lightning_hub.runs.folder import EMBEDDED_MODEL
 
 T = TypeVar("T")
 
 transformers_logging.disable_progress_bar()  # it draws one bar for each read, over ours
-
-EMBEDDED = "demo"
-"""The name of the model that the package brings along, where no folder of this name is in the way."""
 
 EMBEDDED_FOLDER = Path(__file__).with_name("embedded")
 
@@ -69,7 +67,7 @@ class Pretrained:
     def path(self) -> Path:
         """The source as a local path (which need not exist for a hub id)."""
         path = Path(self.source).expanduser()
-        return EMBEDDED_FOLDER if self.source == EMBEDDED and not path.is_dir() else path
+        return EMBEDDED_FOLDER if self.source == EMBEDDED_MODEL and not path.is_dir() else path
 
     @cached_property
     def base(self) -> Pretrained | None:

@@ -18,8 +18,8 @@ def full_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return whole tensors on rank 0 and nothing elsewhere; every rank must call this.
 
     One tensor is whole at a time, so no rank but rank 0 ever holds more than its own part and one tensor. Tied
-    weights are gathered once and share memory again. They lie on the host; where nothing is cut and the model lies there
-    too, they are the model's own.
+    weights are gathered once and share memory again. They lie on the host; where nothing is cut and the model lies
+    there too, they are the model's own.
     """
     keeps = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     gathered: dict[int, Tensor] = {}

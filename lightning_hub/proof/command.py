@@ -6,6 +6,7 @@ import argparse
 import json
 from collections.abc import Iterable, Sequence
 
+from lightning_hub.config.helptext import plain
 from lightning_hub.errors import ExitCode
 from lightning_hub.proof.environment import examine
 from lightning_hub.proof.findings import Finding
@@ -28,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="lightning-hub doctor", description=__doc__)
+    parser = argparse.ArgumentParser(prog="lightning-hub doctor", description=plain(__doc__))
     parser.add_argument(
         "--proof",
         nargs="*",

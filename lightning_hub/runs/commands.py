@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NoReturn
 
@@ -31,6 +33,11 @@ from lightning_hub.runs.records import ENDED
 
 Resume = Callable[[RunFolder, Sequence[str]], int]
 """Goes on with a run: gets its folder and the arguments after its name; returns the exit code."""
+
+VERBS = ("list", "show", "logs", "metrics", "stop", "resume", "delete")
+
+VERBS_OF_OTHERS = {"ls": "list", "ps": "list", "tail": "logs", "log": "logs", "rm": "delete", "kill": "stop"}
+"""What people type who come from other tools, to ours."""
 
 _POLL = 0.2
 _SHOWN_LINES = 100
@@ -67,6 +74,11 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose complaints are errors like all others: one sentence, exit code 2."""
 
     def error(self, message: str) -> NoReturn:
+        choice = re.fullmatch(r"argument VERB: invalid choice: '(.*?)'.*", message)
+        if choice is not None:
+            near = VERBS_OF_OTHERS.get(choice[1]) or next(iter(get_close_matches(choice[1], VERBS, 1)), None)
+            remedy = f"did you mean runs {near}?" if near else f"use one of {', '.join(VERBS)}"
+            raise ConfigError(f"no such command: runs {choice[1]:.80}", remedy=remedy)
         raise ConfigError(message, where=self.prog, remedy="see --help")
 
 

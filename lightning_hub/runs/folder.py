@@ -223,6 +223,10 @@ def _numbers(folder: Path, prefix: str) -> list[int]:
     return sorted(int(name[len(prefix) :]) for name in names if name[len(prefix) :].isdigit())
 
 
+EMBEDDED_MODEL = "demo"
+"""The name of the model that the package brings along."""
+
+
 def runs_root(given: str | Path | None = None) -> Path:
     """Return where runs are kept: ``--runs-root``, else LIGHTNING_HUB_RUNS, else ``runs`` in the working folder."""
     return Path(given or os.environ.get(ROOT_VARIABLE) or DEFAULT_ROOT)
@@ -298,12 +302,18 @@ def _is_run(path: Path) -> bool:
 def find_run(name: str, root: Path) -> RunFolder:
     """Return the run of an id, a unique beginning of one, or a path.
 
+    The name of the embedded model is never taken for the beginning of a run: it means the same in every verb.
+
     Raises:
         ConfigError: There is none, or several begin so.
     """
     if name and _is_run(Path(name)):
         return RunFolder(Path(name))
     runs = list_runs(root)
+    if name == EMBEDDED_MODEL and not any(run.id == name for run in runs):
+        near = next((run.id for run in reversed(runs) if run.id.startswith(f"{name}-")), None)
+        remedy = f"the newest run of the demo is {near}" if near else "make one with lightning-hub demo"
+        raise ConfigError(f"{name} is the name of the embedded model, not of a run", where="RUN", remedy=remedy)
     found = [run for run in runs if run.id == name] or [run for run in runs if name and run.id.startswith(name)]
     if len(found) == 1:
         return found[0]

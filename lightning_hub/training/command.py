@@ -24,6 +24,7 @@ from lightning_hub.runs.files import write_atomic
 from lightning_hub.runs.writer import RunWriter, StatusWriter
 from lightning_hub.training.attempt import Begun, begin
 from lightning_hub.training.folder import run_folder, write_run
+from lightning_hub.training.notice import LOADING, notice
 from lightning_hub.training.options import FLAGS, Options, parse
 
 
@@ -48,6 +49,8 @@ def start(recipe: Recipe, tree: dict[str, Any], options: Options) -> int:
         options: Where and how.
     """
     place = find_place(os.environ)
+    if place is None or place.rank == 0:
+        notice(LOADING)
     topology = settle(recipe, tree["trainer"], place, visible_gpus(os.environ), say=note)
     if place is None and topology.world_size > 1:
         return _start_ranks(recipe, tree, options, topology)
@@ -133,6 +136,8 @@ def _measure(verb: str, argv: Sequence[str]) -> int:
     command, options, _ = parse(verb, argv)
     tree = checked(command.recipe, options)
     place = _settle_here(command.recipe, tree)
+    if place.rank == 0:
+        notice(LOADING)
     from lightning_hub.training.rank import together  # 4 s: torch, lightning and transformers
     from lightning_hub.training.session import measure
 
@@ -160,6 +165,8 @@ def predict(argv: Sequence[str]) -> int:
     command, options, given = parse("predict", argv, ["--to"])
     tree = checked(command.recipe, options)
     place = _settle_here(command.recipe, tree)
+    if place.rank == 0:
+        notice(LOADING)
     from lightning_hub.training.rank import together  # 4 s: torch, lightning and transformers
     from lightning_hub.training.session import answer
 

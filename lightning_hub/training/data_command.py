@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from lightning_hub.errors import ConfigError, ExitCode
 from lightning_hub.launch.topology import settle_alone
 from lightning_hub.training.command import checked, show_help
+from lightning_hub.training.notice import notice
 from lightning_hub.training.options import parse
 
 SHOWN = 5
@@ -29,6 +30,7 @@ def main(argv: Sequence[str]) -> int:
     tree = checked(command.recipe, options)
     settle_alone(tree["trainer"])
     sample, limit = _number(given.sample, "--sample"), _number(given.limit, "--limit")
+    notice("loading the tokenizer and the data")
     from lightning_hub.data.inspection import describe, report_lines  # 4 s: torch and transformers
     from lightning_hub.training.session import build
 

@@ -8,16 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_hub.config.helptext import plain
 from lightning_hub.config.recipe import recipe_from_text
 from lightning_hub.config.resolve import fill_defaults
 from lightning_hub.errors import ConfigError, ExitCode
 from lightning_hub.launch.topology import settle_alone
 from lightning_hub.runs.folder import find_run, runs_root
+from lightning_hub.training.notice import LOADING, notice
 
 
 def main(argv: Sequence[str]) -> int:
     """Write the export of a run."""
-    parser = argparse.ArgumentParser(prog="lightning-hub export", description=__doc__)
+    parser = argparse.ArgumentParser(prog="lightning-hub export", description=plain(__doc__))
     parser.add_argument("run", metavar="RUN", help="an id, a unique beginning of one, or a path")
     parser.add_argument("--to", type=Path, help="the folder to write (default: RUN/export, RUN/export-merged)")
     parser.add_argument("--merge", action="store_true", help="merge an adapter into its base: a plain model folder")
@@ -34,6 +36,7 @@ def main(argv: Sequence[str]) -> int:
         recipe_from_text(folder.config.read_text(encoding="utf-8"), str(folder.config))
     )
     settle_alone(tree["trainer"])
+    notice(LOADING)
     from lightning_hub.training.session import export  # 4 s: torch, lightning and transformers
 
     target = given.to or (folder.export_merged if given.merge else folder.export)

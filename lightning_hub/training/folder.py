@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_hub.config.recipe import Recipe
+from lightning_hub.config.shipped import preset_of
 from lightning_hub.config.writing import dump
 from lightning_hub.errors import ConfigError
 from lightning_hub.runs.folder import RunFolder, create_run, open_run_dir, runs_root
@@ -57,8 +58,7 @@ def _method(tree: dict[str, Any]) -> str:
 def _new_run(tree: dict[str, Any], sources: list[tuple[str, str]], options: Options, verdict: str) -> NewRun:
     nnodes, devices = tree["trainer"]["num_nodes"], tree["trainer"]["devices"]
     nproc_per_node = len(devices) if isinstance(devices, list) else devices
-    shipped = Path(__file__).parents[2] / "configs"
-    presets = [name for name, _ in sources if Path(name).resolve().parent == shipped]
+    presets = [preset for name, _ in sources if (preset := preset_of(name)) is not None]
     return NewRun(
         name=_run_name(tree),
         method=_method(tree),
@@ -75,6 +75,6 @@ def _new_run(tree: dict[str, Any], sources: list[tuple[str, str]], options: Opti
         },
         nnodes=nnodes,
         nproc_per_node=nproc_per_node,
-        preset=Path(presets[0]).stem if presets else None,
+        preset=presets[0] if presets else None,
         trust_remote_code=options.trust_remote_code,
     )

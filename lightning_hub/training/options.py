@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -99,7 +100,7 @@ def parse(verb: str, argv: Sequence[str], extra: Sequence[str] = ()) -> tuple[Co
     options = Options(
         run_dir=Path(given.run_dir) if given.run_dir else None,
         runs_root=Path(given.runs_root) if given.runs_root else None,
-        run_name=given.run_name,
+        run_name=_run_name(given.run_name),
         resume=given.resume,
         allow_changed_data=given.allow_changed_data,
         trust_checkpoint=given.trust_checkpoint,
@@ -108,3 +109,10 @@ def parse(verb: str, argv: Sequence[str], extra: Sequence[str] = ()) -> tuple[Co
         print_config=given.print_config,
     )
     return command, options, given
+
+
+def _run_name(given: str | None) -> str | None:
+    """Return a name as run folders have it, in small letters."""
+    if given is not None and given != given.lower():
+        print(f"note: the name of the run is written in small letters: {given.lower()}", file=sys.stderr)
+    return given.lower() if given is not None else None
