@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lightning_hub.callbacks.recorder import Recorder
+from lightning_hub.callbacks.recorder import Recorder, TrainedModule
 from lightning_hub.ops.rows import Step
+
+SECONDS_BETWEEN_LOSSES = 0.5
+"""How often the loss is read from the device, which the host waits for."""
 
 SECONDS_BETWEEN_LINES = 10.0
 """How often a line is printed where there is no terminal to draw on."""
@@ -20,7 +24,7 @@ class ProgressLine(Callback):
     """Draws a bar on a terminal and prints a line now and then elsewhere.
 
     Args:
-        recorder: Where loss and speed are read.
+        recorder: Where the speed is read.
     """
 
     def __init__(self, recorder: Recorder) -> None:
@@ -29,6 +33,8 @@ class ProgressLine(Callback):
         self._printed = 0.0
         self._seen = (0, time.monotonic())
         self._speed = 0.0
+        self._loss = ""
+        self._loss_at = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin the bar."""
@@ -57,11 +63,11 @@ class ProgressLine(Callback):
         if not trainer.is_global_zero:
             return
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=trainer.global_step, numbers=self._numbers())
+            self._bar.update(self._bar.task_ids[0], completed=trainer.global_step, numbers=self._numbers(pl_module))
         elif time.monotonic() - self._printed >= SECONDS_BETWEEN_LINES:
             self._printed = time.monotonic()
             total = _total(trainer)
-            print(f"step {trainer.global_step}{f'/{total}' if total else ''} {self._numbers()}", flush=True)
+            print(f"step {trainer.global_step}{f'/{total}' if total else ''} {self._numbers(pl_module)}", flush=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finish the bar."""
@@ -76,14 +82,15 @@ class ProgressLine(Callback):
             self._bar.stop()
             self._bar = None
 
-    def _numbers(self) -> str:
+    def _numbers(self, module: LightningModule) -> str:
         tokens, since = self._seen
         now = time.monotonic()
         if now - since >= 1.0:
             self._speed = (self.recorder.tokens - tokens) / (now - since)
             self._seen = (self.recorder.tokens, now)
-        loss = self.recorder.pulse.loss
-        return f"loss {'-' if loss is None else f'{loss:.4f}'}  {self._speed:,.0f} tok/s"
+        if now - self._loss_at >= SECONDS_BETWEEN_LOSSES:
+            self._loss, self._loss_at = f"{float(cast('TrainedModule', module).step_loss):.4f}", now
+        return f"loss {self._loss}  {self._speed:,.0f} tok/s"
 
 
 def _total(trainer: Trainer) -> int | None:

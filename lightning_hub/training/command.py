@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from lightning_hub.launch.topology import Topology, settle, settle_alone
 from lightning_hub.runs.files import write_atomic
 from lightning_hub.runs.writer import RunWriter, StatusWriter
 from lightning_hub.training.attempt import Begun, begin
+from lightning_hub.training.chat_command import model_of
 from lightning_hub.training.folder import run_folder, write_run
 from lightning_hub.training.notice import LOADING, notice
 from lightning_hub.training.options import FLAGS, Options, parse
@@ -162,7 +164,7 @@ def predict(argv: Sequence[str]) -> int:
     """``lightning-hub predict``: answer the prompts of ``data.predict`` as JSON lines."""
     if show_help("predict", argv, PREDICT_FLAGS):
         return ExitCode.DONE
-    command, options, given = parse("predict", argv, ["--to"])
+    command, options, given = parse("predict", _named_model(argv), ["--to"])
     tree = checked(command.recipe, options)
     place = _settle_here(command.recipe, tree)
     if place.rank == 0:
@@ -180,7 +182,23 @@ def predict(argv: Sequence[str]) -> int:
     return ExitCode.DONE
 
 
-PREDICT_FLAGS = (("--to", "write the answers to this file"),)
+PREDICT_FLAGS = (
+    ("RUN FILE", "first of all: a run or a model, and the file of prompts, in place of a recipe"),
+    ("--to", "write the answers to this file"),
+)
+
+
+def _named_model(argv: Sequence[str]) -> list[str]:
+    """Return the arguments with ``RUN FILE`` at their beginning written as a recipe."""
+    if len(argv) < 2 or any(
+        word.startswith("-") or "=" in word or word.endswith((".yaml", ".yml")) for word in argv[:2]
+    ):
+        return list(argv)
+    name, prompts, *rest = argv
+    root = next((after for word, after in pairwise(rest) if word == "--runs-root"), None)
+    model = model_of(name, root)
+    return ["--model", "SFT", "--model.model", model, "--data", "ChatData", "--data.train", prompts,
+            "--data.predict", prompts, *rest]  # fmt: skip
 
 
 def show_help(verb: str, argv: Sequence[str], extra: Sequence[tuple[str, str]] = ()) -> bool:
