@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,12 +22,28 @@ settings.register_profile(
 settings.load_profile("house")
 
 
+PRIVATE = ("HOME", "XDG_CACHE_HOME", "HF_HOME", "LIGHTNING_HUB_RUNS", "LIGHTNING_HUB_CACHE")
+"""Variables that name folders of a person; tests have folders of their own."""
+
+OF_LAUNCHERS = re.compile(
+    r"(RANK|WORLD_SIZE|LOCAL_.*|GROUP_.*|ROLE_.*|MASTER_.*|NODE_RANK|NNODES|NPROC_PER_NODE|TORCHELASTIC_.*|SLURM_.*"
+    r"|PMI_.*|OMPI_.*|ACCELERATE_.*|CUDA_VISIBLE_DEVICES|PL_.*|HF_TOKEN|HF_HUB_CACHE|TRANSFORMERS_CACHE"
+    r"|LIGHTNING_HUB_.*|COLUMNS|LINES|NO_COLOR|FORCE_COLOR)"
+)
+"""Variables that change what a command does; a test that wants one sets it itself."""
+
+
 @pytest.fixture(scope="session", autouse=True)
-def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Prepared data of tests stays with the tests."""
-    os.environ["LIGHTNING_HUB_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+def private_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Hide the runs, the home folder, the cache and the settings of whoever runs the tests."""
+    before = dict(os.environ)
+    for name in [name for name in os.environ if OF_LAUNCHERS.fullmatch(name)]:
+        del os.environ[name]
+    for name in PRIVATE:
+        os.environ[name] = str(tmp_path_factory.mktemp(name.lower()))
     yield
-    del os.environ["LIGHTNING_HUB_CACHE"]
+    os.environ.clear()
+    os.environ.update(before)
 
 
 WriteRows = Callable[..., Path]

@@ -13,7 +13,7 @@ from lightning_hub.config.resolve import fill_defaults
 from lightning_hub.config.rules import check_rules, out_of_range
 from lightning_hub.config.safety import AllowList, check_names
 from lightning_hub.config.schema import SECTIONS, ClassInfo, Option, Schema, shipped_schema
-from lightning_hub.config.suggest import elsewhere, nearest
+from lightning_hub.config.suggest import elsewhere, nearest, strategy_with
 from lightning_hub.config.typelang import Type
 from lightning_hub.errors import ConfigError
 
@@ -236,6 +236,9 @@ class _Checker:
             return self.fault(path, what, f"did you mean {near}?")
         if other is not None:
             return self.fault(path, what, f"it belongs to {other.partition('.')[0]}: write {other}")
+        if path[0] in SECTIONS[1:] and (strategy := strategy_with(key, self.schema)) is not None:
+            where = f"trainer.strategy: {{class_path: {strategy}, init_args: {{{key}: ...}}}}"
+            return self.fault(path, what, f"it belongs to a strategy: write {where}")
         return self.fault(path, what, f"known: {', '.join(names)}")
 
 

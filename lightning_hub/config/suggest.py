@@ -133,8 +133,9 @@ def elsewhere(word: str, schema: Schema, here: ClassInfo | None, chosen: dict[st
             if info is not here and name in info.options:
                 inside = "init_args." if section in ("model", "data") else ""
                 return f"{section}.{inside}{name}"
-    for name in wanted:
-        for info in schema.of_kind("strategy"):
-            if info is not here and name in info.options:
-                return f"trainer.strategy.init_args.{name} of class_path {info.name}"
     return None
+
+
+def strategy_with(word: str, schema: Schema) -> str | None:
+    """Return the name of the strategy class that has an option of this name, or None."""
+    return next((info.name for info in schema.of_kind("strategy") if word in info.options), None)

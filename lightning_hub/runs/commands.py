@@ -34,8 +34,6 @@ from lightning_hub.runs.records import ENDED
 Resume = Callable[[RunFolder, Sequence[str]], int]
 """Goes on with a run: gets its folder and the arguments after its name; returns the exit code."""
 
-VERBS = ("list", "show", "logs", "metrics", "stop", "resume", "delete")
-
 VERBS_OF_OTHERS = {"ls": "list", "ps": "list", "tail": "logs", "log": "logs", "rm": "delete", "kill": "stop"}
 """What people type who come from other tools, to ours."""
 
@@ -74,10 +72,11 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose complaints are errors like all others: one sentence, exit code 2."""
 
     def error(self, message: str) -> NoReturn:
-        choice = re.fullmatch(r"argument VERB: invalid choice: '(.*?)'.*", message)
+        choice = re.fullmatch(r"argument VERB: invalid choice: '(.*?)' \(choose from (.*)\)", message)
         if choice is not None:
-            near = VERBS_OF_OTHERS.get(choice[1]) or next(iter(get_close_matches(choice[1], VERBS, 1)), None)
-            remedy = f"did you mean runs {near}?" if near else f"use one of {', '.join(VERBS)}"
+            verbs = re.findall(r"\w+", choice[2])
+            near = VERBS_OF_OTHERS.get(choice[1]) or next(iter(get_close_matches(choice[1], verbs, 1)), None)
+            remedy = f"did you mean runs {near}?" if near else f"use one of {', '.join(verbs)}"
             raise ConfigError(f"no such command: runs {choice[1]:.80}", remedy=remedy)
         raise ConfigError(message, where=self.prog, remedy="see --help")
 

@@ -27,8 +27,8 @@ def run_summary(folder: RunFolder, seconds: Mapping[str, float], *, memory_gb: f
         found += _course(lines, name)
     peak = max(_series(lines, "memory_gb"), default=None)
     if peak is not None or memory_gb is not None:
-        where = "of the device" if peak is not None else "of the process"
-        found.append(f"memory {peak if peak is not None else memory_gb:.1f} GB at the peak {where}")
+        where = "of a device" if peak is not None else "of the process"
+        found.append(f"memory {peak if peak is not None else memory_gb:.1f} GB at the peak, {where}")
     mfu = _series(lines, "mfu")
     if mfu:
         found.append(f"mfu    {statistics.median(mfu):.1%}")
@@ -49,8 +49,8 @@ def _course(lines: Sequence[Line], name: str) -> list[str]:
         return []
     first, last, best = values[0][1], values[-1][1], min(values, key=lambda pair: pair[1])
     course = f"{first:.4f} -> {last:.4f}" if len(values) > 1 else f"{last:.4f}"
-    note = f", best {best[1]:.4f} at step {best[0]}" if name == "val_loss" and best[1] < last else ""
-    return [f"{'loss' if name == 'loss' else 'val':<6} {name} {course}{note}"]
+    note = f" (best {best[1]:.4f} after step {best[0]})" if name == "val_loss" and best[1] < last else ""
+    return [f"{name.removesuffix('_loss'):<6} {course}{note}"]
 
 
 def _series(lines: Sequence[Line], name: str) -> list[float]:

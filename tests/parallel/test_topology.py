@@ -5,6 +5,7 @@ A method is one more row of ``cases``, a way to spread it one more row of ``TOPO
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from tempfile import mkdtemp
@@ -127,7 +128,9 @@ def test_the_numbers_are_those_of_one_process(topology: Topology, tmp_path: Path
         for rank, found in enumerate(seen.get(case.name, "an earlier case failed") for seen in ranks):
             assert isinstance(expected, Seen)
             assert isinstance(found, Seen), f"{case.name}, rank {rank}: {found}"
-            faults += [f"{case.name}, rank {rank}: {fault}" for fault in differences(found, expected, case)]
+            faults += [
+                f"{case.name}, rank {rank}: {fault}" for fault in differences(found, expected, allowed(case, topology))
+            ]
     assert not faults, "\n".join(faults)
 
 
@@ -142,6 +145,15 @@ def test_adapters_of_experts_are_those_of_one_process(topology: Topology, tmp_pa
         assert isinstance(expected, Seen)
         assert isinstance(found, Seen), found
         assert not differences(found, expected, case)
+
+
+def allowed(case: Case, topology: Topology) -> Case:
+    """Return the case with what a topology may differ by.
+
+    Layers that are cut add up in another order than whole ones, and Adam makes a step of one size out of the smallest
+    gradient: on some processors single weights differ by 2e-5 after the steps of a case.
+    """
+    return replace(case, tolerance=max(case.tolerance, 4e-5)) if "tp" in topology.name else case
 
 
 def differences(found: Seen, expected: Seen, case: Case) -> list[str]:

@@ -156,7 +156,7 @@ def test_metrics(hub: Hub, ended: RunFolder) -> None:
         (["logs", "sft", "--attempt", "7"], "no attempt 7; it has 1"),
         (["stop", "sft"], "does not run: it is finished"),
         (["delete", "sft"], "give --yes"),
-        (["lst"], "invalid choice: 'lst'"),
+        (["lst"], "did you mean runs list?"),
         (["show"], "required: RUN"),
         (["list", "--what"], "unknown arguments: --what"),
     ],
@@ -207,7 +207,7 @@ def test_resume_is_handed_over_with_its_arguments(ended: RunFolder, root: Path) 
     words = ["resume", "sft", "--runs-root", str(root), "--trainer.max_epochs", "5", "--detach"]
     assert main(words, resume=resume) == 4
     assert called == [(RunFolder(root / ended.id), ["--trainer.max_epochs", "5", "--detach"])]
-    with pytest.raises(ConfigError, match="invalid choice: 'resume'"):
+    with pytest.raises(ConfigError, match="no such command: runs resume"):
         main(["resume", "sft"])
 
 
