@@ -82,7 +82,7 @@ def _dispatch(words: Sequence[str]) -> int:
     verb = verbs.get(words[0])
     if verb is None:
         near = nearest(words[0], verbs)
-        recipe = f" --config {words[0]}" if near == "fit" and words[0] in shipped_recipes() else ""
+        recipe = f" {words[0]}" if near == "fit" and words[0] in shipped_recipes() else ""
         remedy = f"did you mean {near}{recipe}?" if near else "see lightning-hub --help"
         raise ConfigError(f"no such command: {words[0]}", remedy=remedy)
     return verb.load()(words[1:])

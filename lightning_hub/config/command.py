@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from lightning_hub.config.recipe import Override, Recipe, build_recipe
 from lightning_hub.config.schema import SECTIONS, Schema, shipped_schema
-from lightning_hub.config.shipped import recipe_path, shipped_recipes
+from lightning_hub.config.shipped import is_shipped, recipe_path, shipped_recipes
 from lightning_hub.config.suggest import SYNONYMS, nearest
 from lightning_hub.errors import ConfigError
 
@@ -63,7 +63,7 @@ class SplitArguments:
 def parse_command(argv: Iterable[str], schema: Schema | None = None) -> Command:
     """Read ``--config A --config B --model LoRA --model.learning_rate 1e-5 --run-dir D``.
 
-    A file may stand without ``--config`` and an override without its dashes: ``A.yaml model.learning_rate=1e-5``.
+    A recipe may stand without ``--config`` and an override without its dashes: ``sft model.learning_rate=1e-5``.
 
     Nothing is imported and no option is checked here; ``check`` does that with every fault at once.
 
@@ -86,7 +86,7 @@ def split_arguments(argv: Iterable[str]) -> SplitArguments:
             rest += [word, *waiting]
             break
         match = _FLAG.fullmatch(_with_dashes(word))
-        if match is None and word.endswith((".yaml", ".yml")):
+        if match is None and (word.endswith((".yaml", ".yml")) or is_shipped(word)):
             files.append(recipe_path(word))
         elif match is None:
             rest.append(word)
@@ -152,7 +152,8 @@ def explain_flag(flag: str, known: Iterable[str], schema: Schema | None = None) 
     name = flag.partition("=")[0]
     word = name.lstrip("-").replace("-", "_")
     if not flag.startswith("-") and "=" not in flag:
-        remedy = f"did you mean --config {word}?" if word in shipped_recipes() else "see --help"
+        near = nearest(word, [shipped.rpartition("/")[2] for shipped in shipped_recipes()])
+        remedy = f"did you mean {near}?" if near else "see --help"
         return ConfigError("unexpected argument", where=name, remedy=remedy)
     options = _full_names(schema or shipped_schema())
     wanted = next((options[name] for name in (word, *SYNONYMS.get(word, ())) if name in options), None)

@@ -107,11 +107,10 @@ def recipe_help(verb: str, flags: Iterable[tuple[str, str]], schema: Schema | No
     catalogue = schema or shipped_schema()
     own = "\n".join(_rows(flags))
     return f"""\
-usage: lightning-hub {verb} RECIPE.yaml [RECIPE.yaml ...]
-                         [section.option=VALUE ...] [FLAGS]
+usage: lightning-hub {verb} RECIPE [RECIPE ...] [section.option=VALUE ...] [FLAGS]
 
---config RECIPE.yaml and --section.option VALUE mean the same. Shipped recipes
-go by their names: --config sft. A recipe has the sections
+A RECIPE is a YAML file, or the name of a shipped one (sft, lora, osft, fsdp).
+--config RECIPE and --section.option VALUE mean the same. Its sections are
 {", ".join(SECTIONS)}.
 Later files win over earlier ones, and options given here win over files:
 trainer.max_epochs=3 model.learning_rate=2e-5. trainer.callbacks+=NAME appends.

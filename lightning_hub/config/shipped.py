@@ -15,6 +15,12 @@ def shipped_recipes() -> dict[str, Path]:
     return {str(path.relative_to(SHIPPED).with_suffix("")): path for path in sorted(SHIPPED.rglob("*.yaml"))}
 
 
+def is_shipped(name: str) -> bool:
+    """Whether a word is the name of a shipped recipe."""
+    recipes = shipped_recipes()
+    return name in recipes or f"strategy/{name}" in recipes
+
+
 def recipe_path(given: str) -> str:
     """Return the file that ``--config`` means: one that exists, else the shipped recipe of that name.
 

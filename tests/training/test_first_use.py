@@ -30,6 +30,7 @@ def test_short_forms_mean_the_long_ones(capsys: pytest.CaptureFixture[str]) -> N
     overrides = ["model.learning_rate=1e-4", "trainer.max_steps=10"]
     assert printed(capsys, "configs/sft.yaml", *overrides) == expected
     assert printed(capsys, "--config", "sft", *overrides) == expected
+    assert printed(capsys, "sft", *overrides) == expected
     assert printed(capsys, "--config=sft", "--trainer.max_steps=10", "--model.learning_rate=1e-4") == expected
 
 
@@ -54,11 +55,11 @@ def test_a_logger_goes_by_what_people_call_it(capsys: pytest.CaptureFixture[str]
     [
         (["train"], "did you mean fit?"),
         (["finetune"], "did you mean fit?"),
-        (["sft"], "did you mean fit --config sft?"),
+        (["sft"], "did you mean fit sft?"),
         (["evaluate"], "did you mean validate?"),
         (["runs", "lst"], "did you mean runs list?"),
         (["runs", "ls"], "did you mean runs list?"),
-        (["fit", "sft"], "did you mean --config sft?"),
+        (["fit", "sfft"], "did you mean sft?"),
         (["fit", "--config", "sfft"], "did you mean sft?"),
         (["fit", "--config", "sft", "--seed", "3"], "did you mean --seed_everything?"),
         (["fit", "--config", "sft", "--output_dir", "x"], "did you mean --run-dir?"),
