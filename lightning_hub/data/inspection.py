@@ -66,7 +66,9 @@ class Inspector:
     def _samples(self) -> Iterator[tuple[Outcome, Sample | None]]:
         """All samples as read, also dropped ones; None stands for a row that gave none."""
         for source in self.settings.sources:
-            yield from _parts(RowReader(self.settings, self.encoder).outcomes(open_source(source).rows()))
+            yield from _parts(
+                RowReader(self.settings, self.encoder).outcomes(open_source(source, self.settings.limits).rows())
+            )
 
     def _nth(self, number: int) -> tuple[Outcome, Sample | None]:
         if number < 1:
@@ -74,7 +76,7 @@ class Inspector:
         left = number - 1
         for source in self.settings.sources:
             reader = RowReader(self.settings, self.encoder)
-            rows = reader.begin(open_source(source).rows())
+            rows = reader.begin(open_source(source, self.settings.limits).rows())
             if reader.one_sample_per_row:
                 left -= sum(1 for _ in islice(rows, left))
             for found in _parts(reader.outcomes(rows)):

@@ -10,7 +10,7 @@ from itertools import chain, islice, repeat
 
 from lightning_hub.data.conversation import BadRowError, Example
 from lightning_hub.data.encode import ROLES, Encoder, Refused, Sample
-from lightning_hub.data.files import Row
+from lightning_hub.data.examples import Row
 from lightning_hub.data.formats import Layout, normalise, recognise, rename
 from lightning_hub.data.report import Reason
 from lightning_hub.data.settings import DataSettings
