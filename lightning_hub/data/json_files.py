@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from lightning_hub.data.examples import Row, not_utf8
-from lightning_hub.data.limits import ExampleLimits, TooLargeError, texts_inside, with_stack
+from lightning_hub.data.limits import ExampleLimits, TooLargeError, texts_inside
 from lightning_hub.data.streams import BROKEN_STREAM, numbered_lines, open_stream
 
 _BOM = "\ufeff"
 _CHUNK = 1 << 20
-_SPACE = " \t\r\n"
+_SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def read_jsonl(path: Path, limits: ExampleLimits) -> Iterator[Row]:
@@ -35,7 +36,7 @@ def _parse_line(where: str, line: bytes, limits: ExampleLimits) -> Row:
         value = limits.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         return Row(where, {}, not_utf8(line, error))
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         return Row(where, {}, _not_json(line, error))
     return _object(where, value, escaped=b"\\u" in line)
 
@@ -47,7 +48,7 @@ def _not_json(line: bytes, error: Exception) -> str:
         return f"not JSON: a NUL byte at byte {line.index(0) + 1}"
     if isinstance(error, json.JSONDecodeError):
         return f"not JSON: {error.msg} at column {error.colno}"
-    return "not JSON: nested too deeply" if isinstance(error, RecursionError) else f"not JSON: {error}"
+    return f"not JSON: {error}"
 
 
 def _object(where: str, value: object, *, escaped: bool) -> Row:
@@ -138,10 +139,9 @@ class _Window:
     def peek(self) -> str:
         """The next character that is no white space; "" at the end."""
         while True:
-            while self.position < len(self.text):
-                if self.text[self.position] not in _SPACE:
-                    return self.text[self.position]
-                self.position += 1
+            self.position = _SPACE.match(self.text, self.position).end()  # type: ignore[union-attr]  # matches nothing too
+            if self.ahead:
+                return self.text[self.position]
             if self.ended or not self.more():
                 return ""
 
@@ -157,7 +157,7 @@ def _list_rows(path: Path, window: _Window, limits: ExampleLimits) -> Iterator[R
         where = f"{path}:{window.line}"
         try:
             value, end = _next_value(window, limits)
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             if isinstance(error, UnicodeDecodeError):
                 raise
             yield Row(where, {}, _list_fault(window, error))
@@ -183,7 +183,9 @@ def _next_value(window: _Window, limits: ExampleLimits) -> tuple[object, int]:
         if window.ahead > 4 * _CHUNK:
             limits.check_exactly(window.text, window.position)
         try:
-            value, end = with_stack(limits.max_depth, _decoder_at(window.position), window.text)
+            value, end = limits.with_stack(_decoder_at(window.position), window.text)
+        except TooLargeError:
+            raise
         except ValueError as error:
             far = window.ahead > limits.max_bytes
             inside = isinstance(error, json.JSONDecodeError) and error.pos < len(window.text) - _CHUNK
@@ -219,7 +221,7 @@ def _only_object(path: Path, window: _Window, limits: ExampleLimits) -> Row | No
         value, end = _next_value(window, limits)
     except TooLargeError as error:
         return Row(where, {}, str(error))
-    except (ValueError, RecursionError):
+    except ValueError:
         return None
     escaped = "\\u" in window.text[window.position : end]
     window.position = end

@@ -55,7 +55,25 @@ class ExampleLimits:
             ValueError: It is not JSON.
         """
         self.check(text)
-        return with_stack(self.max_depth, json.loads, text)
+        return self.with_stack(json.loads, text)
+
+    def with_stack(self, parse: Callable[[str], _T], text: str) -> _T:
+        """Parse with room for ``max_depth`` levels, however deep the caller is.
+
+        Raises:
+            TooLargeError: The text is deeper.
+        """
+        try:
+            return parse(text)
+        except RecursionError:
+            before = sys.getrecursionlimit()
+        sys.setrecursionlimit(before + self.max_depth)
+        try:
+            return parse(text)
+        except RecursionError as error:
+            raise TooLargeError(self.too_deep) from error
+        finally:
+            sys.setrecursionlimit(before)
 
     def check(self, text: str) -> None:
         """Refuse a JSON text that is deeper or has more values than allowed.
@@ -87,23 +105,6 @@ class ExampleLimits:
                 raise TooLargeError(f"more than {MAX_VALUES:,} texts, lists and objects in one example")
             if depth <= 0:
                 return
-
-
-def with_stack(levels: int, parse: Callable[[str], _T], text: str) -> _T:
-    """Parse with room for so many levels, whatever the depth of the caller is.
-
-    Raises:
-        RecursionError: The text is deeper.
-    """
-    try:
-        return parse(text)
-    except RecursionError:
-        before = sys.getrecursionlimit()
-        sys.setrecursionlimit(before + levels)
-        try:
-            return parse(text)
-        finally:
-            sys.setrecursionlimit(before)
 
 
 def texts_inside(value: object) -> Iterator[str]:
