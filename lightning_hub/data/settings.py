@@ -15,8 +15,8 @@ OnLong: TypeAlias = Literal["error", "truncate", "drop"]
 OnBad: TypeAlias = Literal["error", "skip"]
 
 COLUMN_NAMES = (
-    "messages", "conversations", "prompt", "completion", "instruction", "input", "output", "system", "tools",
-    "text", "input_ids", "labels", "unmask",
+    "messages", "conversations", "prompt", "completion", "instruction", "input", "output", "history", "system",
+    "tools", "text", "input_ids", "labels", "attention_mask", "loss_mask", "unmask",
 )  # fmt: skip
 """Names that ``columns`` may map to a column of the input."""
 
