@@ -30,6 +30,8 @@ def without_struct_nulls(value: object) -> object:
     """
     if isinstance(value, dict):
         return {key: without_struct_nulls(child) for key, child in value.items() if child is not None}
+    if isinstance(value, list) and value and isinstance(value[0], tuple):  # a map
+        return {key: without_struct_nulls(child) for key, child in value}
     if isinstance(value, list) and value and isinstance(value[0], dict | list | type(None)):
         return [without_struct_nulls(child) for child in value]
     return value
@@ -91,7 +93,7 @@ def _batch_size(file: pq.ParquetFile, group: int) -> int:
 def _batch_rows(batch: object, limits: ExampleLimits) -> Iterator[tuple[dict[str, object], str]]:
     """The rows of a batch, each with "" or why it cannot be used."""
     if batch.nbytes <= limits.max_bytes:  # type: ignore[attr-defined]
-        for data in batch.to_pylist(maps_as_pydicts="lossy"):  # type: ignore[attr-defined]
+        for data in batch.to_pylist():  # type: ignore[attr-defined]
             yield clean_row(data), ""
         return
     for index in range(batch.num_rows):  # type: ignore[attr-defined]
@@ -99,4 +101,4 @@ def _batch_rows(batch: object, limits: ExampleLimits) -> Iterator[tuple[dict[str
         if row.nbytes > limits.max_bytes:
             yield {}, f"the row is {limits.too_large}"
         else:
-            yield clean_row(row.to_pylist(maps_as_pydicts="lossy")[0]), ""
+            yield clean_row(row.to_pylist()[0]), ""

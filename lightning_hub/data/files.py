@@ -52,7 +52,7 @@ def kind_of(path: Path) -> str:
 
 _ABOUT_DATA = re.compile(
     r"(readme|licen[cs]e|copying|notice|citation|changelog|contributing|code_of_conduct|authors|data_?card|"
-    r"dataset_?card|dataset_?infos?|dataset_dict|state|croissant|data_report)\b.*",
+    r"dataset_?card|dataset_?infos?|dataset_dict|state|croissant|data_report)([._-].*)?",
     re.IGNORECASE,
 )
 """Files that lie beside data and tell of it."""
