@@ -70,6 +70,8 @@ def _conversation(
     if unmask is not None and not isinstance(unmask, bool):
         raise BadRowError(f"unmask must be true or false, not {unmask!r}")
     empty = [message for message in messages if message.role == "assistant" and is_empty(message)]
+    others = [message for message in messages if message.role != "assistant" and message.train and not unmask]
+    remarks = (*remarks, *["train on a turn that is not the assistant's is not read"] * len(others))
     return Conversation(
         messages, _tools(row), bool(unmask), completion_from, (*remarks, *["empty answers"] * len(empty))
     )

@@ -16,7 +16,8 @@ OnBad: TypeAlias = Literal["error", "skip"]
 
 COLUMN_NAMES = (
     "messages", "conversations", "prompt", "completion", "instruction", "input", "output", "history", "system",
-    "tools", "text", "input_ids", "labels", "attention_mask", "loss_mask", "unmask",
+    "tools", "text", "input_ids", "labels", "attention_mask", "loss_mask", "completion_mask",
+    "assistant_masks", "position_ids", "unmask",
 )  # fmt: skip
 """Names that ``columns`` may map to a column of the input."""
 

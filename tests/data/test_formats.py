@@ -176,6 +176,12 @@ def test_what_is_not_read_is_named() -> None:
     assert remarks(renamed, "prompt_completion") == ["column prompt (of the input) is not read"]
 
 
+def test_a_turn_of_a_user_that_asks_to_be_trained_is_named() -> None:
+    row: dict[str, object] = {"messages": [{"role": "user", "content": "q", "loss_weight": 1.0}]}
+    assert remarks(row) == ["train on a turn that is not the assistant's is not read"]
+    assert remarks({**row, "unmask": True}) == []
+
+
 def test_empty_answers_are_counted() -> None:
     empty = {"role": "assistant", "content": ""}
     assert remarks({"messages": [empty, {"role": "user", "content": ""}, empty]}) == ["empty answers"] * 2
