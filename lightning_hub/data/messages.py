@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import cast
 
 from lightning_hub.data.conversation import BadRowError, Message, Role, ToolCall
 
@@ -31,6 +30,7 @@ _KEYS = frozenset(
 """Keys of a turn that are read whatever else there is; of the reasoning keys one is."""
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _REASONING_PARTS = ("reasoning", "thinking")
+_ARGUMENTS = ("arguments", "parameters")
 _NOTHING: tuple[object, ...] = (None, "", [], {})
 
 
@@ -70,7 +70,7 @@ def _full_message(turn: Mapping[str, object], role: Role, value: object, place: 
     parts = _Parts(place, remarks)
     calls: tuple[ToolCall, ...] = ()
     if "function_call" in (turn.get("role"), turn.get("from")):
-        calls = _calls(value, place)
+        calls = _calls(value, place, remarks)
     elif isinstance(value, str):
         parts.text = value
     elif isinstance(value, list):
@@ -78,7 +78,7 @@ def _full_message(turn: Mapping[str, object], role: Role, value: object, place: 
     elif value is not None:
         raise BadRowError(f"{place} has a content that is neither text nor a list of parts")
     reasoning = _reasoning(turn, place)
-    calls += tuple(parts.calls) + _given_calls(turn, place)
+    calls += tuple(parts.calls) + _given_calls(turn, place, remarks)
     if value is None and not calls and not reasoning:
         key = "value" if "from" in turn and "role" not in turn else "content"
         given = "null" if key in turn else "missing"
@@ -135,7 +135,7 @@ class _Parts:
                 self.thoughts += self._said(part, ("text", "value", *_REASONING_PARTS))
             elif kind == "tool_call":
                 call = next((part[key] for key in ("value", "tool_call", "function") if part.get(key)), None)
-                self.calls.extend(_calls(call, self.place))
+                self.calls.extend(_calls(call, self.place, self.remarks))
             else:
                 raise BadRowError(f"{self.place} has a part of type {kind!r}; a text model takes text and reasoning")
 
@@ -149,10 +149,10 @@ class _Parts:
         raise BadRowError(f"{self.place} has a part without text")
 
 
-def _given_calls(turn: Mapping[str, object], place: str) -> tuple[ToolCall, ...]:
+def _given_calls(turn: Mapping[str, object], place: str, remarks: list[str]) -> tuple[ToolCall, ...]:
     """The calls of ``tool_calls``, or of ``function_call``, their older name."""
     calls = turn.get("tool_calls") or turn.get("function_call")
-    return _calls(calls, place) if calls else ()
+    return _calls(calls, place, remarks) if calls else ()
 
 
 def _reasoning(turn: Mapping[str, object], place: str) -> str:
@@ -183,27 +183,36 @@ def _train_flag(turn: Mapping[str, object], place: str) -> bool | None:
     return flag
 
 
-def _calls(value: object, place: str) -> tuple[ToolCall, ...]:
+def _calls(value: object, place: str, remarks: list[str]) -> tuple[ToolCall, ...]:
     """Calls as a list, one call, or the JSON text of either."""
     if isinstance(value, str):
         value = _load(value, f"{place}'s call")
     calls = value if isinstance(value, list) else [value]
-    return tuple(_call(call, place) for call in calls)
+    return tuple(_call(call, place, remarks) for call in calls)
 
 
-def _call(call: object, place: str) -> ToolCall:
-    inner = call.get("function", call) if isinstance(call, dict) else None
+def _call(call: object, place: str, remarks: list[str]) -> ToolCall:
+    outer = call if isinstance(call, dict) else {}
+    inner = outer.get("function", outer)
     name = inner.get("name") if isinstance(inner, dict) else None
     if not isinstance(name, str) or not name:
         raise BadRowError(f"{place} has a tool call without a name")
-    arguments = cast(dict[str, object], inner).get("arguments")
+    key = next((key for key in _ARGUMENTS if inner.get(key) is not None), _ARGUMENTS[0])
+    arguments = inner.get(key)
     if isinstance(arguments, str) and arguments:
         arguments = _load(arguments, f"the arguments of {name} in {place}")
-    if not arguments:
+    if arguments in _NOTHING:
         arguments = {}
     if not isinstance(arguments, dict):
         raise BadRowError(f"{place} calls {name} with arguments that are no object")
-    identity = cast(dict[str, object], call).get("id")
+    identity = outer.get("id")
+    identity = str(identity) if isinstance(identity, int) else identity
+    unread = {**outer, **inner}.keys() - {"id", "type", "function", "name", "index", key}
+    remarks += [
+        f"key {other} of a tool call is not read"
+        for other in sorted(map(str, unread))
+        if (inner.get(other) if other in inner else outer.get(other)) not in _NOTHING
+    ]
     return ToolCall(name, arguments, identity if isinstance(identity, str) else None)
 
 

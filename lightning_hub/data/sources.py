@@ -136,9 +136,11 @@ def _files(name: str, found: list[Path], limits: ExampleLimits) -> FileInput:
     paths = tuple(sorted(path for path in found if path.is_file() and is_data_file(path)))
     others = sorted(path.name for path in found if path not in paths and not path.name.startswith("."))
     if not paths:
-        raise ConfigError(
-            f"{name!r} holds no data file", where="data.train", remedy="name a folder with JSONL, JSON, CSV or Parquet"
+        inside = next(
+            (path for path in sorted(found) if path.is_dir() and any(map(is_data_file, path.iterdir()))), None
         )
+        remedy = f"name the folder {inside}" if inside else "name a folder with JSONL, JSON, CSV or Parquet"
+        raise ConfigError(f"{name!r} holds no data file", where="data.train", remedy=remedy)
     return FileInput(paths, limits, tuple(others))
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from lightning_hub.data.settings import Source
 from lightning_hub.data.sources import open_source
+from lightning_hub.errors import ConfigError
 from tests.data.families import TEMPLATES, make_tokenizer
 from tests.data.test_prepare import Prepare, pairs, run, tokenizer, write
 
@@ -115,6 +116,11 @@ def test_what_lies_beside_data_is_no_document(tmp_path: Path, run: Prepare) -> N
     report = run(folder).report
     assert report.notes["files that are no data are not read"] == 8
     assert f"{'README.md'}" in report.places["files that are no data are not read"]
+    (tmp_path / "clone" / "data").mkdir(parents=True)
+    write(tmp_path / "clone" / "data" / "train.jsonl", ROWS[:1])
+    (tmp_path / "clone" / "README.md").write_text("about")
+    with pytest.raises(ConfigError, match=r"holds no data file; name the folder .*clone/data"):
+        open_source(Source(str(tmp_path / "clone")))
     alone = open_source(Source(str(folder / "README.md")))
     assert len(list(alone.rows())) == 1, "a file that is named is read"
 

@@ -223,6 +223,27 @@ def test_the_older_name_of_a_call_is_read() -> None:
     assert normalise(row, "messages") == Conversation((Message("assistant", "", tool_calls=(CALL,)),))
 
 
+@pytest.mark.parametrize(
+    ("call", "expected", "said"),
+    [
+        ({"name": "f", "parameters": {"x": 1}}, CALL, []),
+        ({"name": "f", "arguments": {"x": 1}, "type": "function", "index": 0}, CALL, []),
+        ({"id": 7, "function": {"name": "f", "arguments": {"x": 1}}}, ToolCall("f", {"x": 1}, "7"), []),
+        ({"name": "f", "input": {"x": 1}}, ToolCall("f", {}), ["key input of a tool call is not read"]),
+        (
+            {"function": {"name": "f", "arguments": ""}, "result": "r"},
+            ToolCall("f", {}),
+            ["key result of a tool call is not read"],
+        ),
+    ],
+)
+def test_calls_are_read_whole_or_named(call: dict[str, object], expected: ToolCall, said: list[str]) -> None:
+    row: dict[str, object] = {"messages": [{"role": "assistant", "content": "", "tool_calls": [call]}]}
+    assert normalise(row, "messages") == Conversation(
+        (Message("assistant", "", tool_calls=(expected,)),), remarks=tuple(said)
+    )
+
+
 def test_nulls_of_a_tool_are_kept_as_json_lines_have_them() -> None:
     tool = {"name": "f", "parameters": {"properties": {"x": {"default": None, "enum": [None, 1]}}}}
     found = normalise({"messages": [{"role": "user", "content": "q"}], "tools": [tool]}, "messages")
@@ -254,6 +275,7 @@ def test_an_unknown_layout_lists_its_columns_and_the_ways_out() -> None:
         ("messages", {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "a part of type 'image'"),
         ("messages", {"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}, "weight is 0.5"),
         ("messages", {"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "a tool call without a name"),
+        ("messages", {"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": 0}]}]}, "no object"),
         ("messages", {"messages": [{"role": "user", "content": "a"}], "unmask": "yes"}, "unmask must be"),
         ("alpaca", {"instruction": "q"}, "output must be a text, not null or missing"),
         ("prompt_completion", {"prompt": "q", "completion": 3}, "completion must be a list"),

@@ -46,7 +46,7 @@ BOMBS: dict[str, tuple[Callable[[], bytes], int, int]] = {
     "brackets.json.gz": (lambda: bomb(b"[" + _LINE + b",", piece=b"[" * 4_000_000), 2, 1),
     "numbers.json.gz": (lambda: bomb(b"[" + _LINE + b", [1", piece=b",1" * 2_000_000), 2, 1),
     "one.json.gz": (lambda: bomb(b'{"text": "', b'"}'), 1, 0),
-    "spaces.json.gz": (lambda: bomb(b"[" + _LINE, b"]", piece=b" " * 4_000_000), 0, 1),
+    "spaces.json.gz": (lambda: bomb(b"[" + _LINE, b"]", 20, b" " * 4_000_000), 0, 1),
     "a.csv.gz": (lambda: bomb(b"text\nthe fox\n"), 3, 1),
     "quoted.csv.gz": (lambda: bomb(b'text\nthe fox\n"', piece=b"a\n" * 2_000_000), 3, 1),
     "cells.csv.gz": (lambda: bomb(b"text\nthe fox\n", piece=b"," * 4_000_000), 3, 1),
