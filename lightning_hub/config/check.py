@@ -216,7 +216,7 @@ class _Checker:
             if member.head == "list" and isinstance(value, list):
                 for index, item in enumerate(value):
                     yield from self.nested((*path, index), item, member.args[0])
-            elif member.head == "class" and (isinstance(value, dict) or _names_class(value, type_)):
+            elif member.head == "class" and (isinstance(value, dict) or type_.names_only_a_class(value)):
                 yield from self.class_value(path, value, str(member.word))
             elif member.head == "settings" and isinstance(value, dict) and (info := self.schema.find(str(member.word))):
                 yield from self.options(path, value, info)
@@ -240,12 +240,6 @@ class _Checker:
             where = f"trainer.strategy: {{class_path: {strategy}, init_args: {{{key}: ...}}}}"
             return self.fault(path, what, f"it belongs to a strategy: write {where}")
         return self.fault(path, what, f"known: {', '.join(names)}")
-
-
-def _names_class(value: Plain, type_: Type) -> bool:
-    """Say whether a text must be a class name: nothing else that the option takes accepts it."""
-    accepting = [member.head for member in type_.members() if isinstance(value, str) and member.accepts(value)]
-    return accepting == ["class"]
 
 
 def _shown(path: KeyPath, value: Plain) -> str:

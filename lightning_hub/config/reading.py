@@ -1,8 +1,8 @@
 """YAML text to a tree of nodes in which every key knows its file, line and column.
 
-The reader is strict where YAML is treacherous: one document, string keys, no tags, no duplicate keys, and a
-bound on size, depth and on what aliases expand to, so that a hostile file costs milliseconds. Plain scalars
-follow the YAML 1.2 core schema (``1e-5`` is a float, ``on`` is text).
+The reader is strict where YAML is treacherous: one document, string keys, no tags, no duplicate keys, and a bound on
+size, depth, the number of values and what aliases expand to, so that a hostile file costs seconds at most. Plain
+scalars follow the YAML 1.2 core schema (``1e-5`` is a float, ``on`` is text).
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from ruamel.yaml.events import (
 
 from lightning_hub.errors import ConfigError
 
-MAX_BYTES = 1_000_000
+MAX_BYTES = 250_000
 MAX_DEPTH = 64
-MAX_NODES = 100_000
+MAX_NODES = 20_000
 
 Plain: TypeAlias = "bool | int | float | str | list[Plain] | dict[str, Plain] | None"
 """A value as YAML and JSON know it: what a recipe is made of."""
@@ -121,6 +121,7 @@ class _Composer:
     def __init__(self, source: str) -> None:
         self.source = source
         self.anchors: dict[str, Node] = {}
+        self.num_nodes = 0
 
     def place(self, event: Event) -> Place:
         mark = event.start_mark
@@ -136,6 +137,9 @@ class _Composer:
             known = self.anchors[event.anchor]
             return Node(known.value, place, known.text, known.size)
         assert isinstance(event, NodeEvent), f"unexpected YAML event {event}"
+        self.num_nodes += 1
+        if self.num_nodes > MAX_NODES:
+            raise self.refuse(event, f"more than {MAX_NODES} values: not a recipe")
         if depth > MAX_DEPTH:
             raise self.refuse(event, f"nested deeper than {MAX_DEPTH} levels")
         tag = getattr(event, "tag", None)  # scalars and collections have one, in classes without a common base

@@ -105,6 +105,8 @@ RANGES: dict[str, str] = {
     "ChatData.tokens_per_step": ">= 1",
     "ChatData.num_proc": ">= 1",
     "ChatData.num_workers": ">= 0",
+    "ChatData.max_example_mb": ">= 1, <= 2000",
+    "ChatData.max_example_depth": ">= 1, <= 1000",
     "ChatData.seed": ">= 0",
     "CheckpointSettings.every_n_steps": ">= 1",
     "CheckpointSettings.every_n_epochs": ">= 1",

@@ -82,11 +82,15 @@ def _value_form(value: Plain, type_: Type, schema: Schema) -> Plain:
     for member in type_.members():
         if member.head == "list" and isinstance(value, list):
             value = [_value_form(item, member.args[0], schema) for item in value]
-        elif member.head == "class" and (isinstance(value, dict) or schema.find(str(value)) is not None):
+        elif member.head == "class" and _is_class(value, type_, schema):
             return _class_form(value, schema)
         elif member.head == "settings" and isinstance(value, dict) and (info := schema.find(str(member.word))):
             return _filled(value, info, schema)
     return value
+
+
+def _is_class(value: Plain, type_: Type, schema: Schema) -> bool:
+    return isinstance(value, dict) or schema.find(str(value)) is not None or type_.names_only_a_class(value)
 
 
 def diff(before: Plain, after: Plain, path: str = "") -> list[Change]:

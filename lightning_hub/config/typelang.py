@@ -84,6 +84,11 @@ class Type:
         named = all(key.accepts(name) or key.accepts(scalar(name)) for name in value)
         return named and all(item.accepts(child) for child in value.values())
 
+    def names_only_a_class(self, value: Plain) -> bool:
+        """Say whether a text must be a class name: nothing else that the option takes accepts it."""
+        accepting = [member.head for member in self.members() if isinstance(value, str) and member.accepts(value)]
+        return accepting == ["class"]
+
     def describe(self) -> str:
         """Return the type in words for a message."""
         if self.head == "union":

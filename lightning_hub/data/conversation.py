@@ -50,12 +50,14 @@ class Conversation:
         tools: Tool definitions offered to the model, in the shape that templates expect.
         unmask: Train on everything but the system text (a row's own ``unmask: true``).
         completion_from: Index of the first turn that belongs to the completion; None where the row does not say.
+        remarks: What a person should know of this row, once for each time: parts that are not read, empty answers.
     """
 
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, object], ...] = ()
     unmask: bool = False
     completion_from: int | None = None
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,7 @@ class Document:
     """Plain text for continued pretraining: every token is trained."""
 
     text: str
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,7 @@ class Tokens:
 
     ids: tuple[int, ...]
     labels: tuple[int, ...]
+    remarks: tuple[str, ...] = ()
 
 
 Example: TypeAlias = Conversation | Document | Tokens

@@ -86,13 +86,19 @@ class FastMasker:
     def __init__(self, finder: TurnFinder) -> None:
         self.finder = finder
         self._learned: dict[Shape, _Habits] = {}
+        self._is_off = finder.train_on == "all" or finder.profile.turn_end.appends
         added = list(finder.render.tokenizer.added_tokens_decoder)
         self._is_control = np.zeros(max([len(finder.render.tokenizer), *(index + 1 for index in added)]), dtype=bool)
-        self._is_control[[*added, *finder.profile.specials]] = True
+        self._is_control[[*added, *finder.profile.controls]] = True
 
     def shape_of(self, conversation: Conversation) -> Shape | None:
         """The shape of a plain conversation; None for one that needs the reference whatever its tokens are."""
-        if conversation.tools or conversation.unmask or self.finder.train_on == "all" or self.finder.profile.appends:
+        if (
+            conversation.tools
+            or conversation.unmask
+            or self.finder.train_on == "all"
+            or self.finder.profile.turn_end.appends
+        ):
             return None
         for message in conversation.messages:
             special = message.reasoning or message.tool_calls or message.name or message.tool_call_id

@@ -7,37 +7,32 @@ from __future__ import annotations
 
 import csv
 import io
-import json
-import sys
+import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
-from lightning_hub.data.streams import BROKEN_STREAM, COMPRESSED, numbered_lines, open_stream
+from lightning_hub.data.columnar import read_parquet
+from lightning_hub.data.examples import Row, not_utf8
+from lightning_hub.data.json_files import has_lone_surrogate, read_json, read_jsonl
+from lightning_hub.data.limits import ExampleLimits, TooLargeError
+from lightning_hub.data.streams import BROKEN_STREAM, COMPRESSED, open_stream
 from lightning_hub.errors import ConfigError
 
 _BOM = "\ufeff"
 
 
-@dataclass(slots=True)
-class Row:
-    """One row as read: where it stands, and its columns or why it has none."""
-
-    where: str
-    data: dict[str, object]
-    problem: str = ""
-
-
-def read_rows(path: Path) -> Iterator[Row]:
+def read_rows(path: Path, limits: ExampleLimits | None = None) -> Iterator[Row]:
     """Read a file row by row.
 
     Args:
         path: JSONL, JSON, CSV, TSV, Parquet or text; all but Parquet also with ``.gz`` or ``.zst``.
+        limits: How large and deep a row may be; a larger one becomes a row with a problem.
 
     Raises:
         ConfigError: The suffix is none of these.
     """
-    return _READERS[kind_of(path)](path)
+    return _READERS[kind_of(path)](path, limits or ExampleLimits())
 
 
 def kind_of(path: Path) -> str:
@@ -55,198 +50,108 @@ def kind_of(path: Path) -> str:
     return kind
 
 
+_ABOUT_DATA = re.compile(
+    r"(readme|licen[cs]e|copying|notice|citation|changelog|contributing|code_of_conduct|authors|data_?card|"
+    r"dataset_?card|dataset_?infos?|dataset_dict|state|croissant|data_report)([._-].*)?",
+    re.IGNORECASE,
+)
+"""Files that lie beside data and tell of it."""
+
+
 def is_data_file(path: Path) -> bool:
-    """Whether :func:`read_rows` has a reader for this name."""
+    """Whether :func:`read_rows` has a reader for this name, and the name is none that stands for no data."""
     suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in COMPRESSED]
-    return bool(suffixes) and suffixes[-1] in _READERS and not path.name.startswith(".")
+    readable = bool(suffixes) and suffixes[-1] in _READERS
+    about = _ABOUT_DATA.fullmatch(path.name) and not path.name.lower().endswith((".jsonl", ".parquet", ".csv", ".tsv"))
+    return readable and not path.name.startswith((".", "_")) and not about
 
 
-def _whole(path: Path) -> tuple[str, Row | None]:
-    """The text of a file, or a row with the problem that kept it from being read."""
-    try:
-        with open_stream(path) as stream:
-            raw = stream.read()
-    except BROKEN_STREAM as error:
-        return "", Row(f"{path}:1", {}, f"the file is damaged or cut off ({error})")
-    try:
-        return raw.decode("utf-8").removeprefix(_BOM), None
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        return "", Row(f"{path}:{line}", {}, _not_utf8(raw[:4], error))
+MAX_COLUMNS = 10_000
+"""Columns of a CSV file."""
 
 
-def _not_utf8(head: bytes, error: UnicodeDecodeError) -> str:
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return "the file is UTF-16, not UTF-8"
-    return f"not UTF-8: {error.reason} at byte {error.start + 1} of the line"
-
-
-def read_jsonl(path: Path) -> Iterator[Row]:
-    """One object per line; blank lines are no rows; a byte order mark at the start is skipped."""
-    for number, line in numbered_lines(path):
-        where = f"{path}:{number}"
-        if isinstance(line, str):
-            yield Row(where, {}, line)
-            continue
-        if number == 1:
-            line = line.removeprefix(_BOM.encode())
-        if not line.isspace() and line:
-            yield _parse_line(where, line)
-
-
-def _parse_line(where: str, line: bytes) -> Row:
-    try:
-        value = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return Row(where, {}, _not_utf8(line, error))
-    except (ValueError, RecursionError) as error:
-        return Row(where, {}, _not_json(line, error))
-    return _object(where, value, escaped=b"\\u" in line)
-
-
-def _not_json(line: bytes, error: Exception) -> str:
-    if b"\0" in line:
-        return f"not JSON: a NUL byte at byte {line.index(0) + 1}"
-    if isinstance(error, json.JSONDecodeError):
-        return f"not JSON: {error.msg} at column {error.colno}"
-    return "not JSON: nested too deeply" if isinstance(error, RecursionError) else f"not JSON: {error}"
-
-
-def _object(where: str, value: object, *, escaped: bool) -> Row:
-    """A row from a parsed value; ``escaped`` tells that it may hold half of a surrogate pair."""
-    if not isinstance(value, dict):
-        return Row(where, {}, f"a row must be an object, this is {_json_type(value)}")
-    if escaped and _has_lone_surrogate(value):
-        return Row(
-            where, {}, "a text holds half of a surrogate pair (\\ud800 to \\udfff), which no tokenizer can encode"
-        )
-    return Row(where, value)
-
-
-def _has_lone_surrogate(value: object) -> bool:
-    try:
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:
-        return True
-    return False
-
-
-def _json_type(value: object) -> str:
-    names = {list: "a list", str: "a text", type(None): "null", bool: "true or false"}
-    return names.get(type(value), "a number")
-
-
-def read_json(path: Path) -> Iterator[Row]:
-    """A list of objects, one object, or lines of objects under the name of ``.json``."""
-    text, problem = _whole(path)
-    if problem:
-        yield problem
-        return
-    start = len(text) - len(text.lstrip())
-    if text.startswith("[", start):
-        yield from _array_rows(path, text, start + 1)
-    elif start < len(text):
-        yield from _value_rows(path, text, start)
-
-
-def _array_rows(path: Path, text: str, position: int) -> Iterator[Row]:
-    """Parse the elements one by one, so that each has its line and a fault does not hide the rows before it."""
-    decoder, line, counted = json.JSONDecoder(), 1, 0
-    while True:
-        position = _skip_space(text, position)
-        if text.startswith("]", position):
-            return
-        line, counted = line + text.count("\n", counted, position), position
-        where = f"{path}:{line}"
-        try:
-            value, end = decoder.raw_decode(text, position)
-        except (ValueError, RecursionError) as error:
-            yield Row(where, {}, _array_fault(text, position, error))
-            return
-        yield _object(where, value, escaped="\\u" in text[position:end])
-        position = _skip_space(text, end)
-        if text.startswith(",", position):
-            position += 1
-        elif not text.startswith("]", position):
-            yield Row(where, {}, "not JSON: the list is cut off or a comma is missing after this row")
-            return
-
-
-def _array_fault(text: str, position: int, error: Exception) -> str:
-    if position >= len(text):
-        return "not JSON: the list is cut off"
-    return f"not JSON: {error.msg}" if isinstance(error, json.JSONDecodeError) else _not_json(b"", error)
-
-
-def _value_rows(path: Path, text: str, position: int) -> Iterator[Row]:
-    """One object that fills the file, else one object per line."""
-    try:
-        value, end = json.JSONDecoder().raw_decode(text, position)
-    except (ValueError, RecursionError):
-        end = -1
-    if end >= 0 and not text[end:].strip():
-        yield _object(f"{path}:{text.count(chr(10), 0, position) + 1}", value, escaped="\\u" in text)
-    else:
-        yield from read_jsonl(path)
-
-
-def _skip_space(text: str, position: int) -> int:
-    while position < len(text) and text[position] in " \t\r\n":
-        position += 1
-    return position
-
-
-def read_csv(path: Path) -> Iterator[Row]:
+def read_csv(path: Path, limits: ExampleLimits) -> Iterator[Row]:
     """Rows under a header line; a row's place is the line on which it ends."""
-    csv.field_size_limit(sys.maxsize)
+    csv.field_size_limit(limits.max_bytes)
     delimiter = "\t" if kind_of(path) == ".tsv" else ","
     number = 0
     try:
         with io.TextIOWrapper(open_stream(path), "utf-8-sig", errors="surrogateescape", newline="") as stream:
-            reader = csv.reader(stream, delimiter=delimiter, strict=True)
+            lines = _BoundedLines(stream, limits)
+            reader = csv.reader(lines, delimiter=delimiter, strict=True)
             header = next(reader, [])
             number = reader.line_num
+            if len(header) > MAX_COLUMNS:
+                yield Row(f"{path}:{number}", {}, f"a header of {len(header):,} columns; {MAX_COLUMNS:,} are allowed")
+                return
+            lines.read = 0
             for cells in reader:
                 number = reader.line_num
+                lines.read = 0
                 if cells:
                     yield _csv_row(f"{path}:{number}", header, cells)
+    except TooLargeError as error:
+        yield Row(f"{path}:{number + 1}", {}, f"the row is {error}; the file is not read beyond it")
     except csv.Error as error:
         yield Row(f"{path}:{number + 1}", {}, f"not CSV: {error}")
     except BROKEN_STREAM as error:
         yield Row(f"{path}:{number + 1}", {}, f"the file is damaged or cut off ({error})")
 
 
+class _BoundedLines:
+    """Lines of a text, as long as those of one row are not too large together.
+
+    Attributes:
+        read: Characters since the last row; whoever takes the rows sets it to 0.
+    """
+
+    def __init__(self, stream: TextIO, limits: ExampleLimits) -> None:
+        self.stream = stream
+        self.limits = limits
+        self.read = 0
+
+    def __iter__(self) -> _BoundedLines:
+        return self
+
+    def __next__(self) -> str:
+        line = self.stream.readline(self.limits.max_bytes + 1)
+        self.read += len(line)
+        if self.read > self.limits.max_bytes:
+            raise TooLargeError(self.limits.too_large)
+        if not line:
+            raise StopIteration
+        return line
+
+
 def _csv_row(where: str, header: list[str], cells: list[str]) -> Row:
     if len(cells) != len(header):
         return Row(where, {}, f"{len(cells)} cells under a header of {len(header)}")
     data: dict[str, object] = dict(zip(header, cells, strict=True))
-    return Row(where, {}, "not UTF-8") if _has_lone_surrogate(data) else Row(where, data)
+    return Row(where, {}, "not UTF-8") if any(map(has_lone_surrogate, cells)) else Row(where, data)
 
 
-def read_text(path: Path) -> Iterator[Row]:
+def read_text(path: Path, limits: ExampleLimits) -> Iterator[Row]:
     """The whole file as one document: a line end inside a book is no end of text."""
-    text, problem = _whole(path)
-    if problem or text.strip():
-        yield problem or Row(f"{path}:1", {"text": text})
-
-
-def read_parquet(path: Path) -> Iterator[Row]:
-    """Rows of a Parquet file; a row's place is its number, counted from 1."""
-    import pyarrow as pa  # 0.2 s and 60 MB, for Parquet only
-    import pyarrow.parquet as pq
-
-    number = 0
     try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                for data in batch.to_pylist():
-                    number += 1
-                    yield Row(f"{path}:{number}", data)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        yield Row(f"{path}:{number + 1}", {}, f"not Parquet: {str(error).splitlines()[0]}")
+        with open_stream(path) as stream:
+            raw = stream.read(limits.max_bytes + 1)
+    except BROKEN_STREAM as error:
+        yield Row(f"{path}:1", {}, f"the file is damaged or cut off ({error})")
+        return
+    if len(raw) > limits.max_bytes:
+        yield Row(f"{path}:1", {}, f"the document is {limits.too_large}")
+        return
+    try:
+        text = raw.decode("utf-8").removeprefix(_BOM)
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        yield Row(f"{path}:{line}", {}, not_utf8(raw[:4], error))
+        return
+    if text.strip():
+        yield Row(f"{path}:1", {"text": text})
 
 
-_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+_READERS: dict[str, Callable[[Path, ExampleLimits], Iterator[Row]]] = {
     ".jsonl": read_jsonl,
     ".ndjson": read_jsonl,
     ".json": read_json,

@@ -3,46 +3,34 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
-from typing import Literal, TypeAlias, cast
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
 
-from lightning_hub.data.conversation import BadRowError, Conversation, Document, Example, Message, Tokens
-from lightning_hub.data.messages import parse_message
-from lightning_hub.data.settings import Format
-from lightning_hub.errors import DataError
-from lightning_hub.ops.rows import IGNORED
+from lightning_hub.data import token_rows
+from lightning_hub.data.conversation import BadRowError, Conversation, Document, Example, Message
+from lightning_hub.data.layouts import Fields, Layout
+from lightning_hub.data.messages import is_empty, parse_message
 
-Fields: TypeAlias = Mapping[str, object]
-Layout: TypeAlias = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "document", "tokens"]
+_COLUMNS: dict[Layout, frozenset[str]] = {
+    "messages": frozenset(("messages", "conversations", "tools", "system", "unmask")),
+    "sharegpt": frozenset(("messages", "conversations", "tools", "system", "unmask")),
+    "alpaca": frozenset(("instruction", "input", "output", "history", "system", "tools", "unmask")),
+    "prompt_completion": frozenset(("prompt", "completion", "system", "tools", "unmask")),
+    "document": frozenset(("text", "document")),
+    "tokens": token_rows.COLUMNS - {"special_tokens_mask"},
+}
+"""The columns of each layout that reach the samples."""
 
 
 def rename(row: dict[str, object], columns: Mapping[str, str]) -> dict[str, object]:
-    """Give the input's columns our names; other columns stay."""
+    """Give the input's columns our names; other columns stay, one that is in the way under a longer name."""
     if not columns:
         return row
     renamed = {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
     taken = set(columns.values())
-    return {key: value for key, value in row.items() if key not in taken} | renamed
-
-
-def recognise(row: Fields, wanted: Format, where: str) -> Layout:
-    """Tell the layout of a source by its first row.
-
-    Raises:
-        DataError: No layout fits; lists the columns and the ways out.
-    """
-    if wanted != "auto":
-        return wanted
-    for layout, columns in _SIGNATURES:
-        if all(row.get(column) is not None for column in columns):
-            return layout
-    present = ", ".join(sorted(map(str, row))) or "none"
-    raise DataError(
-        f"the format is not recognised; columns present: {present}",
-        where=where,
-        remedy="map them with data.columns, such as {prompt: question, completion: answer} or {messages: dialog} or "
-        "{text: body}, or name the layout with data.format",
-    )
+    others = {key: value for key, value in row.items() if key not in taken}
+    return {f"{key} (of the input)" if key in renamed else key: value for key, value in others.items()} | renamed
 
 
 def normalise(row: Fields, layout: Layout) -> Example:
@@ -51,23 +39,42 @@ def normalise(row: Fields, layout: Layout) -> Example:
     Raises:
         BadRowError: The row does not have the shape of its layout.
     """
-    return _NORMALISERS[layout](row)
+    example = _NORMALISERS[layout](row)
+    if row.keys() <= _COLUMNS[layout]:
+        return example
+    unread = [
+        f"column {name} is not read" for name in row if name not in _COLUMNS[layout] and row[name] not in _NOTHING
+    ]
+    return replace(example, remarks=(*example.remarks, *unread)) if unread else example
+
+
+_NOTHING: tuple[object, ...] = (None, "", [], {})
 
 
 def _chat(row: Fields) -> Conversation:
-    column = "messages" if row.get("messages") is not None else "conversations"
+    column = "messages" if row.get("messages") is not None or "conversations" not in row else "conversations"
     turns = _json_list(row.get(column), column)
-    messages = _system(row) + tuple(parse_message(turn, f"{column}[{index}]") for index, turn in enumerate(turns))
-    return _conversation(row, messages)
+    remarks: list[str] = []
+    messages = tuple(parse_message(turn, f"{column}[{index}]", remarks) for index, turn in enumerate(turns))
+    if column == "messages" and row.get("conversations") not in _NOTHING:
+        remarks.append("column conversations is not read")
+    return _conversation(row, _system(row) + messages, remarks=remarks)
 
 
-def _conversation(row: Fields, messages: tuple[Message, ...], completion_from: int | None = None) -> Conversation:
+def _conversation(
+    row: Fields, messages: tuple[Message, ...], completion_from: int | None = None, remarks: Sequence[str] = ()
+) -> Conversation:
     if not messages:
         raise BadRowError("the conversation is empty")
     unmask = row.get("unmask")
     if unmask is not None and not isinstance(unmask, bool):
         raise BadRowError(f"unmask must be true or false, not {unmask!r}")
-    return Conversation(messages, _tools(row), bool(unmask), completion_from)
+    empty = [message for message in messages if message.role == "assistant" and is_empty(message)]
+    others = [message for message in messages if message.role != "assistant" and message.train and not unmask]
+    remarks = (*remarks, *["train on a turn that is not the assistant's is not read"] * len(others))
+    return Conversation(
+        messages, _tools(row), bool(unmask), completion_from, (*remarks, *["empty answers"] * len(empty))
+    )
 
 
 def _system(row: Fields) -> tuple[Message, ...]:
@@ -87,62 +94,50 @@ def _tools(row: Fields) -> tuple[Mapping[str, object], ...]:
 def _tool(tool: object) -> Mapping[str, object]:
     if not isinstance(tool, dict):
         raise BadRowError("each of tools must be an object")
-    tool = _without_nulls(tool)
     return tool if "function" in tool else {"type": "function", "function": tool}
-
-
-def _without_nulls(tool: dict[str, object]) -> dict[str, object]:
-    """Columnar files give every tool the keys of all others, with null where a tool has none."""
-    return {
-        key: _without_nulls(value) if isinstance(value, dict) else value
-        for key, value in tool.items()
-        if value is not None
-    }
 
 
 def _alpaca(row: Fields) -> Conversation:
     instruction, extra = _text(row.get("instruction"), "instruction"), row.get("input")
     question = f"{instruction}\n\n{_text(extra, 'input')}" if extra else instruction
     turns = (Message("user", question), Message("assistant", _text(row.get("output"), "output")))
-    return _conversation(row, _system(row) + turns)
+    return _conversation(row, _system(row) + _history(row.get("history")) + turns)
+
+
+def _history(value: object) -> tuple[Message, ...]:
+    """Earlier rounds: pairs of a question and its answer."""
+    if value is None or value == "":
+        return ()
+    rounds: list[Message] = []
+    for index, pair in enumerate(_json_list(value, "history")):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise BadRowError(f"history[{index}] must be a question with its answer, a list of two texts")
+        question, answer = (_text(text, f"history[{index}]") for text in pair)
+        rounds += [Message("user", question), Message("assistant", answer)]
+    return tuple(rounds)
 
 
 def _prompt_completion(row: Fields) -> Conversation:
-    prompt = _system(row) + _turns(row.get("prompt"), "prompt", "user")
-    completion = _turns(row.get("completion"), "completion", "assistant")
-    return _conversation(row, prompt + completion, completion_from=len(prompt))
+    remarks: list[str] = []
+    prompt = _system(row) + _turns(row.get("prompt"), "prompt", "user", remarks)
+    completion = _turns(row.get("completion"), "completion", "assistant", remarks)
+    return _conversation(row, prompt + completion, completion_from=len(prompt), remarks=remarks)
 
 
-def _turns(value: object, column: str, role: Literal["user", "assistant"]) -> tuple[Message, ...]:
+def _turns(value: object, column: str, role: Literal["user", "assistant"], remarks: list[str]) -> tuple[Message, ...]:
     if isinstance(value, str):
         return (Message(role, value),)
-    return tuple(parse_message(turn, f"{column}[{index}]") for index, turn in enumerate(_list(value, column)))
+    if value is None:
+        raise BadRowError(f"{column} must be a text or a list of turns, not null or missing")
+    return tuple(parse_message(turn, f"{column}[{index}]", remarks) for index, turn in enumerate(_list(value, column)))
 
 
 def _document(row: Fields) -> Document:
     text = _text(row.get("text") if row.get("text") is not None else row.get("document"), "text")
+    both = row.get("text") is not None and row.get("document") not in (None, "", row.get("text"))
     if not text.strip():
         raise BadRowError("the document is empty")
-    return Document(text)
-
-
-def _tokens(row: Fields) -> Tokens:
-    ids = _integers(row.get("input_ids"), "input_ids")
-    labels = ids if row.get("labels") is None else _integers(row["labels"], "labels")
-    if not ids:
-        raise BadRowError("input_ids is empty")
-    if len(ids) != len(labels):
-        raise BadRowError(f"{len(ids)} input_ids but {len(labels)} labels")
-    if any(label not in (IGNORED, token) for token, label in zip(ids, labels, strict=True)):
-        raise BadRowError(f"each label must be {IGNORED} or the token at its own place (labels are not shifted)")
-    return Tokens(ids, labels)
-
-
-def _integers(value: object, column: str) -> tuple[int, ...]:
-    numbers = _list(value, column)
-    if not all(type(number) is int for number in numbers):
-        raise BadRowError(f"{column} must hold whole numbers only")
-    return tuple(cast(Iterable[int], numbers))
+    return Document(text, ("column document is not read",) * both)
 
 
 def _text(value: object, column: str) -> str:
@@ -168,18 +163,8 @@ def _json_list(value: object, column: str) -> list[object]:
 
 
 def _kind(value: object) -> str:
-    return "missing" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
+    return "null or missing" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
 
-
-_SIGNATURES: tuple[tuple[Layout, tuple[str, ...]], ...] = (
-    ("tokens", ("input_ids",)),
-    ("messages", ("messages",)),
-    ("sharegpt", ("conversations",)),
-    ("prompt_completion", ("prompt", "completion")),
-    ("alpaca", ("instruction", "output")),
-    ("document", ("text",)),
-    ("document", ("document",)),
-)
 
 _NORMALISERS: dict[Layout, Callable[[Fields], Example]] = {
     "messages": _chat,
@@ -187,5 +172,5 @@ _NORMALISERS: dict[Layout, Callable[[Fields], Example]] = {
     "alpaca": _alpaca,
     "prompt_completion": _prompt_completion,
     "document": _document,
-    "tokens": _tokens,
+    "tokens": token_rows.parse_tokens,
 }

@@ -28,6 +28,12 @@ if TYPE_CHECKING:
 View: TypeAlias = dict[str, object]
 """One sample as ``data --json`` shows it."""
 
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+"""What a tokenizer writes for bytes that are a part of a character."""
+
+_LONGEST = 24
+"""Tokens after which bytes that make no character are given up on."""
+
 _CONTROL = {code: f"\\x{code:02x}" for code in range(32)} | {127: "\\x7f"}
 _SHOWN = _CONTROL | {10: "\\n", 13: "\\r", 9: "\\t"}
 
@@ -66,7 +72,9 @@ class Inspector:
     def _samples(self) -> Iterator[tuple[Outcome, Sample | None]]:
         """All samples as read, also dropped ones; None stands for a row that gave none."""
         for source in self.settings.sources:
-            yield from _parts(RowReader(self.settings, self.encoder).outcomes(open_source(source).rows()))
+            yield from _parts(
+                RowReader(self.settings, self.encoder).outcomes(open_source(source, self.settings.limits).rows())
+            )
 
     def _nth(self, number: int) -> tuple[Outcome, Sample | None]:
         if number < 1:
@@ -74,7 +82,7 @@ class Inspector:
         left = number - 1
         for source in self.settings.sources:
             reader = RowReader(self.settings, self.encoder)
-            rows = reader.begin(open_source(source).rows())
+            rows = reader.begin(open_source(source, self.settings.limits).rows())
             if reader.one_sample_per_row:
                 left -= sum(1 for _ in islice(rows, left))
             for found in _parts(reader.outcomes(rows)):
@@ -95,7 +103,7 @@ class Inspector:
             "text": self._decode(ids) if part and not part.text else (part.text if part else ""),
             "input_ids": ids.tolist(),
             "labels": labels.tolist(),
-            "trained_text": [self._decode(stretch) for stretch in trained_stretches(labels)],
+            "trained_text": self._trained_texts(ids, labels),
             "num_tokens": len(ids),
             "num_trained": int((labels != IGNORED).sum()),
         }
@@ -104,15 +112,38 @@ class Inspector:
         text = self.tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return text if isinstance(text, str) else "".join(text)
 
+    def _characters(self, ids: Ids) -> list[tuple[slice, str]]:
+        """The tokens that belong together because each holds only a part of a character, with their text."""
+        found: list[tuple[slice, str]] = []
+        start = 0
+        while start < len(ids):
+            end = start + 1
+            text = self._decode(ids[start:end])
+            while text.endswith(_INCOMPLETE) and end < min(len(ids), start + _LONGEST):
+                end += 1
+                text = self._decode(ids[start:end])
+            if text.endswith(_INCOMPLETE) and end > start + 1:  # no character comes of it
+                end = start + 1
+                text = self._decode(ids[start:end])
+            found.append((slice(start, end), text))
+            start = end
+        return found
+
+    def _trained_texts(self, ids: Ids, labels: Ids) -> list[str]:
+        """The text of each trained stretch; a character that is trained in part is shown whole."""
+        shown = labels != IGNORED
+        if any(_INCOMPLETE in self._decode(stretch) for stretch in trained_stretches(labels)):
+            for part, _ in self._characters(ids):
+                shown[part] = shown[part].any()
+        return [self._decode(stretch) for stretch in trained_stretches(np.where(shown, ids, IGNORED))]
+
     def pieces(self, view: View) -> list[tuple[str, bool]]:
-        """The text of each token of a view, and whether it is trained on."""
+        """The text of each token of a view, or of the tokens of one character, and whether it is trained on."""
         ids, labels = view["input_ids"], view["labels"]
         assert isinstance(ids, list), "a view's ids are a list"
         assert isinstance(labels, list), "a view's labels are a list"
-        return [
-            (self._decode(np.array([token], np.int32)), label != IGNORED)
-            for token, label in zip(ids, labels, strict=True)
-        ]
+        trained = np.array(labels) != IGNORED
+        return [(text, bool(trained[part].any())) for part, text in self._characters(np.array(ids, np.int32))]
 
     @property
     def template(self) -> str | None:

@@ -61,6 +61,7 @@ class Intake:
         self._places: list[str] = []
         self._sources: list[int] = []
         self._inputs = 0
+        self._unmapped: set[str] | None = None
         self._wrong: Counter[Reason] = Counter()
 
     def read(self, given: Input) -> None:
@@ -75,6 +76,10 @@ class Intake:
             self._account(outcome)
         for name in given.digest():
             self.report.formats[name] = reader.layout or "empty"
+        self._unmapped = reader.mapped if self._unmapped is None else self._unmapped & reader.mapped
+        for name in given.not_read:
+            self.report.notes["files that are no data are not read"] += 1
+            self.report.note_place("files that are no data are not read", name)
         self._inputs += 1
 
     def _account(self, outcome: Outcome) -> None:
@@ -88,6 +93,9 @@ class Intake:
             self._refuse_if_strict(outcome.reason)
             return
         self.report.rows_kept += 1
+        for remark in outcome.remarks:
+            self.report.notes[remark] += 1
+            self.report.note_place(remark, outcome.row.where)
         for sample in outcome.samples:
             self._store(sample)
             for note in sample.notes:
@@ -142,6 +150,8 @@ class Intake:
             raise DataError(
                 f"no row to train on: {why}", where=", ".join(self.report.inputs), remedy="check the path and the file"
             )
+        for name in sorted(self._unmapped or ()):
+            self.report.notes[f"column {name!r} of data.columns is in no row"] += 1
         samples = len(self._lengths)
         offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(np.array(self._lengths, dtype=np.int64))])
         self._spooled = Samples(

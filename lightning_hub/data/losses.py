@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 from lightning_hub.data.conversation import BadRowError, Conversation
 from lightning_hub.data.marks import Segment, Traced
@@ -26,13 +27,29 @@ def count_losses(conversation: Conversation, traced: Traced) -> Counter[str]:
             raise BadRowError(f"the chat template leaves out the {segment.kind} of turn {segment.turn + 1} ({role})")
         losses[_loss_name(segment, role)] += 1
         losses[_loss_name(segment, role) + CHARACTERS] += len(segment.text)
-    for place in traced.places:
-        if place.times > 1 and place.segment.kind == "tool call":
-            raise BadRowError(f"the chat template repeats the tool call of turn {place.segment.turn + 1}")
     rewritten = traced.rewritten()
     if rewritten:
         losses["texts rewritten"] += len(rewritten)
     return losses
+
+
+def count_controls(conversation: Conversation, inside: Sequence[tuple[Segment, int]], marker: str) -> Counter[str]:
+    """Count control tokens and end markers that stand inside texts: the model takes them for its own.
+
+    Args:
+        conversation: What was rendered.
+        inside: Each text with the number of its control tokens.
+        marker: What ends a turn in plain text; "" if nothing does.
+    """
+    notes: Counter[str] = Counter()
+    if any(count for _, count in inside):
+        notes["special tokens written out inside texts"] = 1
+    said = {index for index, message in enumerate(conversation.messages) if message.role == "assistant"}
+    if in_answers := sum(count for segment, count in inside if segment.turn in said):
+        notes["special tokens inside the assistant's texts"] = in_answers
+    if marker and any(marker in segment.text for segment, _ in inside):
+        notes["end markers written out inside texts"] = 1
+    return notes
 
 
 def _loss_name(segment: Segment, role: str) -> str:

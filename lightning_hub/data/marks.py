@@ -49,12 +49,16 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a segment's text stands in a rendering: characters ``start`` to ``end``, once or ``times``."""
+    """Where a segment's text stands in a rendering: characters ``start`` to ``end``.
+
+    Attributes:
+        again: Where a part of a tool call stands once more, as the name in the tool's turn of some templates.
+    """
 
     segment: Segment
     start: int
     end: int
-    times: int = 1
+    again: tuple[int, ...] = ()
 
 
 def plain_turns(conversation: Conversation, shape: Shape) -> list[Turn]:
@@ -209,23 +213,29 @@ def _same(place: Place, text: str) -> bool:
 def trace(rendered: str, segments: Sequence[Segment], alphabet: Alphabet) -> Traced:
     """Read the marks of a rendering.
 
-    Where a text stands more than once, its place reaches from the first to the last. Where only its end is marked,
-    its start is counted back if the text stands there unchanged.
+    Where a text stands more than once, its place reaches from the first to the last; that of a part of a tool call is
+    the first. Where only its end is marked, its start is counted back if the text stands there unchanged.
     """
     text = alphabet.pattern.sub("", rendered)
-    edges: dict[int, list[int]] = {}
+    edges: dict[int, list[tuple[int, bool]]] = {}
     for count, found in enumerate(alphabet.pattern.finditer(rendered)):
-        edges.setdefault((ord(found[0]) - alphabet.first) // 2, []).append(found.start() - count)
+        number, closes = divmod(ord(found[0]) - alphabet.first, 2)
+        edges.setdefault(number, []).append((found.start() - count, bool(closes)))
     places = [_place(segments[number], positions, text) for number, positions in edges.items()]
     return Traced(text, tuple(segments), tuple(sorted(places, key=lambda place: (place.start, place.end))))
 
 
-def _place(segment: Segment, positions: list[int], text: str) -> Place:
-    start, end = positions[0], positions[-1]
+def _place(segment: Segment, edges: list[tuple[int, bool]], text: str) -> Place:
+    again: tuple[int, ...] = ()
+    closings = [number for number, (_, closes) in enumerate(edges) if closes]
+    if segment.kind == "tool call" and len(closings) > 1:
+        again = tuple(position for position, closes in edges[closings[0] + 1 :] if closes)
+        edges = edges[: closings[0] + 1]
+    start, end = edges[0][0], edges[-1][0]
     if start == end and text.endswith(segment.text, 0, end):
         start = end - len(segment.text)
     if text.endswith(segment.before, 0, start):
         start -= len(segment.before)
     if text.startswith(segment.after, end):
         end += len(segment.after)
-    return Place(segment, start, end, times=(len(positions) + 1) // 2)
+    return Place(segment, start, end, again)

@@ -60,6 +60,8 @@ class ChatData(LightningDataModule):
         shuffle: Whether each epoch has an order of its own.
         num_proc: Threads that tokenise at the same time.
         num_workers: Processes that build steps ahead; 0 builds them in the training process.
+        max_example_mb: The largest row or document of an input, in megabytes, decompressed; a larger one is refused.
+        max_example_depth: The most levels of lists and objects inside each other in one row.
         predict: A file of prompts for `predict`: JSON lines with "prompt" or "messages".
     """
 
@@ -83,6 +85,8 @@ class ChatData(LightningDataModule):
         shuffle: bool = True,
         num_proc: int = 1,
         num_workers: int = 0,
+        max_example_mb: int = 64,
+        max_example_depth: int = 1000,
         predict: str | None = None,
     ) -> None:
         super().__init__()
@@ -100,6 +104,8 @@ class ChatData(LightningDataModule):
             template_options=template_options or {},
             seed=seed,
             num_proc=num_proc,
+            max_example_mb=max_example_mb,
+            max_example_depth=max_example_depth,
         )
         if effective_batch_size is None and tokens_per_step is None:
             effective_batch_size = SAMPLES_PER_STEP
@@ -210,7 +216,7 @@ class ChatData(LightningDataModule):
         if self.predict_file is None:
             remedy = "give a file of JSON lines with --data.predict"
             raise DataError("no prompts are given", where="data.init_args.predict", remedy=remedy)
-        prompts = cast("Dataset[Prompt]", read_prompts(Path(self.predict_file)))
+        prompts = cast("Dataset[Prompt]", read_prompts(Path(self.predict_file), self.settings.limits))
         return DataLoader(prompts, batch_size=8, collate_fn=list)
 
     def _in_order(self, samples: Samples) -> StepLoader:

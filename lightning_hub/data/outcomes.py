@@ -10,14 +10,19 @@ from itertools import chain, islice, repeat
 
 from lightning_hub.data.conversation import BadRowError, Example
 from lightning_hub.data.encode import ROLES, Encoder, Refused, Sample
-from lightning_hub.data.files import Row
-from lightning_hub.data.formats import Layout, normalise, recognise, rename
+from lightning_hub.data.examples import Row
+from lightning_hub.data.formats import normalise, rename
+from lightning_hub.data.layouts import Recognised, recognise
 from lightning_hub.data.report import Reason
 from lightning_hub.data.settings import DataSettings
+from lightning_hub.errors import DataError
 from lightning_hub.ops.rows import IGNORED
 
 BATCH = 512
 """Rows encoded at a time: enough to spread over threads, little memory."""
+
+_LOOKED_AT = 16
+"""Rows among which the layout is looked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,21 +31,23 @@ class Outcome:
 
     Attributes:
         row: The row as read.
-        layout: How its source is laid out.
+        layout: How its source is laid out, in words.
         all_samples: Every sample that it gave, also those that are not kept.
         samples: Those that are kept.
         reason: Why the row is dropped, or None.
         detail: More about the reason.
         tokens_lost: Tokens that truncation cut off.
+        remarks: What a person should know of the row.
     """
 
     row: Row
-    layout: Layout | None
+    layout: str | None
     all_samples: Sequence[Sample] = ()
     samples: Sequence[Sample] = ()
     reason: Reason | None = None
     detail: str = ""
     tokens_lost: int = 0
+    remarks: tuple[str, ...] = ()
 
     def reason_of(self, part: Sample | None) -> str | None:
         """Why a sample of this row is dropped, or None."""
@@ -66,12 +73,21 @@ class RowReader:
     Args:
         settings: What rows must look like.
         encoder: Tokenises them.
+
+    Attributes:
+        mapped: Columns that ``data.columns`` names and no row has had so far.
     """
 
     def __init__(self, settings: DataSettings, encoder: Encoder) -> None:
         self.settings = settings
         self.encoder = encoder
-        self.layout: Layout | None = None
+        self.recognised: Recognised | None = None
+        self.mapped = set(settings.columns.values())
+
+    @property
+    def layout(self) -> str | None:
+        """How the source is laid out, in words; None before a row was read."""
+        return str(self.recognised) if self.recognised else None
 
     def outcomes(self, rows: Iterator[Row]) -> Iterator[Outcome]:
         """Encode rows batch by batch, several at a time; outcomes come in the order of the rows.
@@ -83,7 +99,7 @@ class RowReader:
         """
         pending: deque[tuple[list[Row], list[Example | Refused], Future[list[list[Sample] | Refused]]]] = deque()
         with ThreadPoolExecutor(self.settings.num_proc) as pool:
-            for batch in _batches(rows):
+            for batch in _batches(self.begin(rows)):
                 examples = [self._example(row) for row in batch]
                 good = [example for example in examples if not isinstance(example, Refused)]
                 pending.append((batch, examples, pool.submit(self.encoder.encode, good)))
@@ -97,35 +113,54 @@ class RowReader:
     ) -> Iterator[Outcome]:
         encoded = iter(encoding.result())
         for row, example in zip(batch, examples, strict=True):
-            yield self._outcome(row, example if isinstance(example, Refused) else next(encoded))
+            if isinstance(example, Refused):
+                yield self._outcome(row, example)
+            else:
+                yield self._outcome(row, next(encoded), example.remarks)
 
     def begin(self, rows: Iterator[Row]) -> Iterator[Row]:
-        """Recognise the layout by the first row; the rows come back whole."""
-        first = next(rows, None)
-        if first is None:
-            return iter(())
-        self._example(first)
-        return chain([first], rows)
+        """Recognise the layout by the first row that shows it; the rows come back whole.
+
+        Raises:
+            DataError: None of the first rows does.
+        """
+        if self.recognised is not None:
+            return rows
+        first = list(islice(rows, _LOOKED_AT))
+        readable = [(rename(row.data, self.settings.columns), row.where) for row in first if not row.problem]
+        refusal: DataError | None = None
+        for data, where in readable:
+            try:
+                self.recognised = recognise(data, self.settings.format, where)
+                break
+            except DataError as error:
+                refusal = refusal or error
+        if self.recognised is None and refusal is not None:
+            raise refusal
+        return chain(first, rows)
 
     @property
     def one_sample_per_row(self) -> bool:
         """Whether counting rows is counting samples."""
-        return self.layout not in (None, "document") and not self.settings.expand_turns
+        known = self.recognised is not None and self.recognised.layout != "document"
+        return known and not self.settings.expand_turns
 
     def _example(self, row: Row) -> Example | Refused:
         if row.problem:
             return Refused(row.problem)
+        if self.mapped:
+            self.mapped -= row.data.keys()
         data = rename(row.data, self.settings.columns)
-        if self.layout is None:
-            self.layout = recognise(data, self.settings.format, row.where)
+        if self.recognised is None:
+            self.recognised = recognise(data, self.settings.format, row.where)
         try:
-            return normalise(data, self.layout)
+            return normalise(rename(data, self.recognised.columns), self.recognised.layout)
         except BadRowError as error:
             return Refused(str(error))
         except RecursionError:
             return Refused("nested too deeply")
 
-    def _outcome(self, row: Row, encoded: list[Sample] | Refused) -> Outcome:
+    def _outcome(self, row: Row, encoded: list[Sample] | Refused, remarks: tuple[str, ...] = ()) -> Outcome:
         if isinstance(encoded, Refused):
             reason: Reason = "unreadable" if row.problem else "refused"
             return Outcome(row, self.layout, reason=reason, detail=encoded.why)
@@ -141,7 +176,7 @@ class RowReader:
                 return Outcome(row, self.layout, encoded, reason="too long", detail=detail)
         kept = [sample for sample in encoded if sample.num_trained and len(sample.ids) <= maximum]
         if kept:
-            return Outcome(row, self.layout, encoded, kept, tokens_lost=lost)
+            return Outcome(row, self.layout, encoded, kept, tokens_lost=lost, remarks=remarks)
         detail = "every trained token was cut off" if lost else ""
         return Outcome(row, self.layout, encoded, reason="no trained token", detail=detail, tokens_lost=lost)
 

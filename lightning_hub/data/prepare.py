@@ -132,8 +132,8 @@ class _Job:
     def __init__(self, settings: DataSettings, encoder: Encoder) -> None:
         self.settings = settings
         self.encoder = encoder
-        self.train: list[Input] = [open_source(source) for source in settings.sources]
-        self.val: list[Input] = [open_source(source) for source in settings.val_sources]
+        self.train: list[Input] = [open_source(source, settings.limits) for source in settings.sources]
+        self.val: list[Input] = [open_source(source, settings.limits) for source in settings.val_sources]
 
     def make(self, folder: Path, key: str) -> None:
         """Write the whole entry."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
@@ -12,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_hub.data.conversation import Conversation, Message, ToolCall
 from lightning_hub.data.marks import Marker, Shape, Traced, choose_alphabet, trace
 from lightning_hub.data.templates import Renderer, TemplateRefusal
+from lightning_hub.data.turn_end import TurnEnd, end_tokens, first_of, shared, shared_text
 from lightning_hub.errors import ConfigError
 
 _TURNS = (
@@ -92,20 +92,18 @@ class Profile:
         prompt: The generation prompt, "" where the template has none.
         prompt_cuts: Where its tokens end, in characters.
         user_header: What the template writes before a user's text.
-        stops: Tokens at which generation stops.
-        end: The token to append where the template ends a last turn with none; None if no end token is known.
-        appends: Whether the template ends a last turn with none.
+        turn_end: What closes a turn of the assistant.
         specials: Every special token.
+        controls: Special tokens, and added ones that the template itself writes between texts.
     """
 
     shape: Shape
     prompt: str
     prompt_cuts: tuple[int, ...]
     user_header: str
-    stops: frozenset[int]
-    end: int | None
-    appends: bool
+    turn_end: TurnEnd
     specials: frozenset[int]
+    controls: frozenset[int]
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -131,19 +129,44 @@ def probe(render: Renderer, backend: Backend, stop_ids: Iterable[int] = ()) -> P
     specials = special_ids(render.tokenizer)
     prompt, cuts, question_end = _generation_prompt(render, shape, backend)
     gap = _middle(traced, question_end, backend)
-    last = backend.encode(traced.tail(), add_special_tokens=False).ids
-    stops = known | _template_end(gap.end_ids, last, known, specials)
-    end = next((token for token in gap.ids if token in stops), eos if eos is not None else min(known, default=None))
-    return Profile(
-        shape=Shape(shape.parts, _arguments_as_text(render, shape)),
-        prompt=prompt,
-        prompt_cuts=cuts,
-        user_header=gap.header,
+    tail = traced.tail().removesuffix(prompt) if prompt else traced.tail()
+    last = backend.encode(tail, add_special_tokens=False).ids
+    added = specials | frozenset(render.tokenizer.added_tokens_decoder)
+    common = gap.ids[: shared(gap.ids, last)]
+    stops = known | end_tokens(max(gap.end_ids, common, key=len), last, known, added)
+    token = first_of(gap.ids, stops, eos if eos is not None else min(known, default=None))
+    arguments = Shape(shape.parts, _arguments_as_text(render, shape))
+    call_ids, call_text = _call_end(render, arguments, backend, added)
+    written = {index for ids in (gap.ids, last, backend.encode(prompt, add_special_tokens=False).ids) for index in ids}
+    end = TurnEnd(
         stops=stops,
-        end=end,
-        appends=not any(token in stops for token in last),
-        specials=specials,
+        token=token,
+        after_call=first_of(call_ids, stops, token),
+        text="" if any(index in stops for index in gap.ids) else shared_text(gap.text, tail).rstrip(),
+        call_text=call_text,
+        appends=not any(index in stops for index in last),
     )
+    return Profile(arguments, prompt, cuts, gap.header, end, specials, specials | stops | (added & written))
+
+
+def _call_end(render: Renderer, shape: Shape, backend: Backend, added: frozenset[int]) -> tuple[list[int], str]:
+    """The tokens between a tool call and what the tool says, and the text with which they end the call's turn."""
+    try:
+        whole = traced_rendering(render, Conversation(_TOOL_TURNS, _TOOLS), shape)
+        alone = traced_rendering(render, Conversation(_TOOL_TURNS[:2], _TOOLS), shape)
+    except TemplateRefusal:
+        return [], ""
+    ends = [place.end for place in whole.places if place.segment.turn == 1]
+    answers = [place.start for place in whole.places if place.segment.turn == 2]
+    if not ends or not answers or max(ends) > min(answers):
+        return [], ""
+    gap = whole.text[max(ends) : min(answers)]
+    text = shared_text(gap, alone.tail()).rstrip()
+    closing = backend.encode(text, add_special_tokens=False)
+    begin = max(
+        (start for token, (start, _) in zip(closing.ids, closing.offsets, strict=True) if token in added), default=0
+    )
+    return list(backend.encode(gap, add_special_tokens=False).ids), text[begin:]
 
 
 def traced_rendering(
@@ -180,6 +203,7 @@ class _Gap:
     ids: list[int]
     end_ids: list[int]
     header: str
+    text: str = ""
 
 
 def _middle(traced: Traced, question_end: str, backend: Backend) -> _Gap:
@@ -193,26 +217,10 @@ def _middle(traced: Traced, question_end: str, backend: Backend) -> _Gap:
         border = len(question_end)
     else:
         opening = backend.encode(traced.text[: first.start], add_special_tokens=False).ids
-        common = _shared(opening[::-1], gap.ids[::-1])
+        common = shared(opening[::-1], gap.ids[::-1])
         border = gap.offsets[-common][0] if common else len(text)
     end_ids = [token for token, (start, _) in zip(gap.ids, gap.offsets, strict=True) if start < border]
-    return _Gap(gap.ids, end_ids, text[border:])
-
-
-def _shared(first: list[int], second: list[int]) -> int:
-    """How many tokens two lists begin with alike."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
-
-
-def _template_end(middle: list[int], last: list[int], known: frozenset[int], specials: frozenset[int]) -> set[int]:
-    """The end token that only the template tells of: the last of the special tokens right after a turn."""
-    for tokens in (middle, last):
-        if any(token in known for token in tokens):
-            return set()
-        run = list(takewhile(specials.__contains__, tokens))
-        if run:
-            return {run[-1]}
-    return set()
+    return _Gap(gap.ids, end_ids, text[border:], text)
 
 
 def _generation_prompt(render: Renderer, shape: Shape, backend: Backend) -> tuple[str, tuple[int, ...], str]:
@@ -227,7 +235,7 @@ def _generation_prompt(render: Renderer, shape: Shape, backend: Backend) -> tupl
     except TemplateRefusal:
         return "", (), ""
     full = backend.encode(traced.text, add_special_tokens=False)
-    common = _shared(full.ids, backend.encode(without, add_special_tokens=False).ids)
+    common = shared(full.ids, backend.encode(without, add_special_tokens=False).ids)
     tail = traced.tail()
     if common == len(full.ids):
         return "", (), tail

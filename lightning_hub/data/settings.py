@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Literal, TypeAlias, get_args
 
+from lightning_hub.data.limits import ExampleLimits
 from lightning_hub.errors import ConfigError
 
 Format: TypeAlias = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "document", "tokens"]
@@ -14,8 +15,9 @@ OnLong: TypeAlias = Literal["error", "truncate", "drop"]
 OnBad: TypeAlias = Literal["error", "skip"]
 
 COLUMN_NAMES = (
-    "messages", "conversations", "prompt", "completion", "instruction", "input", "output", "system", "tools",
-    "text", "input_ids", "labels", "unmask",
+    "messages", "conversations", "prompt", "completion", "instruction", "input", "output", "history", "system",
+    "tools", "text", "input_ids", "labels", "attention_mask", "loss_mask", "completion_mask",
+    "assistant_masks", "position_ids", "unmask",
 )  # fmt: skip
 """Names that ``columns`` may map to a column of the input."""
 
@@ -59,6 +61,8 @@ class DataSettings:
         template_options: Variables for the template, such as ``{enable_thinking: false}``.
         seed: Chooses validation rows and the rows of fractional weights.
         num_proc: Threads that tokenise at the same time; the result does not depend on it.
+        max_example_mb: The largest row or document of an input, in megabytes, decompressed.
+        max_example_depth: The most levels of lists and objects inside each other in one row.
     """
 
     train: str | Sequence[str] | Sequence[Source]
@@ -74,6 +78,8 @@ class DataSettings:
     template_options: Mapping[str, str | bool | int | float] = field(default_factory=dict)
     seed: int = 42
     num_proc: int = 1
+    max_example_mb: int = 64
+    max_example_depth: int = 1_000
 
     def __post_init__(self) -> None:
         """Refuse values that no later step could mend."""
@@ -84,6 +90,8 @@ class DataSettings:
         _at_least("max_seq_len", self.max_seq_len, 2)
         _at_least("num_proc", self.num_proc, 1)
         _at_least("seed", self.seed, 0)
+        _at_least("max_example_mb", self.max_example_mb, 1)
+        _at_least("max_example_depth", self.max_example_depth, 1)
         for ours in self.columns:
             _one_of("columns", ours, COLUMN_NAMES)
         if self.expand_turns and self.train_on != "assistant":
@@ -110,6 +118,11 @@ class DataSettings:
             raise ConfigError(
                 f"the share {self.val} is not between 0 and 1", where="data.val", remedy="0.02 sets 2 % of rows aside"
             )
+
+    @property
+    def limits(self) -> ExampleLimits:
+        """How large and deep one row may be."""
+        return ExampleLimits(self.max_example_mb * 1_000_000, self.max_example_depth)
 
     @property
     def sources(self) -> tuple[Source, ...]:

@@ -5,18 +5,29 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
 
-from lightning_hub.data.files import Row, is_data_file, kind_of, read_rows
+from lightning_hub.data.columnar import clean_row
+from lightning_hub.data.examples import Row
+from lightning_hub.data.files import is_data_file, kind_of, read_rows
+from lightning_hub.data.limits import ExampleLimits
 from lightning_hub.data.settings import Source
 from lightning_hub.errors import ConfigError, DataError
 
 
 class Input(Protocol):
-    """One opened source: its rows, and a hash that changes whenever a row does."""
+    """One opened source: its rows, and a hash that changes whenever a row does.
+
+    Attributes:
+        not_read: Names that lie in the source and are not read.
+    """
+
+    @property
+    def not_read(self) -> tuple[str, ...]:
+        """What lies in the source and is not read."""
 
     def rows(self) -> Iterator[Row]:
         """All rows in their order."""
@@ -27,14 +38,22 @@ class Input(Protocol):
 
 @dataclass(frozen=True)
 class FileInput:
-    """Files that are read one after the other."""
+    """Files that are read one after the other.
+
+    Attributes:
+        paths: The files.
+        limits: How large and deep a row may be.
+        not_read: What lies beside them and is no data.
+    """
 
     paths: tuple[Path, ...]
+    limits: ExampleLimits
+    not_read: tuple[str, ...] = ()
 
     def rows(self) -> Iterator[Row]:
         """All rows of all files in their order."""
         for path in self.paths:
-            yield from read_rows(path)
+            yield from read_rows(path, self.limits)
 
     def digest(self) -> dict[str, str]:
         """The sha256 of the bytes of each file."""
@@ -45,6 +64,7 @@ class _ArrowRows(Protocol):
     """What is used of a ``datasets.Dataset`` (the package ships no types)."""
 
     _fingerprint: str
+    features: Mapping[str, object]
 
     def __iter__(self) -> Iterator[dict[str, object]]: ...
 
@@ -55,63 +75,83 @@ class DatasetInput:
 
     name: str
     dataset: _ArrowRows
+    limits: ExampleLimits
+    not_read: tuple[str, ...] = ()
 
     def rows(self) -> Iterator[Row]:
         """All rows; a row's place is its number, counted from 1."""
+        own_nulls = frozenset(name for name, kind in self.dataset.features.items() if type(kind).__name__ == "Json")
         for number, data in enumerate(self.dataset, 1):
-            yield Row(f"{self.name}:{number}", data)
+            where = f"{self.name}:{number}"
+            if self.limits.is_too_large(data):
+                yield Row(where, {}, f"the row is {self.limits.too_large}")
+            else:
+                yield Row(where, clean_row(data, own_nulls))
 
     def digest(self) -> dict[str, str]:
         """The fingerprint that ``datasets`` keeps of content and history."""
         return {self.name: self.dataset._fingerprint}
 
 
-def open_source(source: Source) -> Input:
+def open_source(source: Source, limits: ExampleLimits | None = None) -> Input:
     """Find what a source names.
 
     Args:
+        limits: How large and deep a row may be.
         source: A file, a folder of files, a pattern, a folder written by ``save_to_disk``, or a hub id, in this order.
 
     Raises:
         ConfigError: Nothing is there, or the name is of a kind that cannot be read.
     """
+    limits = limits or ExampleLimits()
     path = Path(source.path).expanduser()
-    if path.is_file():
+    if _is_file(path):
         kind_of(path)
-        return FileInput((path,))
+        return FileInput((path,), limits)
     if path.is_dir():
-        return _open_folder(path, source)
+        return _open_folder(path, source, limits)
     if glob.has_magic(source.path):
         found = [Path(name) for name in glob.glob(str(path), recursive=True)]  # noqa: PTH207 (absolute patterns too)
-        return _files(source.path, found)
+        return _files(source.path, found, limits)
     if _looks_like_hub_id(source.path):
-        return _open_hub(source)
+        return _open_hub(source, limits)
     raise ConfigError(f"{source.path!r} does not exist", where="data.train", remedy="check the path")
 
 
-def _open_folder(path: Path, source: Source) -> Input:
+def _is_file(path: Path) -> bool:
+    """Whether a file lies there; a name that no file can have is none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def _open_folder(path: Path, source: Source, limits: ExampleLimits) -> Input:
     if any((path / marker).is_file() for marker in ("state.json", "dataset_dict.json")):
-        return _open_saved(path, source)
-    return _files(source.path, list(path.iterdir()))
+        return _open_saved(path, source, limits)
+    return _files(source.path, list(path.iterdir()), limits)
 
 
-def _files(name: str, found: list[Path]) -> FileInput:
+def _files(name: str, found: list[Path], limits: ExampleLimits) -> FileInput:
     paths = tuple(sorted(path for path in found if path.is_file() and is_data_file(path)))
+    others = sorted(path.name for path in found if path not in paths and not path.name.startswith("."))
     if not paths:
-        raise ConfigError(
-            f"{name!r} holds no data file", where="data.train", remedy="name a folder with JSONL, JSON, CSV or Parquet"
+        inside = next(
+            (path for path in sorted(found) if path.is_dir() and any(map(is_data_file, path.iterdir()))), None
         )
-    return FileInput(paths)
+        remedy = f"name the folder {inside}" if inside else "name a folder with JSONL, JSON, CSV or Parquet"
+        raise ConfigError(f"{name!r} holds no data file", where="data.train", remedy=remedy)
+    return FileInput(paths, limits, tuple(others))
 
 
-def _open_saved(path: Path, source: Source) -> Input:
+def _open_saved(path: Path, source: Source, limits: ExampleLimits) -> Input:
     import datasets  # 1 s and 100 MB, for datasets folders and hub ids only
 
     try:
         loaded = datasets.load_from_disk(str(path))
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"not a readable datasets folder: {error}", where=source.path) from error
-    return DatasetInput(source.path, _pick_split(loaded, source))
+    return DatasetInput(source.path, _pick_split(loaded, source), limits)
 
 
 def _pick_split(loaded: object, source: Source) -> _ArrowRows:
@@ -132,7 +172,7 @@ def _looks_like_hub_id(name: str) -> bool:
     return len(parts) <= 2 and all(parts) and not name.startswith((".", "~")) and not is_data_file(Path(name))
 
 
-def _open_hub(source: Source) -> Input:
+def _open_hub(source: Source, limits: ExampleLimits) -> Input:
     import datasets  # 1 s and 100 MB, for datasets folders and hub ids only
 
     try:
@@ -145,7 +185,7 @@ def _open_hub(source: Source) -> Input:
             where=source.path,
             remedy="check the spelling, the network and HF_TOKEN, or give a local path",
         ) from error
-    return DatasetInput(source.path, _pick_split(loaded, source))
+    return DatasetInput(source.path, _pick_split(loaded, source), limits)
 
 
 def _sha256(path: Path) -> str:

@@ -11,7 +11,15 @@ from typing import BinaryIO, cast
 
 import zstandard
 
+from lightning_hub.data.limits import ExampleLimits
+
 COMPRESSED = (".gz", ".zst")
+_SKIPPED_LINES = 16
+"""How many times the largest line is read in search of a line's end."""
+
+_ZSTD_CHUNK = 2_048
+"""Compressed bytes taken at a time. A block of 128 KiB can come from 4 bytes: this bounds what one call unpacks."""
+
 BROKEN_STREAM = (EOFError, OSError, zlib.error, zstandard.ZstdError)
 """What reading a damaged stream raises."""
 
@@ -34,21 +42,21 @@ class _ZstdFrames(io.RawIOBase):
         self._file = path.open("rb")
         self._frame = zstandard.ZstdDecompressor().decompressobj()
         self._inside = False
-        self._ready = b""
+        self._ready = memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         while not self._ready:
-            chunk = self._frame.unused_data or self._file.read(1 << 17)
+            chunk = self._frame.unused_data or self._file.read(_ZSTD_CHUNK)
             if not chunk:
                 if self._inside:
                     raise EOFError("the compressed stream ends in a frame")
                 return 0
             if self._frame.eof:
                 self._frame = zstandard.ZstdDecompressor().decompressobj()
-            self._ready = self._frame.decompress(chunk)
+            self._ready = memoryview(self._frame.decompress(chunk))
             self._inside = not self._frame.eof
         taken, self._ready = self._ready[: len(buffer)], self._ready[len(buffer) :]
         buffer[: len(taken)] = taken
@@ -59,13 +67,32 @@ class _ZstdFrames(io.RawIOBase):
         super().close()
 
 
-def numbered_lines(path: Path) -> Iterator[tuple[int, bytes | str]]:
-    """Numbered lines as bytes; a damaged stream ends in one numbered text that says what happened."""
+def numbered_lines(path: Path, limits: ExampleLimits) -> Iterator[tuple[int, bytes | str]]:
+    """Numbered lines as bytes; in place of one that cannot be given stands a text that says why.
+
+    A damaged stream ends with such a text. A line over the limit is skipped, and after a great many bytes without a
+    line end the rest of the file with it.
+    """
     number = 0
     try:
         with open_stream(path) as stream:
-            for line in stream:
+            while line := stream.readline(limits.max_bytes + 1):
                 number += 1
-                yield number, line
+                if len(line) <= limits.max_bytes:
+                    yield number, line
+                    continue
+                yield number, f"the line is {limits.too_large}"
+                if not line.endswith(b"\n") and not _skip_line(stream, limits.max_bytes):
+                    yield number, "the file is not read beyond this line, which does not end"
+                    return
     except BROKEN_STREAM as error:
         yield number + 1, f"the file is damaged or cut off ({error})"
+
+
+def _skip_line(stream: BinaryIO, max_bytes: int) -> bool:
+    """Read on to the end of a line; False where none comes in sight."""
+    for _ in range(_SKIPPED_LINES):
+        line = stream.readline(max_bytes)
+        if not line or line.endswith(b"\n"):
+            return True
+    return False

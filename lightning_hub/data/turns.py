@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from lightning_hub.data.alignment import align
 from lightning_hub.data.conversation import BadRowError, Conversation, Role
-from lightning_hub.data.losses import count_losses
+from lightning_hub.data.losses import count_controls, count_losses
 from lightning_hub.data.marks import Marker, Place, Segment, Traced, choose_alphabet, trace
 from lightning_hub.data.probe import Backend, Profile
 from lightning_hub.data.selection import wanted_turns
@@ -112,8 +112,10 @@ class _Search:
             start, end = self._text_span(place)
             before = texts[-1][1][1] if texts else 0
             texts.append((place, (max(start, before), max(end, before))))
-        if any(token in self.profile.specials for _, (start, end) in texts for token in self.ids[start:end]):
-            losses["special tokens written out inside texts"] += 1
+        controls = self.profile.controls
+        inside = [(p.segment, sum(id in controls for id in self.ids[slice(*span)])) for p, span in texts]
+        losses += count_controls(self.conversation, inside, self.profile.turn_end.text)
+        self._check_calls()
         appended = self._append_end()
         trained = self._trained(losses)
         roles = [
@@ -123,14 +125,34 @@ class _Search:
         ]
         return Masked(self.traced.text, self.ids, _merged(trained), roles, losses, appended)
 
+    def _check_calls(self) -> None:
+        """Refuse a call that is written twice; only after the end of its turn may its name stand once more.
+
+        Raises:
+            BadRowError: A part of a call is repeated in its own turn, or a part other than the name anywhere.
+        """
+        for place in self.places:
+            turn = place.segment.turn
+            if not place.again:
+                continue
+            names = [call.name.strip() for call in self.conversation.messages[turn].tool_calls] if turn >= 0 else []
+            ended = max(self._last_character(turn), place.end)
+            stop = self._stop(turn) or self._open_end(turn)
+            ended = max(ended, self.starts[stop - 1] if stop else 0)
+            if place.segment.text not in names or min(place.again) <= ended:
+                raise BadRowError(f"the chat template repeats the tool call of turn {turn + 1}")
+
     def _append_end(self) -> bool:
         """End a last turn that the template leaves open, so that the model learns to stop."""
-        if self.conversation.messages[-1].role != "assistant" or self._stop(len(self.conversation.messages) - 1):
+        message = self.conversation.messages[-1]
+        if message.role != "assistant" or self._stop(len(self.conversation.messages) - 1):
             return False
-        if self.profile.end is None:
+        turn_end = self.profile.turn_end
+        token = turn_end.after_call if message.tool_calls else turn_end.token
+        if token is None:
             raise BadRowError("no end token is known: the tokenizer has no eos token and the template writes none")
         keep = self._token(len(self.traced.text.rstrip()))
-        self.ids[keep:] = [self.profile.end]
+        self.ids[keep:] = [token]
         self.starts[keep:] = [len(self.traced.text)]
         return True
 
@@ -210,13 +232,21 @@ class _Search:
         for token in range(self._token(after), len(self.ids)):
             if self.starts[token] >= limit:
                 break
-            if self.ids[token] in self.profile.stops:
+            if self.ids[token] in self.profile.turn_end.stops:
                 return token + 1
         return None
 
     def _open_end(self, index: int) -> int:
-        """Where a turn ends that no stop token closes: before the next special token."""
-        first = self._token(self._last_character(index))
+        """Where a turn ends that no stop token closes: after its marker, else before the next special token."""
+        after = self._last_character(index)
+        first = self._token(after)
+        turn_end = self.profile.turn_end
+        if self.conversation.messages[index].tool_calls and turn_end.call_text:
+            begins = self.traced.text.rfind(turn_end.call_text, after, self._next(index, after))
+            if begins >= 0:
+                return self._token(begins + len(turn_end.call_text))
+        if turn_end.text and self.traced.text.startswith(turn_end.text, after):
+            return self._token(after + len(turn_end.text))
         limit = self._token(self._next(index, self._last_character(index)))
         special = (token for token in range(first, limit) if self.ids[token] in self.profile.specials)
         return next(special, first)

@@ -1,11 +1,18 @@
-"""LightningCLI as the real parser of recipes, without its own way of running things."""
+"""LightningCLI as the real parser of recipes, without its own way of running things.
+
+jsonargparse takes a text for more than a text: where an option accepts a class or settings, it opens a file of that
+name and reads it as YAML in its place, and it reads every other text as YAML once more. A recipe has been read already,
+so neither may happen here: a file of data is no recipe.
+"""
 
 from __future__ import annotations
 
+from argparse import ArgumentError
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -18,6 +25,21 @@ from lightning_hub.errors import ConfigError, HubError
 from lightning_hub.methods.sft import SFT
 from lightning_hub.parallel.joining import GivenPlace
 from lightning_hub.parallel.strategies import strategy_for
+
+MAX_BRACKETS = 1_000
+"""Opening brackets of one text. An option without text still reads a text as YAML, which a deep one would crash."""
+
+
+class _FinalText(str):
+    """A text that is a value already: jsonargparse looks for files and YAML in plain ``str`` only."""
+
+    __slots__ = ()
+
+    def __copy__(self) -> _FinalText:
+        return self
+
+    def __deepcopy__(self, memo: object) -> _FinalText:
+        return self
 
 
 class RecipeCLI(LightningCLI):
@@ -58,7 +80,12 @@ class RecipeCLI(LightningCLI):
                 load_from_checkpoint_support=False,
                 parser_kwargs={"exit_on_error": False},
             )
-        except (ValueError, TypeError, ImportError) as error:  # what jsonargparse raises for what it does not accept
+        except (
+            ValueError,
+            TypeError,
+            ImportError,
+            ArgumentError,
+        ) as error:  # what jsonargparse raises
             said = next((cause for cause in _chain(error) if isinstance(cause, HubError)), None)
             raise said or ConfigError(_cause(error), remedy="see lightning-hub fit --help") from error
 
@@ -68,7 +95,14 @@ class RecipeCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse what was given, never ``sys.argv``, which belongs to the command as a whole."""
-        self.config = parser.parse_object(args)
+        set_parsing_settings(config_read_mode_urls_enabled=False, config_read_mode_fsspec_enabled=False)
+        actions: list[Any] = parser._actions
+        for action in actions:  # the second lock: no option takes a file for what stands in it
+            if hasattr(action, "_enable_path"):
+                action._enable_path = False
+            if getattr(action, "sub_add_kwargs", None):
+                action.sub_add_kwargs = {**action.sub_add_kwargs, "sub_configs": False}
+        self.config = _plain_texts(parser.parse_object(_final_texts(args)))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer with our callbacks and checkpoint format, and a default that ends."""
@@ -87,6 +121,31 @@ class RecipeCLI(LightningCLI):
             callbacks=[*(given["callbacks"] or []), *self.our_callbacks(self.config_init["checkpoint"])],
             **kwargs,
         )
+
+
+def _final_texts(value: Any, path: str = "") -> Any:
+    """Return a recipe in which no text can be read as anything else; names of classes stay as they are."""
+    if isinstance(value, dict):
+        return {key: _final_texts(child, f"{path}.{key}" if path else str(key)) for key, child in value.items()}
+    if isinstance(value, list):
+        return [_final_texts(child, f"{path}.{index}") for index, child in enumerate(value)]
+    if not isinstance(value, str) or path.endswith(".class_path"):
+        return value
+    if value.count("[") + value.count("{") > MAX_BRACKETS:
+        raise ConfigError(f"a text with more than {MAX_BRACKETS:,} opening brackets", where=path, remedy="shorten it")
+    return _FinalText(value)
+
+
+def _plain_texts(value: Any) -> Any:
+    """Return what was parsed with its texts as they were."""
+    if isinstance(value, Namespace):
+        kind: Callable[..., Namespace] = Namespace
+        return kind(**{key: _plain_texts(child) for key, child in vars(value).items()})
+    if isinstance(value, dict):
+        return {_plain_texts(key): _plain_texts(child) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_plain_texts(child) for child in value)
+    return str(value) if isinstance(value, _FinalText) else value
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

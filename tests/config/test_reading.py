@@ -122,3 +122,25 @@ def test_every_key_knows_its_line_and_column() -> None:
 def test_any_text_is_read_or_refused(text: str) -> None:
     with contextlib.suppress(ConfigError):  # anything else that is raised fails the test
         read_text(text, "r")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: [" + "1," * 120_000 + "]",
+        "".join(f"k{number}: 1\n" for number in range(22_000)),
+        "a: " + "[" * 240_000,
+        "{" * 240_000,
+        "It was so. " * 20_000,
+        'a: "' + "x\n" * 110_000,
+        "a: 1\n" * 300_000,
+    ],
+    ids=["values", "keys", "brackets", "braces", "prose", "quote", "bytes"],
+)
+def test_a_file_that_is_no_recipe_is_refused_within_seconds(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    started = time.process_time()
+    with pytest.raises(ConfigError):
+        read_file(path)
+    assert time.process_time() - started < 20

@@ -40,12 +40,26 @@ def _engine() -> str:
 
 
 def make_tokenizer(
-    template: str | None, bos: str | None = None, eos: str | None = "<|im_end|>"
+    template: str | None,
+    bos: str | None = None,
+    eos: str | None = "<|im_end|>",
+    special: Sequence[str] = (),
+    added: Sequence[str] = (),
 ) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer with pad = eos and a template's source."""
+    """A byte-level tokenizer with pad = eos and a template's source.
+
+    Args:
+        template: The source.
+        bos: The first token of a text.
+        eos: The end of a text.
+        special: More special tokens.
+        added: More tokens that are not special.
+    """
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_engine()), bos_token=bos, eos_token=eos, pad_token=eos
     )
+    tokenizer.add_tokens(list(special), special_tokens=True)
+    tokenizer.add_tokens(list(added))
     tokenizer.chat_template = template
     return tokenizer
 
@@ -57,6 +71,7 @@ class Family:
     Attributes:
         middle, last: What is trained of an answer that is followed by others, and of the last one; ``{}`` is its text.
         stops: Extra end tokens of the generation config.
+        special, added: Tokens that the tokenizer has beside the common ones.
     """
 
     name: str
@@ -66,10 +81,12 @@ class Family:
     bos: str | None = None
     stops: Sequence[str] = ()
     system: bool = True
+    special: Sequence[str] = ()
+    added: Sequence[str] = ()
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         source = (TEMPLATES / f"{self.name}.jinja").read_text(encoding="utf-8")
-        return make_tokenizer(source, self.bos, self.eos)
+        return make_tokenizer(source, self.bos, self.eos, self.special, self.added)
 
     def stop_ids(self, tokenizer: PreTrainedTokenizerFast) -> list[int]:
         vocabulary = tokenizer.get_vocab()
@@ -79,6 +96,9 @@ class Family:
 def _same(name: str, eos: str, both: str, bos: str | None = None, system: bool = True) -> Family:
     return Family(name, eos, both, both, bos, system=system)
 
+
+GLM_TOKENS = ("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>", "<tool_response>", "</tool_response>")
+GEMMA_TOKENS = ("<|turn>", "<turn|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>')
 
 FAMILIES = (
     _same("chatml", "<|im_end|>", "{}<|im_end|>"),
@@ -99,4 +119,14 @@ FAMILIES = (
     _same("indented", "</s>", "        {}</s>"),
     _same("parts", "<|im_end|>", "{}<|im_end|>"),
     Family("bare", "</s>", " {}", " {}</s>"),
+    Family("idefics", "</s>", " {}<end_of_utterance>", " {}<end_of_utterance>", special=["<end_of_utterance>"]),
+    Family("idefics", "<eos>", " {}<end_of_utterance>", " {}<end_of_utterance>", added=["<end_of_utterance>"]),
+    Family("idefics", "<s>", " {}<end_of_utterance>", " {}<end_of_utterance><s>"),
+    Family("command", "</s>", "<|START_RESPONSE|>{}<|END_RESPONSE|><|END_OF_TURN_TOKEN|>",
+           "<|START_RESPONSE|>{}<|END_RESPONSE|><|END_OF_TURN_TOKEN|>", "<bos>"),
+    Family("glm45", "<|endoftext|>", "\n<think></think>\n{}<|user|>", "\n<think></think>\n{}<|user|>",
+           stops=("<|endoftext|>", "<|user|>", "<|observation|>"), added=GLM_TOKENS),
+    Family("gemma4", "<eos>", "{}<turn|>", "{}<turn|>", "<bos>", stops=("<eos>", "<turn|>", "<|tool_response>"),
+           special=GEMMA_TOKENS),
+    Family("gemma4", "</s>", "{}<turn|>", "{}<turn|>", "<bos>", special=GEMMA_TOKENS),
 )  # fmt: skip

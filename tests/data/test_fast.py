@@ -74,7 +74,7 @@ def test_fast_is_the_reference_for_every_family(family: Family) -> None:
     random_ = random.Random(family.name)
     rows = [conversation(random_, hostile=0.0 if number < 80 else 0.3) for number in range(160)]
     quick = assert_same(encoder_of(family), rows)
-    assert (quick > 10) == (family.name not in ("glm4", "bare"))
+    assert (quick > 10) == (family.name not in ("glm4", "glm45", "bare", "idefics"))
 
 
 @settings(max_examples=30, deadline=None)

@@ -16,7 +16,8 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_hub.data.files import Row, read_rows
+from lightning_hub.data.examples import Row
+from lightning_hub.data.files import read_rows
 from lightning_hub.errors import ConfigError
 
 ROWS: list[dict[str, object]] = [
@@ -83,7 +84,7 @@ def test_a_text_is_one_document(tmp_path: Path) -> None:
         ("a.jsonl", '{"a": 1}\n'.encode("utf-16"), 1, "UTF-16"),
         ("a.jsonl", b"[1, 2]\n", 1, "a row must be an object, this is a list"),
         ("a.jsonl", b'{"a": "\\ud800"}\n', 1, "half of a surrogate pair"),
-        ("a.jsonl", b"[" * 100_000, 1, "nested too deeply"),
+        ("a.jsonl", b"[" * 100_000, 1, "nested deeper than 1,000 levels"),
         ("a.jsonl", b"9" * 5000 + b"\n", 1, "not JSON"),
         ("a.jsonl.gz", gzip.compress(LINES)[:-9], 3, "damaged or cut off"),
         ("a.jsonl.gz", b"no gzip", 1, "damaged or cut off"),

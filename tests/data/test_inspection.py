@@ -82,3 +82,31 @@ def test_the_report_in_words(settings: DataSettings, tokenizer: PreTrainedTokeni
     assert "5 rows read, 2 kept" in lines
     assert "dropped, too long: 1" in lines
     assert "a.jsonl:2: not JSON" in lines
+
+
+WIDE = "\U0001f600 \u6f22\u5b57 a\u0308 \U0001f469\u200d\U0001f469 \N{REPLACEMENT CHARACTER} end"
+
+
+def test_a_character_of_several_tokens_is_shown_whole(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, capsys: Capture
+) -> None:
+    settings = DataSettings(str(write(tmp_path / "a.jsonl", [chat(0, WIDE)])))
+    inspector = Inspector(settings, tokenizer)
+    (view,) = inspector.views()
+    pieces = inspector.pieces(view)
+    assert "".join(text for text, _ in pieces) == view["text"]
+    assert max(text.count("\N{REPLACEMENT CHARACTER}") for text, _ in pieces) == 1
+    assert "".join(text for text, trained in pieces if trained) == "".join(view["trained_text"])  # type: ignore[arg-type]
+    assert len(pieces) < len(view["input_ids"])  # type: ignore[arg-type]
+    assert WIDE in printed(capsys, settings, tokenizer)
+
+
+def test_a_character_that_is_trained_in_part_is_shown_whole(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    ids = tokenizer("a\U0001f600b", add_special_tokens=False).input_ids
+    assert len(ids) > 4
+    labels = [-100, -100, -100, *ids[3:]]
+    settings = DataSettings(str(write(tmp_path / "a.jsonl", [{"input_ids": ids, "labels": labels}])))
+    inspector = Inspector(settings, tokenizer)
+    (view,) = inspector.views()
+    assert (view["trained_text"], view["labels"]) == (["\U0001f600b"], labels)
+    assert inspector.pieces(view) == [("a", False), ("\U0001f600", True), ("b", True)]

@@ -12,7 +12,7 @@ from lightning_hub.data.conversation import Conversation, Message, ToolCall
 from lightning_hub.data.encode import Encoder, Refused, Sample
 from lightning_hub.data.settings import DataSettings
 from lightning_hub.ops.rows import IGNORED
-from tests.data.families import FAMILIES, Family
+from tests.data.families import FAMILIES, Family, make_tokenizer
 
 PLAIN = (
     Message("user", "first question"),
@@ -55,12 +55,12 @@ def test_trained_is_each_answer_and_its_end_token(family: Family) -> None:
 def test_ids_are_the_template_engines(family: Family) -> None:
     encoder = encoder_of(family)
     sample = encode(encoder, PLAIN)
-    parts = family.name == "parts"
+    parts = family.name in ("parts", "idefics")
     turns = [{"role": m.role, "content": [{"type": "text", "text": m.content}] if parts else m.content} for m in PLAIN]
     engine = cast(Callable[..., list[int]], encoder.tokenizer.apply_chat_template)
     expected = engine(turns, tokenize=True, return_dict=False)
     appended = sample.notes.get("end tokens appended", 0)
-    assert appended == (family.name in ("glm4", "bare"))
+    assert appended == (family.name in ("glm4", "glm45", "bare") or (family.name, family.eos) == ("idefics", "<s>"))
     kept = len(sample.ids) - appended
     assert list(sample.ids[:kept]) == expected[:kept]
     assert not appended or not str(encoder.tokenizer.decode(expected[kept:])).strip()
@@ -144,6 +144,81 @@ CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris", "day
 def test_tool_calls_are_trained_once_and_as_json(name: str, expected: str) -> None:
     encoder = encoder_of(family(name))
     assert stretches(encoder, encode(encoder, CALLS))[0].lstrip("\n") == expected.lstrip("\n")
+
+
+GLM_CALL = "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n"
+GLM_CALL += "<arg_key>days</arg_key>\n<arg_value>2</arg_value>\n</tool_call>"
+GEMMA_CALL = '<|tool_call>call:get_weather{city:<|"|>Paris<|"|>,days:2}<tool_call|>'
+GPT_CALL = ' to=functions.get_weather<|channel|>commentary json<|message|>{"city": "Paris", "days": 2}<|call|>'
+
+
+@pytest.mark.parametrize(
+    ("name", "eos", "call", "answer", "after"),
+    [
+        ("glm45", "<|endoftext|>", f"\n<think></think>\n{GLM_CALL}<|observation|>",
+         "\n<think></think>\nIt is sunny.<|user|>", "<|observation|>"),
+        ("gemma4", "<eos>", f"{GEMMA_CALL}<|tool_response>", "It is sunny.<turn|>", "<|tool_response>"),
+        ("gemma4", "</s>", GEMMA_CALL, "It is sunny.<turn|>", "<turn|>"),
+        ("gptoss", "<|return|>", GPT_CALL, "<|channel|>final<|message|>It is sunny.<|return|>", ""),
+    ],
+)  # fmt: skip
+def test_a_tool_turn_may_repeat_the_name_of_its_call(name: str, eos: str, call: str, answer: str, after: str) -> None:
+    (found,) = [family for family in FAMILIES if (family.name, family.eos) == (name, eos)]
+    encoder = encoder_of(found)
+    for names in ({}, {"name": "get_weather"}):
+        messages = (*CALLS[:2], replace(CALLS[2], **names), CALLS[3])  # type: ignore[arg-type]
+        sample = encode(encoder, messages)
+        assert stretches(encoder, sample) == [call, answer]
+    twice = (*CALLS, CALLS[0], *CALLS[1:])
+    assert stretches(encoder, encode(encoder, twice))[1::2] == [
+        answer.replace("<|return|>", "<|end|>"), answer
+    ]  # fmt: skip
+    ends_with_call = encode(encoder, CALLS[:2])
+    (said,) = stretches(encoder, ends_with_call)
+    assert said == call.removesuffix(after) + after
+    assert ends_with_call.notes.get("end tokens appended", 0) == bool(after)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{{ call.name + ' ' + (call.arguments | tojson) + ' ' + call.name }}",
+        "{{ call.name + ' ' + (call.arguments | tojson) + ' ' + (call.arguments | tojson) }}",
+    ],
+)
+def test_a_call_that_is_written_twice_in_its_turn_is_refused(line: str) -> None:
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls or [] %}"
+        "{% set call = c.function %}" + line + "{% endfor %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    encoder = Encoder(DataSettings("unused"), make_tokenizer(template))
+    (result,) = encoder.encode([Conversation(CALLS)])
+    assert isinstance(result, Refused)
+    assert "repeats the tool call of turn 2" in result.why
+
+
+def test_a_marker_in_plain_text_is_trained_after_every_answer_and_said() -> None:
+    (found,) = [family for family in FAMILIES if (family.name, family.eos) == ("idefics", "<s>")]
+    sample = encode(encoder_of(found), PLAIN)
+    assert sample.notes == {"turns that the template ends with no stop token": 1, "end tokens appended": 1}
+    typed = (*PLAIN[:3], Message("assistant", "it is <end_of_utterance> sunny"))
+    sample = encode(encoder_of(found), typed)
+    assert sample.notes["end markers written out inside texts"] == 1
+    assert stretches(encoder_of(found), sample)[-1] == " it is <end_of_utterance> sunny<end_of_utterance><s>"
+
+
+@pytest.mark.parametrize("name", ["phi3", "chatml", "gptoss", "gemma4", "llama3", "cohere2", "command"])
+def test_control_tokens_in_an_answer_are_counted(name: str) -> None:
+    encoder = encoder_of(family(name))
+    tokens = {"phi3": "<|end|><|assistant|>", "gptoss": "<|end|><|start|>", "gemma4": "<turn|><|turn>"}
+    typed = tokens.get(name, "<|im_end|><|im_start|>")
+    for text in (f"say {typed} yes", f"{typed} yes", f"yes {typed}"):
+        sample = encode(encoder, (*PLAIN[:3], Message("assistant", text)))
+        assert sample.notes["special tokens written out inside texts"] == 1
+        assert sample.notes["special tokens inside the assistant's texts"] == 2
+        trained = stretches(encoder, sample)
+        assert trained[-1] == family(name).last.format(text)
 
 
 @pytest.mark.parametrize(
