@@ -1,0 +1,392 @@
+"""What a model may be asked to do with a packed row, proven by running a miniature of it.
+
+A model is held to its own ``eager`` attention, one document a forward. Packed rows are used only if the logits, the
+loss and the gradient of every parameter agree with that; else documents run one by one. Nothing is decided by a
+model's name: a miniature of its class and configuration is run, in float32 on the CPU. What was found is kept on disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PretrainedConfig, PreTrainedModel
+
+from lightning_hub.errors import ConfigError
+from lightning_hub.ops.attention import PACKED
+from lightning_hub.ops.loss import LossHead, Traits, accepted_by, inputs_of
+from lightning_hub.ops.miniature import VOCABULARY, NoMiniatureError, miniature_of
+from lightning_hub.ops.rows import Row
+from lightning_hub.runs.folder import default_cache_dir
+
+TOLERANCE = 1e-4
+"""Relative difference of losses, logits and gradients that is put down to float32 rounding."""
+
+POWER = 100
+"""How many times the tolerance documents that see each other must differ, for the proof to notice a leak."""
+
+LENGTHS = (11, 7, 14)
+"""Tokens of the documents of a proof: longer than the windows and chunks of a miniature."""
+
+KEY = "model.init_args.attn_implementation"
+
+
+class NotProvenError(RuntimeError):
+    """A way to run a model gives other numbers than its eager attention, one document a forward."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a miniature gives with its eager attention, one document a forward.
+
+    Attributes:
+        model: The miniature.
+        documents: Its documents, ids of shape ``(length,)``.
+        logits: Those of all documents, shape ``(tokens, vocabulary)``.
+        loss: Summed cross-entropy over all documents.
+        gradients: Of that sum, by name of the parameter; zeros where there is none.
+        leak: How much the logits differ if the documents are run as one.
+        adds_to_loss: Whether the model's own loss has further terms.
+    """
+
+    model: PreTrainedModel
+    documents: list[Tensor]
+    logits: Tensor
+    loss: Tensor
+    gradients: dict[str, Tensor]
+    leak: float
+    adds_to_loss: bool
+
+
+_proven: dict[str, Traits] = {}
+
+
+def prove(
+    kind: type[PreTrainedModel], config: PretrainedConfig, wished: str, device: torch.device | None = None
+) -> Traits:
+    """Return the best way to run a model that gives the numbers of its eager attention.
+
+    Args:
+        kind: Its class.
+        config: Its configuration.
+        wished: The attention implementation that is asked for; ``packed_documents`` allows any.
+        device: Where the model is to run, for kernels that need one.
+
+    Raises:
+        ConfigError: Its logits depend on later tokens, or what is asked for gives other numbers.
+    """
+    key = _key(kind, config, wished, device)
+    if key not in _proven:
+        kept = _kept(key)
+        if kept is None:
+            with _apart():
+                kept = _find(kind, config, wished, device)
+            _keep(key, kept)
+        _proven[key] = kept
+    return _proven[key]
+
+
+def traits_of(model: PreTrainedModel) -> Traits:
+    """Return what is proven about a model in memory, by its class and configuration; its attention is set to it."""
+    wished = model.config._attn_implementation or "eager"
+    return settle(model, prove(type(model), model.config, wished, model.device))
+
+
+def settle(model: PreTrainedModel, proven: Traits) -> Traits:
+    """Set a model's attention to what was proven, and return what holds for this model.
+
+    Methods may have put something in the place of its output layer: then it makes its logits itself.
+    """
+    if model.config._attn_implementation != proven.attention:
+        model.set_attn_implementation(proven.attention)
+    return replace(proven, is_linear=proven.is_linear and has_plain_head(model))
+
+
+def proven_head(model: PreTrainedModel, label_smoothing: float = 0.0) -> LossHead:
+    """Return the loss head of a model in memory, used as it is proven to be right."""
+    return LossHead(model, label_smoothing, traits=traits_of(model))
+
+
+def has_plain_head(model: PreTrainedModel) -> bool:
+    """Return whether the output layer is torch's own linear one, with nothing hooked to it."""
+    head = model.get_output_embeddings()
+    return isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward and not head._forward_hooks
+
+
+def _candidates(wished: str) -> list[tuple[str, bool]]:
+    """Return attention implementations, and whether rows are packed, from the fastest on."""
+    return [(wished, True), *((name, False) for name in (["sdpa", "eager"] if wished == PACKED else [wished]))]
+
+
+def _find(kind: type[PreTrainedModel], config: PretrainedConfig, wished: str, device: torch.device | None) -> Traits:
+    try:
+        reference = _reference(kind, config)
+    except NoMiniatureError as error:
+        if wished not in (PACKED, "eager"):
+            raise ConfigError(
+                f"{wished} cannot be compared with the model's eager attention: no small model of it can be built "
+                f"({error})",
+                where=KEY,
+                remedy="take auto or eager",
+            ) from error
+        return Traits("eager", is_linear=False, is_packable=False, reason=f"no small model of it can be built ({error})")
+    _check_causal(reference)
+    reason = ""
+    for attention, packed in _candidates(wished):
+        found = None
+        for is_linear in (True, False):
+            traits = Traits(attention, is_linear, packed, reason, reference.adds_to_loss)
+            try:
+                _compare(kind, config, reference, traits, device)
+            except NotProvenError as error:
+                found = str(error)
+            except Exception as error:  # models fail in ways of their own when they are asked for what they cannot do
+                found = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+            else:
+                return traits
+        reason = reason or f"packed in a row, {found}" if packed else f"{reason}; {attention}: {found}"
+    raise ConfigError(
+        f"{'no attention' if wished == PACKED else wished} gives the numbers of the model's eager attention ({reason})",
+        where=KEY,
+        remedy="take another model" if wished == PACKED else "take auto",
+    )
+
+
+# ---- the reference -------------------------------------------------------------------------------------------------
+
+
+def _reference(kind: type[PreTrainedModel], config: PretrainedConfig) -> Reference:
+    """Run the documents one by one with eager attention.
+
+    Raises:
+        NoMiniatureError: It cannot be built or run.
+    """
+    model = miniature_of(kind, config, "eager").train()
+    generator = torch.Generator().manual_seed(1)
+    documents = [torch.randint(3, VOCABULARY - 8, (length,), generator=generator) for length in LENGTHS]
+    try:
+        first, again = (_logits(model, documents) for _ in range(2))
+        if not first.equal(again):
+            first, again = (_logits(model.eval(), documents) for _ in range(2))
+    except Exception as error:
+        raise NoMiniatureError(f"{type(error).__name__}: {' '.join(str(error).split())[:160]}") from error
+    if not first.equal(again):
+        raise ConfigError(
+            "the model's logits are random: two forwards of the same tokens give different numbers",
+            where="model.init_args.model",
+            remedy="take another model",
+        )
+    logits = _logits(model, documents, grad=True)
+    loss = sum((_loss(part, ids) for part, ids in zip(logits.split(LENGTHS), documents, strict=True)), torch.zeros(()))
+    loss.backward()
+    merged = _logits(model, [torch.cat(documents)])
+    return Reference(
+        model=model,
+        documents=documents,
+        logits=logits.detach(),
+        loss=loss.detach(),
+        gradients=_gradients(model),
+        leak=_difference(merged, first),
+        adds_to_loss=_adds_to_loss(model, documents[0], first[: LENGTHS[0]]),
+    )
+
+
+def _logits(model: PreTrainedModel, documents: list[Tensor], grad: bool = False) -> Tensor:
+    with torch.set_grad_enabled(grad):
+        options = accepted_by(model, use_cache=False)
+        return torch.cat([model(input_ids=ids.unsqueeze(0), **options).logits[0].float() for ids in documents])
+
+
+def _loss(logits: Tensor, ids: Tensor) -> Tensor:
+    return F.cross_entropy(logits[:-1], ids[1:], reduction="sum")
+
+
+def _gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.float()
+        for name, parameter in model.named_parameters()
+    }
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    """Return the largest difference relative to the spread of what is expected."""
+    scale = (expected - expected.mean()).abs().max().clamp_min(1e-30)
+    return float((found - expected).abs().max() / scale)
+
+
+def _adds_to_loss(model: PreTrainedModel, ids: Tensor, logits: Tensor) -> bool:
+    """Return whether the model's own loss is more than the cross-entropy of its logits."""
+    try:
+        with torch.no_grad():
+            own = model(input_ids=ids.unsqueeze(0), labels=ids.unsqueeze(0), **accepted_by(model, use_cache=False)).loss
+    except Exception:  # it computes no loss of its own
+        return False
+    return own is not None and abs(float(own) - float(_loss(logits, ids)) / (len(ids) - 1)) > 1e-3
+
+
+def _check_causal(reference: Reference) -> None:
+    """Refuse a model in which a later token changes an earlier logit."""
+    ids = reference.documents[-1]
+    before = reference.logits[-len(ids) :]
+    for place in (len(ids) - 1, len(ids) // 2):
+        changed = ids.clone()
+        changed[place] = 3 + (ids[place] + 1) % (VOCABULARY - 16)
+        moved = _difference(_logits(reference.model, [changed])[:place], before[:place])
+        if moved > TOLERANCE:
+            raise ConfigError(
+                f"the model is not causal: its logits depend on later tokens (they move by {moved:.0e})",
+                where="model.init_args.model",
+                remedy="give a causal language model; some configurations have to say is_decoder: true",
+            )
+
+
+# ---- the comparison ------------------------------------------------------------------------------------------------
+
+
+def _compare(
+    kind: type[PreTrainedModel],
+    config: PretrainedConfig,
+    reference: Reference,
+    traits: Traits,
+    device: torch.device | None,
+) -> None:
+    """Compare a way to run the model with the reference.
+
+    Raises:
+        NotProvenError: Logits, loss or gradients differ.
+    """
+    model = miniature_of(kind, config, traits.attention)
+    model.load_state_dict(reference.model.state_dict())
+    model.train(reference.model.training)
+    tolerance = TOLERANCE
+    if traits.attention == "flash_attention_2" or (traits.attention == "flex_attention" and _is_cuda(device)):
+        model.to(device)  # kernels that a CPU does not have
+        if traits.attention == "flash_attention_2":
+            model.to(torch.bfloat16)
+            tolerance = 0.05
+    if traits.is_linear and not ends_in_linear_head(model):
+        raise NotProvenError("the head is more than one linear layer")
+    row = Row.pack([(ids, ids) for ids in reference.documents]).to(model.device)
+    if traits.is_packable:
+        if reference.leak < POWER * tolerance:
+            raise NotProvenError("documents that see each other could not be told from those that do not")
+        with torch.no_grad():
+            logits = model(**inputs_of(model, row)).logits[0].float().cpu()
+        if not (off := _difference(logits, reference.logits)) <= tolerance:
+            raise NotProvenError(f"logits are off by {off:.0e}")
+    loss = LossHead(model, traits=traits)(row)
+    loss.backward()
+    off = float((loss.detach().cpu() - reference.loss).abs() / reference.loss)
+    if not off <= tolerance:
+        raise NotProvenError(f"the loss is off by {off:.0e}")
+    name, off = _worst(_gradients(model), reference.gradients)
+    if not off <= tolerance:
+        raise NotProvenError(f"the gradient of {name} is off by {off:.0e}")
+
+
+def _worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[str, float]:
+    """Return the parameter whose gradient differs most, and by how much of its size.
+
+    Gradients that are nothing but rounding are measured by those of the whole model.
+    """
+    largest = max(float(gradient.abs().max()) for gradient in expected.values() if gradient.numel())
+    offs = {
+        name: float((found[name].cpu() - gradient).abs().max() / (gradient.abs().max() + 1e-2 * largest))
+        for name, gradient in expected.items()
+        if gradient.numel()
+    }
+    return max(offs.items(), key=lambda item: item[1] if item[1] == item[1] else float("inf"))
+
+
+@torch.no_grad()
+def ends_in_linear_head(model: PreTrainedModel) -> bool:
+    """Return whether the logits are the last hidden states times the output embeddings, and nothing else.
+
+    The head is made to answer with large marks: a cap or a scale behind it would change them, however small the
+    logits of the model are.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or not has_plain_head(model) or model.base_model is model:
+        return False
+    seen: list[Tensor] = []
+
+    def mark(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        seen.append(inputs[0])
+        return torch.linspace(-1e4, 1e4, output.numel(), dtype=output.dtype, device=output.device).view_as(output)
+
+    ids = torch.arange(3, 6, device=head.weight.device)
+    row = Row.pack([(ids, ids)]).to(head.weight.device)
+    inputs = inputs_of(model, row)
+    hidden = model.base_model(**inputs).last_hidden_state
+    handle = head.register_forward_hook(mark)
+    try:
+        logits = model(**inputs).logits
+    finally:
+        handle.remove()
+    marks = mark(head, (hidden,), logits)
+    return torch.equal(seen[0], hidden) and torch.equal(logits, marks)
+
+
+# ---- what is kept --------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _apart() -> Iterator[None]:
+    """Leave the random state, the gradient mode and autocast of the process alone."""
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.device("cpu"),
+    ):
+        yield
+
+
+def _is_cuda(device: torch.device | None) -> bool:
+    return device is not None and device.type == "cuda"
+
+
+def _key(kind: type, config: PretrainedConfig, wished: str, device: torch.device | None) -> str:
+    """Return a hash of all that a proof hangs on."""
+    digest = hashlib.sha256()
+    left_out = ("_name_or_path", "name_or_path", "transformers_version", "quantization_config", "dtype")
+    plain = {name: value for name, value in config.to_dict().items() if name not in left_out}
+    at = device.type if device is not None and wished in ("flash_attention_2", "flex_attention") else ""
+    versions = (torch.__version__, transformers.__version__)
+    said = (f"{kind.__module__}.{kind.__qualname__}", plain, wished, at, versions)
+    digest.update(json.dumps(said, sort_keys=True, default=str).encode())
+    own = [Path(__file__).with_name(f"{name}.py") for name in ("attention", "attention_proof", "loss", "miniature")]
+    source = inspect.getsourcefile(kind)
+    for path in [*own, *([Path(source)] if source else [])]:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:40]
+
+
+def _kept(key: str) -> Traits | None:
+    try:
+        return Traits(**json.loads((default_cache_dir() / "proofs" / f"{key}.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _keep(key: str, traits: Traits) -> None:
+    """Write what was found, if it can be written: else the next start finds it out again."""
+    path = default_cache_dir() / "proofs" / f"{key}.json"
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(asdict(traits)))
+        temporary.replace(path)
+    except OSError:
+        return

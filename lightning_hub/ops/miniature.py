@@ -1,0 +1,300 @@
+"""A miniature of a model: its own class and configuration with small sizes, to find out about it by running it.
+
+Sizes shrink, and nothing else: each flag, each kind of layer, each cap, sink and scale stays. Windows, chunks and
+other lengths become shorter than the documents of a proof, so that what they do shows. Whether each kind of layer is
+there is checked against the model itself, which is built without memory for it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+VOCABULARY = 96
+HIDDEN = 64
+HEADS = 4
+HEAD_DIM = 16
+EXPERTS = 8
+REACH = 4
+"""Tokens of a window or a chunk."""
+
+Config = dict[str, Any]
+Size = int | Callable[[int, Config], int]
+
+LAYERS = (
+    "num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers",
+    "num_decoder_layers", "num_encoder_layers", "num_blocks", "depth", "num_layers_per_stack",
+)  # fmt: skip
+"""Under which names configurations say how many layers there are."""
+
+
+class NoMiniatureError(RuntimeError):
+    """A model cannot be built small, or not with every kind of layer that it has."""
+
+
+def _kv_heads(value: int, config: Config) -> int:
+    """Keep whether key-value heads are one, as many as query heads, or groups."""
+    names = ("num_attention_heads", "n_heads", "n_head", "num_heads", "swa_num_attention_heads")
+    heads = {config[name] for name in names if config.get(name)}
+    return 1 if value == 1 else HEADS if value in heads else HEADS // 2
+
+
+def _at_most(limit: int) -> Callable[[int, Config], int]:
+    return lambda value, _: min(value, limit)
+
+
+def _head_dim(value: int, config: Config) -> int:
+    """Some models call that part of a head its size which is rotated, or the whole of both parts."""
+    if value == config.get("qk_rope_head_dim"):
+        return HEAD_DIM // 2
+    return HEAD_DIM * 3 // 2 if "qk_nope_head_dim" in config and value == config.get("qk_head_dim") else HEAD_DIM
+
+
+def _of_hidden(value: int, config: Config) -> int:
+    """Keep how a width relates to that of the model."""
+    hidden = next((config[name] for name in ("hidden_size", "d_model", "n_embd") if config.get(name)), 0)
+    if hidden and value < hidden:
+        return HIDDEN // 2
+    return HIDDEN * (value // hidden) if hidden and value % hidden == 0 else HIDDEN
+
+
+def _linear_key_heads(value: int, config: Config) -> int:
+    return HEADS if value == config.get("linear_num_value_heads", value) else HEADS // 2
+
+
+def _heads(_: int, config: Config) -> int:
+    """Mamba 2 says under this name into how many heads its expanded state is cut."""
+    return HIDDEN * config["expand"] // HEAD_DIM if "expand" in config else HEADS
+
+
+def _wide_head_dim(_: int, config: Config) -> int:
+    return HIDDEN * 2 // HEADS if "attention_hidden_size" in config else HEAD_DIM
+
+
+SIZES: tuple[tuple[str, Size], ...] = (
+    (r"(.*_)?type_vocab_size|pad_vocab_size_multiple|make_ngram_.*", _at_most(8)),
+    (r"(.*_)?vocab_size(_.*)?|ngram_vocab_size_base|vocab_offset|encoder_hash_byte_group_vocab", VOCABULARY),
+    (r"(word_embed_proj_dim|hidden_size|d_model|n_embd|emb_dim|embedding_dim|embedding_size|lru_width|attention_hidden_size"
+     r"|.*_hidden_size|.*embedding_size)", _of_hidden),
+    (r"num_attention_heads|n_heads?|num_heads|attention_heads|.*_attention_heads|linear_num_heads", _heads),
+    (r"linear_num_key_heads", _linear_key_heads),
+    (r"linear_num_value_heads", HEADS),
+    (r"n_mamba_heads", _at_most(2)),
+    (r"(.*_)?num_key_value_heads|num_kv_heads|kv_n_heads|num_query_groups", _kv_heads),
+    (r"attention_head_dim", _wide_head_dim),
+    (r"qk_head_dim", HEAD_DIM * 3 // 2),
+    (r"qk_rope_head_dim|rotary_dim", HEAD_DIM // 2),
+    (r"head_dim|d_head|dim_head|attention_head_size|d_kv|.*_head_dim|kv_channels|head_size", _head_dim),
+    (r".*intermediate_size.*|.*ffn_(hidden_size|dim)|d_ff|dff|dim_ff|feed_forward_size|d_inner", _of_hidden),
+    (r".*_lora_rank|.*_rank", _at_most(HEAD_DIM)),
+    (r"n_routed_experts|(.*_)?num_(local_)?experts|zero_expert_num", _at_most(EXPERTS)),
+    (r"num_experts_per_tok(en)?|moe_(top)?_?k|top_k_experts", _at_most(2)),
+    (r"n_group|num_expert_group", _at_most(2)),
+    (r"topk_group", _at_most(1)),
+    (r"(?!max_window_layers|.*_pattern|.*window_every).*(window|chunk)(_size|_len|_length|size|$)|.*chunk_size"
+     r"|block_size|index_(topk|block_size|topk_blocks)|rel_extent|.*max_distance|local_attention|.*_n_floor"
+     r"|floor_scale|original_max_position_embeddings", _at_most(REACH)),
+    (r"max_position_embeddings|n_positions|n_ctx|max_seq_len|max_(source|target)_positions|context_length"
+     r"|model_max_length|num_position_embeddings", _at_most(128)),
+    (r"mamba_d_state|ssm_state_size|state_size|.*_size_per_layer_input", _at_most(HEAD_DIM)),
+    (r"mamba_n_heads|mamba_num_heads", HEADS * 2),
+    (r"mamba_d_head|mamba_head_dim", HEAD_DIM),
+    (r"mamba_headdim", HIDDEN),
+    (r"n_groups|mamba_n_groups|mamba_ngroups", _at_most(2)),
+    (r"mamba_d_ssm", HIDDEN * 2),
+)  # fmt: skip
+"""Names of sizes, whole, and what they become; the first that fits is taken."""
+
+
+def miniature_of(kind: type[PreTrainedModel], config: PretrainedConfig, attn_implementation: str) -> PreTrainedModel:
+    """Return a small model of a class with every kind of module that the configuration's own model has.
+
+    Args:
+        kind: The class of the model.
+        config: The configuration of the model; not changed.
+        attn_implementation: A name that transformers knows, ours included.
+
+    It draws from torch's random state.
+
+    Raises:
+        NoMiniatureError: It cannot be built.
+    """
+    try:
+        whole = kinds_of(_without_memory(kind, config))
+        layers = max([*_counts(config.to_dict()), 2])
+    except Exception as error:  # models check their configurations themselves: anything can be raised
+        raise NoMiniatureError(_reason(error)) from error
+    failure: Exception | None = None
+    for count in _growing(layers):
+        try:
+            small = shrink(config, count)
+            if count < layers and not whole <= kinds_of(_without_memory(kind, small)):
+                continue
+            small._attn_implementation = attn_implementation
+            torch.manual_seed(0)
+            model = kind(small)
+        except Exception as error:
+            failure = error
+        else:
+            enlarge(model)
+            return model
+    raise NoMiniatureError(_reason(failure) if failure else "not every kind of layer is there") from failure
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _growing(layers: int) -> list[int]:
+    counts = [2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]
+    return [count for count in counts if count < layers] + [layers]
+
+
+def _without_memory(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+    plain = type(config).from_dict(_plain(config))
+    plain._attn_implementation = "eager"
+    with torch.device("meta"), no_init_weights():
+        return kind(plain)
+
+
+def _plain(config: PretrainedConfig) -> Config:
+    """Return the configuration without what is said about how its weights are stored."""
+    return {name: value for name, value in config.to_dict().items() if name not in ("quantization_config", "dtype")}
+
+
+def kinds_of(model: nn.Module) -> set[tuple[str, str, tuple[tuple[str, object], ...]]]:
+    """Return the kinds of modules: where they stand, whatever the layer, their class, and their flags."""
+    found = set()
+    for path, module in model.named_modules():
+        flags = {name: value for name, value in vars(module).items() if not name.startswith("_") and name != "training"}
+        plain = tuple(
+            sorted((name, value) for name, value in flags.items() if value is None or isinstance(value, (bool, str)))
+        )
+        found.add((re.sub(r"\d+", "*", path), type(module).__qualname__, plain))
+    return found
+
+
+def shrink(config: PretrainedConfig, layers: int) -> PretrainedConfig:
+    """Return a configuration of the same class with small sizes.
+
+    Args:
+        config: What is made small; not changed.
+        layers: How many layers each stack keeps at most.
+    """
+    return cast("PretrainedConfig", type(config).from_dict(_shrunk(_plain(config), layers)))
+
+
+def _counts(config: Config) -> list[int]:
+    """Return the numbers of layers of a configuration and those inside it."""
+    own = [config[name] for name in LAYERS if isinstance(config.get(name), int)]
+    return own + [count for value in config.values() if isinstance(value, dict) for count in _counts(value)]
+
+
+def _shrunk(config: Config, layers: int) -> Config:
+    counts = {config[name] for name in LAYERS if isinstance(config.get(name), int)}
+    depth = max(counts, default=0)
+    kept = _representatives(config, depth, layers)
+    small: Config = {}
+    for name, value in config.items():
+        if name in LAYERS and isinstance(value, int):
+            small[name] = len(kept) if value == depth else max(1, value * len(kept) // depth)
+        elif name == "per_layer_config" and isinstance(value, dict):
+            small[name] = {
+                kept.index(int(index)): _shrunk(own, layers) for index, own in value.items() if int(index) in kept
+            }
+        elif isinstance(value, dict) and name not in ("id2label", "label2id"):
+            small[name] = _rope(value, config) if "rope" in name else _shrunk(value, layers)
+        elif isinstance(value, (list, tuple)) and depth:
+            small[name] = _of_layers(name, value, depth, kept, config)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            small[name] = _number(name, value, config, depth, len(kept))
+        else:
+            small[name] = value
+    return small
+
+
+def _representatives(config: Config, depth: int, layers: int) -> list[int]:
+    """Return which layers are kept: the first of each kind that the lists of the configuration tell apart."""
+    lists = [value for value in config.values() if isinstance(value, (list, tuple)) and len(value) == depth > 1]
+    seen: dict[str, int] = {}
+    own = config.get("per_layer_config") or {}
+    for index in range(depth):
+        seen.setdefault(str([own.get(index, own.get(str(index))), *(value[index] for value in lists)]), index)
+    firsts = sorted(seen.values())
+    others = [index for index in range(depth) if index not in firsts]
+    return sorted(firsts + others[: max(0, layers - len(firsts))]) if depth else []
+
+
+def _of_layers(name: str, values: Sequence[Any], depth: int, kept: list[int], config: Config) -> list[Any]:
+    """Shrink a list that has an entry for each layer, or holds the places of layers."""
+    if len(values) == depth > 1:
+        return [_entry(name, values[index], config) for index in kept]
+    if re.search(r"(ids|idxs|indexes|indices|layers|moe_layers)$", name) and all(isinstance(v, int) for v in values):
+        return [kept.index(value) for value in values if value in kept]
+    return list(values)
+
+
+def _entry(name: str, value: Any, config: Config) -> Any:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return _number(name.removesuffix("_per_layer"), value, config, 0, 0)
+    return value
+
+
+def _number(name: str, value: float, config: Config, depth: int, kept: int) -> float:
+    if isinstance(value, float):
+        return 0.0 if re.search("drop|jitter", name) else value
+    if name.endswith("token_id") or name.endswith("token_index"):
+        return value if value < VOCABULARY else VOCABULARY - 1 - value % 8
+    if depth and re.search(r"num_kv_shared_layers", name):
+        return min(kept - 1, max(1, value * kept // depth)) if value else 0
+    if depth and re.search(r"layer_(start|end)_index|max_window_layers", name):
+        return min(value, kept - 1)
+    if value > 1:
+        for pattern, size in SIZES:
+            if re.fullmatch(pattern, name):
+                return size if isinstance(size, int) else size(value, config)
+    return value
+
+
+def _rope(rope: Config, config: Config) -> Config:
+    """Shorten what rotary embeddings say about lengths, so that documents are longer than they."""
+    small: Config = {}
+    for name, value in rope.items():
+        if isinstance(value, dict):
+            small[name] = _rope(value, config)
+        elif name == "original_max_position_embeddings":
+            small[name] = REACH * 2
+        elif name in ("short_factor", "long_factor") and isinstance(value, (list, tuple)):
+            small[name] = list(value[: HEAD_DIM // 2])
+        else:
+            small[name] = value
+    return small
+
+
+@torch.no_grad()
+def enlarge(model: nn.Module) -> None:
+    """Give weights sizes at which each layer changes the result, as it does in a trained model.
+
+    Matrices are drawn around zero, at the inverse root of their inputs; what starts at a constant (norms, biases,
+    sinks, gates) is moved away from it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if not parameter.is_floating_point() or parameter.numel() == 0:
+            continue
+        noise = torch.randn(parameter.shape, generator=generator)
+        spread, mean = parameter.float().std(correction=0), parameter.float().mean().abs()
+        if not torch.isfinite(parameter).all():
+            parameter.copy_(noise * 0.1)
+        elif parameter.ndim < 2 or mean > spread:
+            parameter.add_(noise * 0.1)
+        else:
+            wanted = parameter.shape[-1] ** -0.5
+            if spread < wanted:
+                parameter.copy_(noise * wanted)
