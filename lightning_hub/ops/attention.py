@@ -104,7 +104,8 @@ def packed_attention(
         )
         for start, end in pairwise(borders)
     ]
-    return torch.cat(parts, dim=2).transpose(1, 2), None
+    # Contiguous, as transformers' own are: some models look at the result in another shape.
+    return torch.cat([part.transpose(1, 2) for part in parts], dim=1), None
 
 
 def _in_compute_dtype(*states: Tensor) -> tuple[Tensor, ...]:

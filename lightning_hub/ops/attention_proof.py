@@ -14,7 +14,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -26,7 +25,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from lightning_hub.errors import ConfigError
 from lightning_hub.ops.attention import PACKED
 from lightning_hub.ops.loss import LossHead, Traits, accepted_by, inputs_of
-from lightning_hub.ops.miniature import VOCABULARY, NoMiniatureError, miniature_of
+from lightning_hub.ops.miniature import VOCABULARY, NoMiniatureError, build, small_config
 from lightning_hub.ops.rows import Row
 from lightning_hub.runs.folder import default_cache_dir
 
@@ -51,6 +50,7 @@ class Reference:
     """What a miniature gives with its eager attention, one document a forward.
 
     Attributes:
+        config: The configuration of the miniature.
         model: The miniature.
         documents: Its documents, ids of shape ``(length,)``.
         logits: Those of all documents, shape ``(tokens, vocabulary)``.
@@ -60,6 +60,7 @@ class Reference:
         adds_to_loss: Whether the model's own loss has further terms.
     """
 
+    config: PretrainedConfig
     model: PreTrainedModel
     documents: list[Tensor]
     logits: Tensor
@@ -140,24 +141,27 @@ def _find(kind: type[PreTrainedModel], config: PretrainedConfig, wished: str, de
                 where=KEY,
                 remedy="take auto or eager",
             ) from error
-        return Traits("eager", is_linear=False, is_packable=False, reason=f"no small model of it can be built ({error})")
+        reason = f"no small model of it can be built ({error})"
+        return Traits("eager", is_linear=False, is_packable=False, reason=reason)
     _check_causal(reference)
-    reason = ""
-    for attention, packed in _candidates(wished):
-        found = None
+    failures: list[str] = []
+    for attention, is_packed in _candidates(wished):
+        failure = ""
         for is_linear in (True, False):
-            traits = Traits(attention, is_linear, packed, reason, reference.adds_to_loss)
+            reason = failures[0] if failures else ""
+            traits = Traits(attention, is_linear, is_packed, reason, reference.adds_to_loss)
             try:
-                _compare(kind, config, reference, traits, device)
+                _compare(reference, traits, device)
             except NotProvenError as error:
-                found = str(error)
+                failure = str(error)
             except Exception as error:  # models fail in ways of their own when they are asked for what they cannot do
-                found = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+                failure = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
             else:
                 return traits
-        reason = reason or f"packed in a row, {found}" if packed else f"{reason}; {attention}: {found}"
+        failures.append(f"packed in a row, {failure}" if is_packed else f"one by one with {attention}, {failure}")
     raise ConfigError(
-        f"{'no attention' if wished == PACKED else wished} gives the numbers of the model's eager attention ({reason})",
+        f"{'no attention' if wished == PACKED else wished} gives the numbers of the model's eager attention: "
+        f"{'; '.join(failures)}",
         where=KEY,
         remedy="take another model" if wished == PACKED else "take auto",
     )
@@ -172,10 +176,11 @@ def _reference(kind: type[PreTrainedModel], config: PretrainedConfig) -> Referen
     Raises:
         NoMiniatureError: It cannot be built or run.
     """
-    model = miniature_of(kind, config, "eager").train()
+    small = small_config(kind, config)
     generator = torch.Generator().manual_seed(1)
     documents = [torch.randint(3, VOCABULARY - 8, (length,), generator=generator) for length in LENGTHS]
     try:
+        model = build(kind, small, "eager").train()
         first, again = (_logits(model, documents) for _ in range(2))
         if not first.equal(again):
             first, again = (_logits(model.eval(), documents) for _ in range(2))
@@ -192,6 +197,7 @@ def _reference(kind: type[PreTrainedModel], config: PretrainedConfig) -> Referen
     loss.backward()
     merged = _logits(model, [torch.cat(documents)])
     return Reference(
+        config=small,
         model=model,
         documents=documents,
         logits=logits.detach(),
@@ -254,26 +260,20 @@ def _check_causal(reference: Reference) -> None:
 # ---- the comparison ------------------------------------------------------------------------------------------------
 
 
-def _compare(
-    kind: type[PreTrainedModel],
-    config: PretrainedConfig,
-    reference: Reference,
-    traits: Traits,
-    device: torch.device | None,
-) -> None:
+def _compare(reference: Reference, traits: Traits, device: torch.device | None) -> None:
     """Compare a way to run the model with the reference.
 
     Raises:
         NotProvenError: Logits, loss or gradients differ.
     """
-    model = miniature_of(kind, config, traits.attention)
+    model = build(type(reference.model), reference.config, traits.attention)
     model.load_state_dict(reference.model.state_dict())
     model.train(reference.model.training)
     tolerance = TOLERANCE
     if traits.attention == "flash_attention_2" or (traits.attention == "flex_attention" and _is_cuda(device)):
-        model.to(device)  # kernels that a CPU does not have
+        nn.Module.to(model, device)  # kernels that a CPU does not have; its own `to` is typed as no method
         if traits.attention == "flash_attention_2":
-            model.to(torch.bfloat16)
+            nn.Module.to(model, torch.bfloat16)
             tolerance = 0.05
     if traits.is_linear and not ends_in_linear_head(model):
         raise NotProvenError("the head is more than one linear layer")

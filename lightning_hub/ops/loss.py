@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -87,7 +87,7 @@ class LossHead:
             return self._fused(row)
         places, targets = trained_places(row.labels)
         inputs = inputs_of(self.model, row, self.traits.is_packable)
-        if "logits_to_keep" in _parameters(type(self.model)):
+        if "logits_to_keep" in _parameters(self.model.__class__.forward):
             logits = self.model(**inputs, logits_to_keep=places).logits[0]
         else:
             logits = self.model(**inputs).logits[0].index_select(0, places)
@@ -208,10 +208,10 @@ def inputs_of(model: PreTrainedModel, row: Row, packed: bool = True) -> dict[str
 
 def accepted_by(model: PreTrainedModel, **options: Any) -> dict[str, Any]:
     """Return those of some options that the forward of a model takes."""
-    known = _parameters(type(model))
+    known = _parameters(model.__class__.forward)
     return {name: value for name, value in options.items() if name in known or "kwargs" in known}
 
 
 @cache
-def _parameters(kind: type[PreTrainedModel]) -> frozenset[str]:
-    return frozenset(inspect.signature(kind.forward).parameters)
+def _parameters(forward: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)

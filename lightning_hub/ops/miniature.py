@@ -8,8 +8,10 @@ there is checked against the model itself, which is built without memory for it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import nn
@@ -112,18 +114,15 @@ SIZES: tuple[tuple[str, Size], ...] = (
 """Names of sizes, whole, and what they become; the first that fits is taken."""
 
 
-def miniature_of(kind: type[PreTrainedModel], config: PretrainedConfig, attn_implementation: str) -> PreTrainedModel:
-    """Return a small model of a class with every kind of module that the configuration's own model has.
+def small_config(kind: type[PreTrainedModel], config: PretrainedConfig) -> PretrainedConfig:
+    """Return a configuration with small sizes and every kind of module that the model of another has.
 
     Args:
         kind: The class of the model.
         config: The configuration of the model; not changed.
-        attn_implementation: A name that transformers knows, ours included.
-
-    It draws from torch's random state.
 
     Raises:
-        NoMiniatureError: It cannot be built.
+        NoMiniatureError: There is none.
     """
     try:
         whole = kinds_of(_without_memory(kind, config))
@@ -134,17 +133,29 @@ def miniature_of(kind: type[PreTrainedModel], config: PretrainedConfig, attn_imp
     for count in _growing(layers):
         try:
             small = shrink(config, count)
-            if count < layers and not whole <= kinds_of(_without_memory(kind, small)):
-                continue
-            small._attn_implementation = attn_implementation
-            torch.manual_seed(0)
-            model = kind(small)
+            if count >= layers or whole <= kinds_of(_without_memory(kind, small)):
+                return small
         except Exception as error:
             failure = error
-        else:
-            enlarge(model)
-            return model
-    raise NoMiniatureError(_reason(failure) if failure else "not every kind of layer is there") from failure
+    assert failure is not None, "with all layers the configuration is returned or raises"
+    raise NoMiniatureError(_reason(failure)) from failure
+
+
+def build(kind: type[PreTrainedModel], small: PretrainedConfig, attn_implementation: str) -> PreTrainedModel:
+    """Return a model with large random weights; it draws from torch's random state.
+
+    Args:
+        kind: Its class.
+        small: Its configuration; not changed.
+        attn_implementation: A name that transformers knows, ours included.
+    """
+    config = deepcopy(small)
+    config.dtype = torch.float32
+    config._attn_implementation = attn_implementation
+    torch.manual_seed(0)
+    model = kind(config)
+    enlarge(model)
+    return model
 
 
 def _reason(error: Exception) -> str:
@@ -170,7 +181,7 @@ def _plain(config: PretrainedConfig) -> Config:
 
 def kinds_of(model: nn.Module) -> set[tuple[str, str, tuple[tuple[str, object], ...]]]:
     """Return the kinds of modules: where they stand, whatever the layer, their class, and their flags."""
-    found = set()
+    found: set[tuple[str, str, tuple[tuple[str, object], ...]]] = set()
     for path, module in model.named_modules():
         flags = {name: value for name, value in vars(module).items() if not name.startswith("_") and name != "training"}
         plain = tuple(
@@ -187,7 +198,7 @@ def shrink(config: PretrainedConfig, layers: int) -> PretrainedConfig:
         config: What is made small; not changed.
         layers: How many layers each stack keeps at most.
     """
-    return cast("PretrainedConfig", type(config).from_dict(_shrunk(_plain(config), layers)))
+    return type(config).from_dict(_shrunk(_plain(config), layers))
 
 
 def _counts(config: Config) -> list[int]:
@@ -221,22 +232,32 @@ def _shrunk(config: Config, layers: int) -> Config:
 
 def _representatives(config: Config, depth: int, layers: int) -> list[int]:
     """Return which layers are kept: the first of each kind that the lists of the configuration tell apart."""
-    lists = [value for value in config.values() if isinstance(value, (list, tuple)) and len(value) == depth > 1]
+    found = {name: value for name, value in config.items() if isinstance(value, (list, tuple))}
+    places = [value for name, value in found.items() if _are_places(name, value)]
+    lists = [value for name, value in found.items() if len(value) == depth > 1 and not _are_places(name, value)]
     seen: dict[str, int] = {}
     own = config.get("per_layer_config") or {}
     for index in range(depth):
-        seen.setdefault(str([own.get(index, own.get(str(index))), *(value[index] for value in lists)]), index)
+        said = [own.get(index, own.get(str(index))), *(value[index] for value in lists)]
+        seen.setdefault(str([said, *(index in value for value in places)]), index)
     firsts = sorted(seen.values())
     others = [index for index in range(depth) if index not in firsts]
     return sorted(firsts + others[: max(0, layers - len(firsts))]) if depth else []
 
 
+def _are_places(name: str, values: Sequence[Any]) -> bool:
+    """Return whether a list holds the places of layers, each once."""
+    whole = all(isinstance(value, int) and not isinstance(value, bool) for value in values)
+    named = re.search(r"(ids|idxs|indexes|indices|layers)$", name)
+    return bool(named) and whole and all(left < right for left, right in pairwise(values))
+
+
 def _of_layers(name: str, values: Sequence[Any], depth: int, kept: list[int], config: Config) -> list[Any]:
     """Shrink a list that has an entry for each layer, or holds the places of layers."""
+    if _are_places(name, values):
+        return [kept.index(value) for value in values if value in kept]
     if len(values) == depth > 1:
         return [_entry(name, values[index], config) for index in kept]
-    if re.search(r"(ids|idxs|indexes|indices|layers|moe_layers)$", name) and all(isinstance(v, int) for v in values):
-        return [kept.index(value) for value in values if value in kept]
     return list(values)
 
 

@@ -11,7 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_hub.ops import attention
 from lightning_hub.ops.attention import PACKED, borders_of, packed_attention
-from lightning_hub.ops.loss import LossHead, inputs_of, keeps_documents_apart
+from lightning_hub.ops.attention_proof import proven_head
+from lightning_hub.ops.loss import inputs_of, keeps_documents_apart
 from lightning_hub.ops.rows import Row
 from tests.ops.models import CONFIGS, documents, make
 
@@ -90,7 +91,7 @@ def forgetful() -> Forgetful:
 @pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize("attention", [PACKED, "eager"])
 def test_the_probe_knows_who_leaks(family: str, attention: str) -> None:
-    head = LossHead(make(family, attention))
+    head = proven_head(make(family, attention))
     leaks = attention == "eager" and family == "gpt-oss, sinks"  # its mask is made without positions
     assert head.traits.is_packable is not leaks
 
@@ -100,10 +101,10 @@ def test_a_model_that_leaks_runs_its_documents_one_by_one(attention: str) -> Non
     model = forgetful()
     assert not keeps_documents_apart(model)
     model.set_attn_implementation(attention)  # under ours it would not even get borders: they are never guessed
-    head = LossHead(model)
+    head = proven_head(model)
     assert model.config._attn_implementation == "sdpa"
     row = Row.pack(documents(*LENGTHS))
-    alone = sum(LossHead(model)(document).item() for document in row.documents())
+    alone = sum(proven_head(model)(document).item() for document in row.documents())
     assert head(row).item() == pytest.approx(alone, rel=1e-6)
 
 

@@ -89,7 +89,7 @@ def directions(model: PreTrainedModel, traits: Traits, config: LoraConfig, steps
         if asked > FORWARDS:
             message = f"the directions of init eva still turn after {FORWARDS} rows"
             raise ConfigError(message, where=INIT, remedy="take another init")
-        model(**inputs_of(model, row))
+        model(**inputs_of(model, row, traits.is_packable))
 
     plain = LoraConfig(
         r=config.r,
