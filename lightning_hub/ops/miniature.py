@@ -55,7 +55,8 @@ def _head_dim(value: int, config: Config) -> int:
     """Some models call that part of a head its size which is rotated, or the whole of both parts."""
     if value == config.get("qk_rope_head_dim"):
         return HEAD_DIM // 2
-    return HEAD_DIM * 3 // 2 if "qk_nope_head_dim" in config and value == config.get("qk_head_dim") else HEAD_DIM
+    both = (config.get("qk_nope_head_dim") or 0) + (config.get("qk_rope_head_dim") or 0)
+    return HEAD_DIM * 3 // 2 if value == both else HEAD_DIM
 
 
 def _of_hidden(value: int, config: Config) -> int:
@@ -82,7 +83,7 @@ def _wide_head_dim(_: int, config: Config) -> int:
 SIZES: tuple[tuple[str, Size], ...] = (
     (r"(.*_)?type_vocab_size|pad_vocab_size_multiple|make_ngram_.*", _at_most(8)),
     (r"(.*_)?vocab_size(_.*)?|ngram_vocab_size_base|vocab_offset|encoder_hash_byte_group_vocab", VOCABULARY),
-    (r"(word_embed_proj_dim|hidden_size|d_model|n_embd|emb_dim|embedding_dim|embedding_size|lru_width|attention_hidden_size"
+    (r"(word_embed_proj_dim|hidden_size|d_model|n_embd|emb_dim|embedding_dim|embedding_size|lru_width|attention_hidden_size|hidden_size_global"
      r"|.*_hidden_size|.*embedding_size)", _of_hidden),
     (r"num_attention_heads|n_heads?|num_heads|attention_heads|.*_attention_heads|linear_num_heads", _heads),
     (r"linear_num_key_heads", _linear_key_heads),
@@ -133,11 +134,13 @@ def small_config(kind: type[PreTrainedModel], config: PretrainedConfig) -> Pretr
     for count in _growing(layers):
         try:
             small = shrink(config, count)
-            if count >= layers or whole <= kinds_of(_without_memory(kind, small)):
+            if whole <= (found := kinds_of(_without_memory(kind, small))):
                 return small
+            missing = ", ".join(sorted({name for _, name, _ in whole - found}))
+            failure = NotImplementedError(f"of its kinds of modules these are missing: {missing}")
         except Exception as error:
             failure = error
-    assert failure is not None, "with all layers the configuration is returned or raises"
+    assert failure is not None, "some number of layers was tried"
     raise NoMiniatureError(_reason(failure)) from failure
 
 
