@@ -161,6 +161,7 @@ class SFT(LightningModule):
         """Return how the model is run, before its weights are read: what it cannot do is never tried on them."""
         with torch.device("meta"):
             outline = self.pretrained.skeleton(dtype=torch.float32, attn_implementation="eager")
+        self.pretrained.check_part(outline.config)
         return prove(type(outline), outline.config, self.attn_implementation, self.trainer.strategy.root_device)
 
     def _load(self, attention: str) -> PreTrainedModel:

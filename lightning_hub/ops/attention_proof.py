@@ -55,6 +55,7 @@ class Reference:
         documents: Its documents, ids of shape ``(length,)``.
         logits: Those of all documents, shape ``(tokens, vocabulary)``.
         loss: Summed cross-entropy over all documents.
+        evaluated: The same sum in evaluation, where models may take other ways.
         gradients: Of that sum, by name of the parameter; zeros where there is none.
         leak: How much the logits differ if the documents are run as one.
         adds_to_loss: Whether the model's own loss has further terms.
@@ -65,6 +66,7 @@ class Reference:
     documents: list[Tensor]
     logits: Tensor
     loss: Tensor
+    evaluated: Tensor
     gradients: dict[str, Tensor]
     leak: float
     adds_to_loss: bool
@@ -107,10 +109,16 @@ def traits_of(model: PreTrainedModel) -> Traits:
 def settle(model: PreTrainedModel, proven: Traits) -> Traits:
     """Set a model's attention to what was proven, and return what holds for this model.
 
-    Methods may have put something in the place of its output layer: then it makes its logits itself.
+    Methods may have put something in the place of its output layer: then it makes its logits itself. A model of which
+    no small one could be built is tried itself, on a few short documents.
+
+    Raises:
+        ConfigError: It fails on them, or its logits depend on later tokens.
     """
     if model.config._attn_implementation != proven.attention:
         model.set_attn_implementation(proven.attention)
+    if not proven.is_proven:
+        _try(model)
     return replace(proven, is_linear=proven.is_linear and has_plain_head(model))
 
 
@@ -136,14 +144,14 @@ def _find(kind: type[PreTrainedModel], config: PretrainedConfig, wished: str, de
     except NoMiniatureError as error:
         if wished not in (PACKED, "eager"):
             raise ConfigError(
-                f"{wished} cannot be compared with the model's eager attention: no small model of it can be built "
+                f"{wished} cannot be compared with the model's eager attention: no small model of it can be run "
                 f"({error})",
                 where=KEY,
                 remedy="take auto or eager",
             ) from error
-        reason = f"no small model of it can be built ({error})"
-        return Traits("eager", is_linear=False, is_packable=False, reason=reason)
-    _check_causal(reference)
+        reason = f"no small model of it can be run ({error})"
+        return Traits("eager", is_linear=False, is_packable=False, reason=reason, is_proven=False)
+    _check_causal(reference.model, reference.documents[-1], reference.logits[-LENGTHS[-1] :])
     failures: list[str] = []
     for attention, is_packed in _candidates(wished):
         failure = ""
@@ -177,8 +185,7 @@ def _reference(kind: type[PreTrainedModel], config: PretrainedConfig) -> Referen
         NoMiniatureError: It cannot be built or run.
     """
     small = small_config(kind, config)
-    generator = torch.Generator().manual_seed(1)
-    documents = [torch.randint(3, VOCABULARY - 8, (length,), generator=generator) for length in LENGTHS]
+    documents = _documents()
     try:
         model = build(kind, small, "eager").train()
         first, again = (_logits(model, documents) for _ in range(2))
@@ -193,25 +200,43 @@ def _reference(kind: type[PreTrainedModel], config: PretrainedConfig) -> Referen
             remedy="take another model",
         )
     logits = _logits(model, documents, grad=True)
-    loss = sum((_loss(part, ids) for part, ids in zip(logits.split(LENGTHS), documents, strict=True)), torch.zeros(()))
+    loss = _sum_of_losses(logits, documents)
     loss.backward()
     merged = _logits(model, [torch.cat(documents)])
+    training = model.training
+    try:
+        evaluated = _logits(model.eval(), documents)
+    except Exception as error:
+        reason = f"in evaluation, {type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        raise NoMiniatureError(reason) from error
+    model.train(training)
     return Reference(
         config=small,
         model=model,
         documents=documents,
         logits=logits.detach(),
         loss=loss.detach(),
+        evaluated=_sum_of_losses(evaluated, documents),
         gradients=_gradients(model),
         leak=_difference(merged, first),
         adds_to_loss=_adds_to_loss(model, documents[0], first[: LENGTHS[0]]),
     )
 
 
+def _documents() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, VOCABULARY - 8, (length,), generator=generator) for length in LENGTHS]
+
+
 def _logits(model: PreTrainedModel, documents: list[Tensor], grad: bool = False) -> Tensor:
     with torch.set_grad_enabled(grad):
         options = accepted_by(model, use_cache=False)
         return torch.cat([model(input_ids=ids.unsqueeze(0), **options).logits[0].float() for ids in documents])
+
+
+def _sum_of_losses(logits: Tensor, documents: list[Tensor]) -> Tensor:
+    parts = zip(logits.split(LENGTHS), documents, strict=True)
+    return torch.stack([_loss(part, ids) for part, ids in parts]).sum()
 
 
 def _loss(logits: Tensor, ids: Tensor) -> Tensor:
@@ -241,15 +266,32 @@ def _adds_to_loss(model: PreTrainedModel, ids: Tensor, logits: Tensor) -> bool:
     return own is not None and abs(float(own) - float(_loss(logits, ids)) / (len(ids) - 1)) > 1e-3
 
 
-def _check_causal(reference: Reference) -> None:
+def _try(model: PreTrainedModel) -> None:
+    """Run a model itself on short documents."""
+    training, size = model.training, model.config.get_text_config().vocab_size
+    documents = [ids.to(model.device) % size for ids in _documents()]
+    try:
+        for mode in (True, False):
+            logits = _logits(model.train(mode), documents)
+    except Exception as error:
+        lengths = ", ".join(str(length) for length in LENGTHS)
+        raise ConfigError(
+            f"the model fails on documents of {lengths} tokens with its own eager attention "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]})",
+            where="model.init_args.model",
+            remedy="see whether its configuration is whole, or give another model",
+        ) from error
+    _check_causal(model, documents[-1], logits[-LENGTHS[-1] :], 0.02)
+    model.train(training)
+
+
+def _check_causal(model: PreTrainedModel, ids: Tensor, before: Tensor, tolerance: float = TOLERANCE) -> None:
     """Refuse a model in which a later token changes an earlier logit."""
-    ids = reference.documents[-1]
-    before = reference.logits[-len(ids) :]
     for place in (len(ids) - 1, len(ids) // 2):
         changed = ids.clone()
         changed[place] = 3 + (ids[place] + 1) % (VOCABULARY - 16)
-        moved = _difference(_logits(reference.model, [changed])[:place], before[:place])
-        if moved > TOLERANCE:
+        moved = _difference(_logits(model, [changed])[:place], before[:place])
+        if moved > tolerance:
             raise ConfigError(
                 f"the model is not causal: its logits depend on later tokens (they move by {moved:.0e})",
                 where="model.init_args.model",
@@ -285,14 +327,22 @@ def _compare(reference: Reference, traits: Traits, device: torch.device | None) 
             logits = model(**inputs_of(model, row)).logits[0].float().cpu()
         if not (off := _difference(logits, reference.logits)) <= tolerance:
             raise NotProvenError(f"logits are off by {off:.0e}")
-    loss = LossHead(model, traits=traits)(row)
+    head = LossHead(model, traits=traits)
+    loss = head(row)
     loss.backward()
-    off = float((loss.detach().cpu() - reference.loss).abs() / reference.loss)
-    if not off <= tolerance:
-        raise NotProvenError(f"the loss is off by {off:.0e}")
+    _hold(loss, reference.loss, tolerance, "the loss")
+    with torch.no_grad():
+        model.eval()
+        _hold(head(row), reference.evaluated, tolerance, "the loss in evaluation")
     name, off = _worst(_gradients(model), reference.gradients)
     if not off <= tolerance:
         raise NotProvenError(f"the gradient of {name} is off by {off:.0e}")
+
+
+def _hold(found: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
+    off = float((found.detach().cpu() - expected).abs() / expected)
+    if not off <= tolerance:
+        raise NotProvenError(f"{what} is off by {off:.0e}")
 
 
 def _worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[str, float]:

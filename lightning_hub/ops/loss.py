@@ -35,6 +35,7 @@ class Traits:
         is_packable: Whether a row is one forward; else each document of it is.
         reason: Why rows are not packed.
         adds_to_loss: Whether the model's own loss has terms beside the cross-entropy, such as that of a router.
+        is_proven: Whether a miniature was compared; else the model is run as its own eager attention does.
     """
 
     attention: str
@@ -42,6 +43,7 @@ class Traits:
     is_packable: bool
     reason: str = ""
     adds_to_loss: bool = False
+    is_proven: bool = True
 
 
 class LossHead:

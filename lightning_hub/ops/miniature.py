@@ -55,8 +55,13 @@ def _head_dim(value: int, config: Config) -> int:
     """Some models call that part of a head its size which is rotated, or the whole of both parts."""
     if value == config.get("qk_rope_head_dim"):
         return HEAD_DIM // 2
-    both = (config.get("qk_nope_head_dim") or 0) + (config.get("qk_rope_head_dim") or 0)
-    return HEAD_DIM * 3 // 2 if value == both else HEAD_DIM
+    layers = [config, *(config.get("per_layer_config") or {}).values()]
+    wholes = {
+        (layer.get("qk_nope_head_dim") or 0) + (layer.get("qk_rope_head_dim", config.get("qk_rope_head_dim")) or 0)
+        for layer in layers
+        if "qk_nope_head_dim" in config
+    }
+    return HEAD_DIM * 3 // 2 if value in wholes else HEAD_DIM
 
 
 def _of_hidden(value: int, config: Config) -> int:
@@ -91,6 +96,7 @@ SIZES: tuple[tuple[str, Size], ...] = (
     (r"n_mamba_heads", _at_most(2)),
     (r"(.*_)?num_key_value_heads|num_kv_heads|kv_n_heads|num_query_groups", _kv_heads),
     (r"attention_head_dim", _wide_head_dim),
+    (r"qk_nope_head_dim|v_head_dim", HEAD_DIM),
     (r"qk_head_dim", HEAD_DIM * 3 // 2),
     (r"qk_rope_head_dim|rotary_dim", HEAD_DIM // 2),
     (r"head_dim|d_head|dim_head|attention_head_size|d_kv|.*_head_dim|kv_channels|head_size", _head_dim),
@@ -100,7 +106,7 @@ SIZES: tuple[tuple[str, Size], ...] = (
     (r"num_experts_per_tok(en)?|moe_(top)?_?k|top_k_experts", _at_most(2)),
     (r"n_group|num_expert_group", _at_most(2)),
     (r"topk_group", _at_most(1)),
-    (r"(?!max_window_layers|.*_pattern|.*window_every).*(window|chunk)(_size|_len|_length|size|$)|.*chunk_size"
+    (r"(?!max_window_layers|max_inference_chunksize|.*_pattern|.*window_every).*(window|chunk)(_size|_len|_length|size|$)|.*chunk_size"
      r"|block_size|index_(topk|block_size|topk_blocks)|rel_extent|.*max_distance|local_attention|.*_n_floor"
      r"|floor_scale|original_max_position_embeddings", _at_most(REACH)),
     (r"max_position_embeddings|n_positions|n_ctx|max_seq_len|max_(source|target)_positions|context_length"
