@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, cast
 
 import torch
+import torch.distributed
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.nn import functional as F
@@ -81,7 +82,21 @@ class LossHead:
         """
         if self.traits.is_packable:
             return self._loss_of_forward(row)
-        return torch.stack([self._loss_of_forward(document) for document in row.documents()]).sum()
+        return torch.stack([self._loss_of_forward(document) for document in self._documents(row)]).sum()
+
+    def _documents(self, row: Row) -> list[Row]:
+        """Return the documents of a row, and as many without labels as another rank has more.
+
+        Sharded weights are gathered by all ranks together whenever a forward begins: all need the same number.
+        """
+        documents = list(row.documents())
+        if isinstance(self.model, FSDPModule):
+            most = torch.tensor(len(documents), device=row.input_ids.device)
+            torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+            shortest = min(documents, key=lambda document: document.num_tokens)
+            silent = replace(shortest, labels=torch.full_like(shortest.labels, IGNORED))
+            documents += [silent] * (int(most) - len(documents))
+        return documents
 
     def _loss_of_forward(self, row: Row) -> Tensor:
         """Return the loss of what one forward takes: a row, or one document of it."""
