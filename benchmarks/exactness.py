@@ -100,7 +100,14 @@ def _routes(device: str, dtype: torch.dtype) -> list[tuple[str, Tensor | None]]:
 def _packed(cumulative: Tensor | None, window: int | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return packed_attention(
-            nn.Module(), query, key, value, None, borders=_borders(), cu_seqlens=cumulative, sliding_window=window
+            nn.Module(),
+            query,
+            key,
+            value,
+            None,
+            borders=_borders(),
+            packed_cu_seqlens=cumulative,
+            sliding_window=window,
         )[0]
 
     return attend

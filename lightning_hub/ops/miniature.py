@@ -81,6 +81,11 @@ def _heads(_: int, config: Config) -> int:
     return HIDDEN * config["expand"] // HEAD_DIM if "expand" in config else HEADS
 
 
+def _positions(value: int, config: Config) -> int:
+    """Rotary embeddings of this type change with documents that are longer than what the model was made for."""
+    return min(value, REACH * 2 if "'dynamic'" in str(config.get("rope_parameters")) else 128)
+
+
 def _wide_head_dim(_: int, config: Config) -> int:
     return HIDDEN * 2 // HEADS if "attention_hidden_size" in config else HEAD_DIM
 
@@ -108,8 +113,10 @@ SIZES: tuple[tuple[str, Size], ...] = (
     (r"topk_group", _at_most(1)),
     (r"(?!max_window_layers|max_inference_chunksize|.*_pattern|.*window_every).*(window|chunk)(_size|_len|_length|size|$)|.*chunk_size"
      r"|block_size|index_(topk|block_size|topk_blocks)|rel_extent|.*max_distance|local_attention|.*_n_floor"
-     r"|floor_scale|original_max_position_embeddings", _at_most(REACH)),
-    (r"max_position_embeddings|n_positions|n_ctx|max_seq_len|max_(source|target)_positions|context_length"
+     r"|floor_scale", _at_most(REACH)),
+    (r"original_max_position_embeddings", _at_most(REACH * 2)),
+    (r"max_position_embeddings", _positions),
+    (r"n_positions|n_ctx|max_seq_len|max_(source|target)_positions|context_length"
      r"|model_max_length|num_position_embeddings", _at_most(128)),
     (r"mamba_d_state|ssm_state_size|state_size|.*_size_per_layer_input", _at_most(HEAD_DIM)),
     (r"mamba_n_heads|mamba_num_heads", HEADS * 2),

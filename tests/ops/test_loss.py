@@ -9,7 +9,7 @@ from lightning_hub.ops.attention import PACKED
 from lightning_hub.ops.attention_proof import proven_head
 from lightning_hub.ops.loss import linear_cross_entropy
 from lightning_hub.ops.rows import Row
-from tests.ops.models import CONFIGS, documents, make
+from tests.ops.models import CONFIGS, LEAKING, documents, make
 
 
 def _reference(
@@ -25,7 +25,7 @@ def _reference(
     return total.item(), [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", [*CONFIGS, *LEAKING])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_loss_and_gradients_equal_full_logits(family: str, smoothing: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss, "CHUNK", 5)  # several chunks, the last one partial
