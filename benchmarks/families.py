@@ -9,14 +9,17 @@ transformers' own model: eager attention, one document a forward, float32 on the
 from __future__ import annotations
 
 import argparse
+import re
 import tempfile
 import warnings
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.nn import functional as F
@@ -32,9 +35,18 @@ from lightning_hub.ops.loss import accepted_by
 from lightning_hub.ops.miniature import VOCABULARY, NoMiniatureError, build, shrink, small_config
 from lightning_hub.ops.rows import IGNORED, Row, Step
 
+BEGIN, END = "<!-- begin of the table -->", "<!-- end of the table -->"
+
+TRACEBACK = "TRACEBACK"
+
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"
 
 DECODER = {"is_decoder": True}
+
+QWEN4 = {
+    "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 256, "indexer_budget": 8,
+    "indexer_compress_ratio": 4,
+}  # fmt: skip
 
 OPTIONS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
@@ -59,8 +71,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
     "ministral": {"head_dim": 128},
     "nemotron": {"num_key_value_heads": 8, "head_dim": 128},
-    "qwen4_exp_text": {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 256, "indexer_budget": 8,
-                       "indexer_compress_ratio": 4},
+    "qwen4_exp": {"text_config": QWEN4},
+    "qwen4_exp_text": QWEN4,
     "reformer": {**DECODER, "hash_seed": 1, "axial_pos_embds": False},
     "xlm": {"causal": True},
     "xlnet": {"attn_type": "uni"},
@@ -234,23 +246,56 @@ def outcome_of(family: str, attention: str = "auto") -> Outcome:
         return Outcome(family, way, traits.reason, errors)
 
 
+def outcomes(families: Iterable[str], attention: str = "auto") -> Iterator[Outcome]:
+    """Yield what comes of each family; a traceback is an outcome too."""
+    for family in families:
+        try:
+            yield outcome_of(family, attention)
+        except Exception as error:
+            yield Outcome(family, TRACEBACK, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+
+
+def table(found: Sequence[Outcome]) -> str:
+    """Return the table of the page."""
+    lines = [
+        f"<!-- torch {torch.__version__.split('+')[0]}, transformers {transformers.__version__} -->",
+        "",
+        "| Family | Rows | Losses | Gradients | Logits after training | Export | Why |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for outcome in found:
+        errors = [f"{outcome.errors[name]:.0e}" if outcome.errors else "" for name in ("losses", "gradients", "logits")]
+        export = "" if not outcome.errors else "equal" if outcome.errors["export"] == 0 else "differs"
+        reason = re.sub(r"^model\.init_args\.model: ", "", outcome.reason).replace("|", "/")
+        reason = re.sub(r"/tmp/\S+", "the folder", reason)
+        lines.append(f"| `{outcome.family}` | {outcome.way} | {' | '.join(errors)} | {export} | {reason} |")
+    ways = Counter(outcome.way for outcome in found)
+    said = ", ".join(f"{count} {way}" for way, count in sorted(ways.items(), key=lambda item: (-item[1], item[0])))
+    return "\n".join([*lines, "", f"{len(found)} families: {said}.", ""])
+
+
+def write_page(found: Sequence[Outcome]) -> None:
+    """Put the table into the page, in the place of the one that is there."""
+    before, rest = PAGE.read_text().split(BEGIN)
+    PAGE.write_text(f"{before}{BEGIN}\n{table(found)}{END}{rest.split(END)[1]}")
+
+
 def main() -> None:
     """Print an outcome a line, and write the page if asked."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("families", nargs="*", help="names of families; all if none is given")
     parser.add_argument("--attention", default="auto", help="attn_implementation of SFT")
+    parser.add_argument("--write", action="store_true", help="write the table of docs/models.md")
     given = parser.parse_args()
     warnings.filterwarnings("ignore")
     transformers_logging.set_verbosity_error()
-    for family in given.families or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        try:
-            outcome = outcome_of(family, given.attention)
-        except Exception as error:
-            if len(given.families) == 1:
-                raise
-            outcome = Outcome(family, "TRACEBACK", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+    found = []
+    for outcome in outcomes(given.families or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, given.attention):
+        found.append(outcome)
         errors = " ".join(f"{name} {error:.0e}" for name, error in outcome.errors.items())
         print(f"{outcome.family:24s} {outcome.way:18s} {errors:60s} {outcome.reason}", flush=True)
+    if given.write:
+        write_page(found)
 
 
 if __name__ == "__main__":
