@@ -36,6 +36,8 @@ class Traits:
         is_packable: Whether a row is one forward; else each document of it is.
         reason: Why rows are not packed.
         adds_to_loss: Whether the model's own loss has terms beside the cross-entropy, such as that of a router.
+        longest: Rows that hold a longer document than this run one by one, though the model is packable: its rotary
+            embeddings follow the longest document of a forward.
         is_proven: Whether a miniature was compared; else the model is run as its own eager attention does.
     """
 
@@ -44,6 +46,7 @@ class Traits:
     is_packable: bool
     reason: str = ""
     adds_to_loss: bool = False
+    longest: int | None = None
     is_proven: bool = True
 
 
@@ -80,23 +83,23 @@ class LossHead:
         A row without any trained token gives a zero that is still connected to the parameters, so that every rank
         takes part in the reduction of gradients.
         """
-        if self.traits.is_packable:
+        if self.traits.is_packable and self.traits.longest is None:
             return self._loss_of_forward(row)
-        return torch.stack([self._loss_of_forward(document) for document in self._documents(row)]).sum()
+        return torch.stack([self._loss_of_forward(part) for part in self._parts(row)]).sum()
 
-    def _documents(self, row: Row) -> list[Row]:
-        """Return the documents of a row, and as many without labels as another rank has more.
+    def _parts(self, row: Row) -> list[Row]:
+        """Return what is run of a row, a forward each, and as many without labels as another rank has more.
 
         Sharded weights are gathered by all ranks together whenever a forward begins: all need the same number.
         """
-        documents = list(row.documents())
+        parts = parts_of(row, self.traits)
         if isinstance(self.model, FSDPModule):
-            most = torch.tensor(len(documents), device=row.input_ids.device)
+            most = torch.tensor(len(parts), device=row.input_ids.device)
             torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-            shortest = min(documents, key=lambda document: document.num_tokens)
+            shortest = min(row.documents(), key=lambda document: document.num_tokens)
             silent = replace(shortest, labels=torch.full_like(shortest.labels, IGNORED))
-            documents += [silent] * (int(most) - len(documents))
-        return documents
+            parts += [silent] * (int(most) - len(parts))
+        return parts
 
     def _loss_of_forward(self, row: Row) -> Tensor:
         """Return the loss of what one forward takes: a row, or one document of it."""
@@ -117,6 +120,13 @@ class LossHead:
         head = self.model.get_output_embeddings()
         chosen = hidden[0].index_select(0, places)
         return linear_cross_entropy(chosen, head.weight, head.bias, targets, self.label_smoothing)
+
+
+def parts_of(row: Row, traits: Traits) -> list[Row]:
+    """Return the rows that are a forward each: the row itself, or its documents."""
+    if traits.is_packable and (traits.longest is None or max(row.lengths) <= traits.longest):
+        return [row]
+    return list(row.documents())
 
 
 def trained_places(labels: Tensor) -> tuple[Tensor, Tensor]:

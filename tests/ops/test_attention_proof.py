@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,15 @@ from transformers import (
     LlamaModel,
     MixtralConfig,
     MixtralForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
 )
 
 from lightning_hub.errors import ConfigError
-from lightning_hub.ops import attention_proof
+from lightning_hub.ops import attention_proof, reference
 from lightning_hub.ops.attention import PACKED
 from lightning_hub.ops.attention_proof import prove, proven_head, settle, traits_of
-from lightning_hub.ops.loss import Traits, inputs_of
+from lightning_hub.ops.loss import LossHead, Traits, inputs_of
 from lightning_hub.ops.miniature import NoMiniatureError
 from lightning_hub.ops.rows import Row
 from tests.ops.models import CONFIGS, LEAKING, SHAPE, documents, make
@@ -107,6 +106,10 @@ class Evaluating(LlamaForCausalLM):
         self.model = EvaluatingModel(config)
 
 
+def proven_head_of(model: PreTrainedModel, proven: Traits) -> LossHead:
+    return LossHead(model, traits=settle(model, proven))
+
+
 @pytest.mark.parametrize("family", CONFIGS)
 def test_families_that_keep_documents_apart_are_packed(family: str) -> None:
     model = make(family, PACKED)
@@ -141,21 +144,32 @@ def test_evaluation_is_proven_as_well() -> None:
     assert not prove(Evaluating, llama(), PACKED).is_packable
 
 
-@pytest.mark.parametrize(
-    "rope",
-    [
-        {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4},
-        {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "rope_theta": 1e4},
-    ],
-    ids=lambda rope: rope["rope_type"],
-)
-def test_rotary_embeddings_that_follow_the_longest_document_are_not_packed(rope: dict[str, Any]) -> None:
-    """The longest document of a row would say how the others are rotated."""
-    if rope["rope_type"] == "dynamic":
-        assert not prove(LlamaForCausalLM, LlamaConfig(**SHAPE, rope_parameters=rope), PACKED).is_packable
-        return
-    config = Phi3Config(**SHAPE, original_max_position_embeddings=64, rope_parameters=rope)
-    assert not prove(Phi3ForCausalLM, config, PACKED).is_packable
+@pytest.mark.parametrize("attention", [PACKED, "sdpa"])
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rotary_embeddings_that_follow_the_longest_document(kind: str, attention: str) -> None:
+    """The longest document of a row says how the others are rotated, from a length on."""
+    rope: dict[str, Any] = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [3.0, 4.0, 5.0, 6.0], "original_max_position_embeddings": 8}
+    sizes = {**SHAPE, "max_position_embeddings": 8 if kind == "dynamic" else 32}
+    config = LlamaConfig(**sizes, rope_parameters=rope)
+    proven = prove(LlamaForCausalLM, config, attention)
+    assert (proven.attention, proven.is_packable, proven.longest) == (attention, True, 7 if kind == "dynamic" else 8)
+    config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    plain, ours = LlamaForCausalLM(config), LlamaForCausalLM(deepcopy(config))
+    for parameter in plain.parameters():
+        parameter.data *= 10
+    ours.load_state_dict(plain.state_dict())
+    head = proven_head_of(ours, proven)
+    for lengths in ((5, 7, 3), (5, 12, 3), (5, 7, 3)):
+        row = Row.pack(documents(*lengths))
+        expected = proven_head_of(plain, replace(proven, attention="eager", is_packable=False))(row)
+        assert head(row).item() == pytest.approx(expected.item(), rel=1e-5)
+    row, whole = Row.pack(documents(5, 12, 3)), replace(proven, longest=None)
+    expected = proven_head_of(plain, replace(proven, attention="eager", is_packable=False))(row)
+    packed = proven_head_of(ours, whole)(row)
+    assert packed.item() != pytest.approx(expected.item(), rel=1e-4), "the row could be packed"
 
 
 def test_a_head_with_something_behind_it_is_not_fused() -> None:
@@ -277,7 +291,7 @@ def test_the_proof_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
         return inputs
 
     assert prove(LlamaForCausalLM, llama(), PACKED).is_packable
-    monkeypatch.setattr(attention_proof, "inputs_of", wrong)
+    monkeypatch.setattr(reference, "inputs_of", wrong)
     monkeypatch.setattr(attention_proof, "_proven", {})
     monkeypatch.setattr(attention_proof, "_kept", lambda key: None)
     assert not prove(LlamaForCausalLM, llama(), PACKED).is_packable
