@@ -247,7 +247,9 @@ def _rope(rope: Config, config: Config) -> Config:
         elif name == "original_max_position_embeddings":
             small[name] = REACH * 2
         elif name in ("short_factor", "long_factor") and isinstance(value, (list, tuple)):
-            small[name] = list(value[: HEAD_DIM // 2])
+            head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+            count = len(value) * HEAD_DIM // head_dim  # one for each pair of what is rotated of a head
+            small[name] = [value[place * len(value) // count] for place in range(count)]
         else:
             small[name] = value
     return small
