@@ -9,7 +9,7 @@ import pytest
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from benchmarks.families import PAGE, TRACEBACK, Outcome, outcome_of
+from benchmarks.families import BEGIN, END, PAGE, TRACEBACK, Outcome, outcome_of
 
 ROUGH = {"gemma3n_text": 2e-2}
 """Families that amplify rounding: how far logits may be off after three steps."""
@@ -32,7 +32,8 @@ SAMPLE = [
 @cache
 def page() -> dict[str, str]:
     """How rows of each family are run, as the page says."""
-    lines = re.findall(r"^\| `([^`]+)` \| ([^|]+) \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    table = PAGE.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0]
+    lines = re.findall(r"^\| `([^`]+)` \| ([^|]+) \|", table, re.MULTILINE)
     return dict(lines)
 
 
