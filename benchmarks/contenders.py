@@ -29,7 +29,7 @@ from lightning_hub.data.module import ChatData
 from lightning_hub.data.steps import StepLoader
 from lightning_hub.models.pretrained import Pretrained
 from lightning_hub.ops.attention import PACKED, borders_of
-from lightning_hub.ops.loss import LossHead
+from lightning_hub.ops.attention_proof import proven_head
 from lightning_hub.ops.rows import Row, Step
 
 RANK, ALPHA = 16, 32
@@ -69,7 +69,7 @@ def _fit(work: Path, steps: int, tokens: int, out: Path, method: str, *flags: st
 def raw(work: Path, steps: int, tokens: int, out: Path) -> None:
     """Train with a bare loop and the same kernels."""
     model = _load(work)
-    _loop(model, LossHead(model), _steps(work, steps, tokens), out)
+    _loop(model, proven_head(model), _steps(work, steps, tokens), out)
 
 
 def lora_raw(work: Path, steps: int, tokens: int, out: Path) -> None:
@@ -77,7 +77,7 @@ def lora_raw(work: Path, steps: int, tokens: int, out: Path) -> None:
     model = _load(work)
     torch.manual_seed(42)  # as the command line seeds itself
     get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"))
-    _loop(model, LossHead(model), _steps(work, steps, tokens), out)
+    _loop(model, proven_head(model), _steps(work, steps, tokens), out)
 
 
 def raw_full_logits(work: Path, steps: int, tokens: int, out: Path) -> None:

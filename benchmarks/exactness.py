@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.records import table
 from lightning_hub.ops.attention import PACKED, borders_of, packed_attention
-from lightning_hub.ops.loss import LossHead
+from lightning_hub.ops.attention_proof import proven_head
 from lightning_hub.ops.rows import Row
 
 LENGTHS = (1, 300, 7, 128, 1000, 64)
@@ -100,7 +100,14 @@ def _routes(device: str, dtype: torch.dtype) -> list[tuple[str, Tensor | None]]:
 def _packed(cumulative: Tensor | None, window: int | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return packed_attention(
-            nn.Module(), query, key, value, None, borders=_borders(), cu_seqlens=cumulative, sliding_window=window
+            nn.Module(),
+            query,
+            key,
+            value,
+            None,
+            borders=_borders(),
+            packed_cu_seqlens=cumulative,
+            sliding_window=window,
         )[0]
 
     return attend
@@ -194,7 +201,7 @@ def _full_logits(model: PreTrainedModel, row: Row) -> list[Tensor]:
 
 
 def _fused(model: PreTrainedModel, row: Row) -> list[Tensor]:
-    head = LossHead(model)
+    head = proven_head(model)
     assert head.traits.is_linear, "this architecture ends in one linear layer"
     assert head.traits.is_packable, "this architecture keeps documents apart"
     return _gradients(model, head(row))

@@ -31,7 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lightning_hub.data.samples import Samples
 from lightning_hub.data.steps import Batching, StepPlan
 from lightning_hub.ops.attention import PACKED
-from lightning_hub.ops.loss import LossHead
+from lightning_hub.ops.attention_proof import proven_head
 from lightning_hub.ops.rows import IGNORED
 from lightning_hub.runs.folder import default_cache_dir
 
@@ -124,7 +124,7 @@ class Recipe:
         optimizer = WholeMatrix(parameters, self.rate, self.decay)
         fall = 0.4 * self.steps
         schedule = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 50, (self.steps - step) / fall))
-        head = LossHead(made)
+        head = proven_head(made)
         steps = plan(tasks(self.seed)[0], self.steps * self.batch, self.seed, self.batch, row=512)
         for index in range(self.steps):
             step = steps.step(0, index)

@@ -20,6 +20,7 @@ from lightning_hub.methods.osft.split import split, trained_rank
 from lightning_hub.models.generation import complete
 from lightning_hub.models.pretrained import Pretrained
 from lightning_hub.ops.attention import PACKED
+from lightning_hub.ops.attention_proof import traits_of
 from lightning_hub.ops.loss import Traits
 from lightning_hub.ops.rows import IGNORED
 
@@ -89,7 +90,7 @@ def _room_model(recipe: room.Recipe) -> PreTrainedModel:
 
 @cache
 def _room_traits() -> Traits:
-    return Traits.of(room.Recipe(0).model())
+    return traits_of(room.Recipe(0).model())
 
 
 DOUBLE = Task("double", "Double {word}.", lambda word: word + word)
@@ -142,7 +143,7 @@ def _embedded() -> tuple[Pretrained, PreTrainedModel, Traits]:
     """Return the embedded model in float32, and what is known of it."""
     pretrained = Pretrained("demo")
     model = pretrained.load(dtype=torch.float32, attn_implementation=PACKED)
-    return pretrained, model, Traits.of(model)
+    return pretrained, model, traits_of(model)
 
 
 SCENES: dict[str, Callable[[], Scene]] = {"room": Room, "embedded": Embedded}

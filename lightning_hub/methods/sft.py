@@ -23,6 +23,7 @@ from lightning_hub.methods.schedule import Schedule, Shape
 from lightning_hub.models.generation import Messages, complete
 from lightning_hub.models.pretrained import Pretrained
 from lightning_hub.ops.attention import PACKED
+from lightning_hub.ops.attention_proof import prove, settle
 from lightning_hub.ops.loss import LossHead, Traits
 from lightning_hub.ops.rows import IGNORED, Row, Step
 from lightning_hub.parallel.clipping import clip_by_norm, clip_by_value, total_norm
@@ -140,7 +141,7 @@ class SFT(LightningModule):
             (newer or self.model.gradient_checkpointing_enable)({"use_reentrant": False})
         if self.neftune_alpha is not None:
             Neftune(self.neftune_alpha).attach(self.model)
-        self.loss_head = LossHead(self.model, self.label_smoothing, traits)
+        self.loss_head = LossHead(self.model, self.label_smoothing, traits=traits)
 
     @property
     def num_parameters(self) -> int:
@@ -154,19 +155,29 @@ class SFT(LightningModule):
     def build(self) -> None:
         """Build the model in memory of its own, without reading its weights: something else fills them."""
         with no_init_weights():
-            self.model = self._skeleton()
+            self.model = self._skeleton(None)
         self.model.tie_weights()  # a part of what was left out
 
     def _read(self) -> tuple[PreTrainedModel, Traits]:
-        model = self._load()
+        proven = self._proven()
+        model = self._load(proven.attention)
         self.choose_trainable(model)
-        return model, Traits.of(model)
+        return model, settle(model, proven)
 
-    def _load(self) -> PreTrainedModel:
-        return self.pretrained.load(dtype=self._load_dtype(), attn_implementation=self.attn_implementation)
+    def _proven(self) -> Traits:
+        """Return how the model is run, before its weights are read: what it cannot do is never tried on them."""
+        with torch.device("meta"):
+            outline = self.pretrained.skeleton(dtype=torch.float32, attn_implementation="eager")
+        self.pretrained.check_part(outline.config)
+        return prove(type(outline), outline.config, self.attn_implementation, self.trainer.strategy.root_device)
 
-    def _skeleton(self) -> PreTrainedModel:
-        model = self.pretrained.skeleton(dtype=self._load_dtype(), attn_implementation=self.attn_implementation)
+    def _load(self, attention: str) -> PreTrainedModel:
+        return self.pretrained.load(dtype=self._load_dtype(), attn_implementation=attention)
+
+    def _skeleton(self, traits: Traits | None) -> PreTrainedModel:
+        """Build the model without reading it, to be run as was proven, or not at all."""
+        attention = "eager" if traits is None else traits.attention
+        model = self.pretrained.skeleton(dtype=self._load_dtype(), attn_implementation=attention)
         self.choose_trainable(model)
         return model
 

@@ -68,15 +68,18 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Messages) -> list[int]:
 def _ready_to_speak(model: PreTrainedModel) -> Iterator[None]:
     """Generation needs a cache and a mask, which packed attention refuses: use PyTorch's own meanwhile."""
     attention, training = model.config._attn_implementation, model.training
+    is_changed = attention not in ("sdpa", "eager")
     sampling = {name: getattr(model.generation_config, name) for name in ("temperature", "top_p", "top_k")}
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         model.eval()
-        model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+        if is_changed:
+            model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
         try:
             yield
         finally:
-            model.set_attn_implementation(attention)
+            if is_changed:
+                model.set_attn_implementation(attention)
             model.train(training)
             for name, value in sampling.items():
                 setattr(model.generation_config, name, value)

@@ -98,6 +98,24 @@ class Pretrained:
             raise ConfigError(message, where=KEY, remedy=remedy)
         return config
 
+    def check_part(self, opened: PretrainedConfig) -> None:
+        """Refuse a model of which only a part is opened that could not be opened again by itself.
+
+        Args:
+            opened: The configuration of what is opened.
+
+        Raises:
+            ConfigError: What trains could not be read by anything but its own class.
+        """
+        if opened.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or getattr(opened, "auto_map", None):
+            return
+        raise ConfigError(
+            f"of {self.source} (type {self.config.model_type!r}) transformers opens the part of type "
+            f"{opened.model_type!r}, which AutoModelForCausalLM could not open again after training",
+            where=KEY,
+            remedy="give a causal language model that is whole by itself",
+        )
+
     @property
     def stored_dtype(self) -> torch.dtype:
         """The dtype of its weights on disk; float32 where its configuration says none."""

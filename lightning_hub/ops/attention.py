@@ -33,14 +33,14 @@ class RowBorders(TypedDict):
     """What a model hands on to its attention layers: where the documents of a row lie."""
 
     borders: tuple[int, ...]
-    cu_seqlens: Tensor | None
+    packed_cu_seqlens: Tensor | None
 
 
 def borders_of(row: Row) -> RowBorders:
     """Return the keyword arguments that tell the attention layers where the documents of ``row`` lie."""
     device = row.input_ids.device
     cumulative = torch.tensor(row.borders, dtype=torch.int32, device=device) if device.type == "cuda" else None
-    return RowBorders(borders=row.borders, cu_seqlens=cumulative)
+    return RowBorders(borders=row.borders, packed_cu_seqlens=cumulative)
 
 
 def packed_attention(
@@ -53,7 +53,7 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     borders: tuple[int, ...] | None = None,
-    cu_seqlens: Tensor | None = None,
+    packed_cu_seqlens: Tensor | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -70,7 +70,8 @@ def packed_attention(
         scaling: Factor of the scores; the inverse root of the head size if None.
         dropout: Probability of dropping an attention weight.
         borders: Document borders ``(0, ..., tokens)``.
-        cu_seqlens: The same borders as an int32 tensor on the device of the query (CUDA only).
+        packed_cu_seqlens: The same borders as an int32 tensor on the device of the query (CUDA only). The name is
+            our own: layers of linear attention take ``cu_seqlens`` themselves.
         sliding_window: How many tokens a query sees, itself included.
         softcap: Scores are squashed to ``softcap * tanh(score / softcap)`` (Gemma 2).
         s_aux: One learned sink per head that takes part in the softmax (gpt-oss), shape ``(heads,)``.
@@ -88,8 +89,8 @@ def packed_attention(
         raise BordersLostError("the model hands no keyword arguments on to its attention layers")
     query, key, value = _in_compute_dtype(query, key, value)
     plain = softcap is None and s_aux is None and dropout == 0.0
-    if plain and cu_seqlens is not None and _fits_varlen(query, value, sliding_window):
-        return _varlen_attention(query, key, value, scaling, cu_seqlens, borders, sliding_window), None
+    if plain and packed_cu_seqlens is not None and _fits_varlen(query, value, sliding_window):
+        return _varlen_attention(query, key, value, scaling, packed_cu_seqlens, borders, sliding_window), None
     parts = [
         _document_attention(
             query[:, :, start:end],
@@ -103,7 +104,8 @@ def packed_attention(
         )
         for start, end in pairwise(borders)
     ]
-    return torch.cat(parts, dim=2).transpose(1, 2), None
+    # Contiguous, as transformers' own are: some models look at the result in another shape.
+    return torch.cat([part.transpose(1, 2) for part in parts], dim=1), None
 
 
 def _in_compute_dtype(*states: Tensor) -> tuple[Tensor, ...]:

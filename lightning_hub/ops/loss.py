@@ -6,17 +6,20 @@ chunks, and the gradients of a chunk are made while its logits exist, so that no
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+import torch.distributed
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from lightning_hub.ops.attention import PACKED, BordersLostError, borders_of
+from lightning_hub.ops.attention import PACKED, borders_of
 from lightning_hub.ops.rows import IGNORED, Row
 
 CHUNK = 2048
@@ -25,26 +28,26 @@ CHUNK = 2048
 
 @dataclass(frozen=True)
 class Traits:
-    """What was found out about a model by running it.
+    """How a model is run, as it was proven to be right.
 
     Attributes:
-        attention: The attention implementation that it can use.
+        attention: The attention implementation.
         is_linear: Whether the head is fused with the loss.
-        is_packable: Whether a row is one forward.
+        is_packable: Whether a row is one forward; else each document of it is.
+        reason: Why rows are not packed.
+        adds_to_loss: Whether the model's own loss has terms beside the cross-entropy, such as that of a router.
+        longest: Rows that hold a longer document than this run one by one, though the model is packable: its rotary
+            embeddings follow the longest document of a forward.
+        is_proven: Whether a miniature was compared; else the model is run as its own eager attention does.
     """
 
     attention: str
     is_linear: bool
     is_packable: bool
-
-    @classmethod
-    def of(cls, model: PreTrainedModel) -> Traits:
-        """Find out about a model whose weights are whole; its attention is changed where it must be."""
-        if model.config._attn_implementation == PACKED and not _hands_on_borders(model):
-            model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
-        attention = model.config._attn_implementation
-        assert attention is not None, "models have an attention implementation once they are built"
-        return cls(attention, is_linear=_has_linear_head(model), is_packable=keeps_documents_apart(model))
+    reason: str = ""
+    adds_to_loss: bool = False
+    longest: int | None = None
+    is_proven: bool = True
 
 
 class LossHead:
@@ -58,13 +61,13 @@ class LossHead:
     Args:
         model: A causal language model of transformers.
         label_smoothing: Share of the target that is spread over the whole vocabulary, 0 to 1.
-        traits: What is known about the model; found out if None, which takes whole weights.
+        traits: How the model is run.
     """
 
-    def __init__(self, model: PreTrainedModel, label_smoothing: float = 0.0, traits: Traits | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, label_smoothing: float = 0.0, *, traits: Traits) -> None:
         self.model = model
         self.label_smoothing = label_smoothing
-        self.traits = traits or Traits.of(model)
+        self.traits = traits
         if model.config._attn_implementation != self.traits.attention:
             model.set_attn_implementation(self.traits.attention)
         self._fused: Callable[[Row], Tensor] = self._fused_loss
@@ -80,25 +83,50 @@ class LossHead:
         A row without any trained token gives a zero that is still connected to the parameters, so that every rank
         takes part in the reduction of gradients.
         """
-        if self.traits.is_packable:
+        if self.traits.is_packable and self.traits.longest is None:
             return self._loss_of_forward(row)
-        return torch.stack([self._loss_of_forward(document) for document in row.documents()]).sum()
+        return torch.stack([self._loss_of_forward(part) for part in self._parts(row)]).sum()
+
+    def _parts(self, row: Row) -> list[Row]:
+        """Return what is run of a row, a forward each, and as many without labels as another rank has more.
+
+        Sharded weights are gathered by all ranks together whenever a forward begins: all need the same number.
+        """
+        parts = parts_of(row, self.traits)
+        if isinstance(self.model, FSDPModule):
+            most = torch.tensor(len(parts), device=row.input_ids.device)
+            torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+            shortest = min(row.documents(), key=lambda document: document.num_tokens)
+            silent = replace(shortest, labels=torch.full_like(shortest.labels, IGNORED))
+            parts += [silent] * (int(most) - len(parts))
+        return parts
 
     def _loss_of_forward(self, row: Row) -> Tensor:
         """Return the loss of what one forward takes: a row, or one document of it."""
         if self.traits.is_linear:
             return self._fused(row)
         places, targets = trained_places(row.labels)
-        logits = self.model(**inputs_of(self.model, row), logits_to_keep=places).logits[0].float()
-        return _smoothed_cross_entropy(logits, targets, self.label_smoothing)
+        inputs = inputs_of(self.model, row, self.traits.is_packable)
+        if "logits_to_keep" in _parameters(self.model.__class__.forward):
+            logits = self.model(**inputs, logits_to_keep=places).logits[0]
+        else:
+            logits = self.model(**inputs).logits[0].index_select(0, places)
+        return _smoothed_cross_entropy(logits.float(), targets, self.label_smoothing)
 
     def _fused_loss(self, row: Row) -> Tensor:
         """Return the loss of one forward without ever making all logits."""
         places, targets = trained_places(row.labels)
-        hidden = self.model.base_model(**inputs_of(self.model, row)).last_hidden_state
+        hidden = self.model.base_model(**inputs_of(self.model, row, self.traits.is_packable)).last_hidden_state
         head = self.model.get_output_embeddings()
         chosen = hidden[0].index_select(0, places)
         return linear_cross_entropy(chosen, head.weight, head.bias, targets, self.label_smoothing)
+
+
+def parts_of(row: Row, traits: Traits) -> list[Row]:
+    """Return the rows that are a forward each: the row itself, or its documents."""
+    if traits.is_packable and (traits.longest is None or max(row.lengths) <= traits.longest):
+        return [row]
+    return list(row.documents())
 
 
 def trained_places(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,81 +215,30 @@ def _smoothed_cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: fl
     return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
 
 
-def inputs_of(model: PreTrainedModel, row: Row) -> dict[str, Any]:
-    """Return what a model is called with: never a mask and never a cache, which would open the borders.
+def inputs_of(model: PreTrainedModel, row: Row, packed: bool = True) -> dict[str, Any]:
+    """Return what a model is called with: never a mask and never a cache, which would open the boundaries.
 
-    Other attention implementations read the borders from positions that begin again at 0.
+    Args:
+        model: The model.
+        row: Documents end to end.
+        packed: Whether the row is one forward of several documents. Ours are told where they lie; other attention
+            implementations read it from positions that begin again at 0. A single document needs neither: a model
+            knows its own positions, which for some do not begin at 0.
     """
-    packed = model.config._attn_implementation == PACKED
-    return {
-        "input_ids": row.input_ids,
-        "position_ids": row.position_ids,
-        "use_cache": False,
-        **(borders_of(row) if packed else {}),
-    }
+    inputs: dict[str, Any] = {"input_ids": row.input_ids, **accepted_by(model, use_cache=False)}
+    if packed:
+        inputs["position_ids"] = row.position_ids
+        if model.config._attn_implementation == PACKED:
+            inputs |= borders_of(row)
+    return inputs
 
 
-@torch.no_grad()
-def _hands_on_borders(model: PreTrainedModel) -> bool:
-    """Return whether the model's attention layers learn where the documents lie."""
-    ids = torch.arange(2)
-    try:
-        model(**inputs_of(model, Row.pack([(ids, ids)]).to(next(model.parameters()).device)))
-    except BordersLostError:
-        return False
-    return True
+def accepted_by(model: PreTrainedModel, **options: Any) -> dict[str, Any]:
+    """Return those of some options that the forward of a model takes."""
+    known = _parameters(model.__class__.forward)
+    return {name: value for name, value in options.items() if name in known or "kwargs" in known}
 
 
-LEAK = 0.05
-"""How much of the effect of a real leak is still put down to rounding."""
-
-
-@torch.no_grad()
-def keeps_documents_apart(model: PreTrainedModel) -> bool:
-    """Return whether a document in a packed row gives what it gives alone.
-
-    The difference is compared with that of a leak made on purpose, one document over both, so that neither the size
-    of the numbers nor their precision matters.
-    """
-    was_training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    ids = (torch.arange(2, 14) * 5) % model.config.get_text_config().vocab_size
-    first, second = (ids[:7], ids[:7]), (ids[7:], ids[7:])
-    places = slice(7, None)
-    packed = model(**inputs_of(model, Row.pack([first, second]).to(device))).logits[0, places].float()
-    alone = model(**inputs_of(model, Row.pack([second]).to(device))).logits[0].float()
-    leaked = model(**inputs_of(model, Row.pack([(ids, ids)]).to(device))).logits[0, places].float()
-    model.train(was_training)
-    return bool((packed - alone).abs().max() <= LEAK * (leaked - alone).abs().max())
-
-
-@torch.no_grad()
-def _has_linear_head(model: PreTrainedModel) -> bool:
-    """Return whether the logits are the last hidden states times the output embeddings, and nothing else.
-
-    The head is made to answer with large marks: a cap or a scale behind it would change them, however small the
-    logits of the model are.
-    """
-    head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or model.base_model is model:
-        return False
-    seen: list[Tensor] = []
-
-    def mark(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        seen.append(inputs[0])
-        return torch.linspace(-1e4, 1e4, output.numel(), dtype=output.dtype, device=output.device).view_as(output)
-
-    was_training = model.training
-    model.eval()
-    ids = torch.arange(3) % model.config.get_text_config().vocab_size
-    row = Row.pack([(ids, ids)]).to(head.weight.device)
-    hidden = model.base_model(**inputs_of(model, row)).last_hidden_state
-    handle = head.register_forward_hook(mark)
-    try:
-        logits = model(**inputs_of(model, row)).logits
-    finally:
-        handle.remove()
-        model.train(was_training)
-    marks = mark(head, (hidden,), logits)
-    return torch.equal(seen[0], hidden) and torch.equal(logits, marks)
+@cache
+def _parameters(forward: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)

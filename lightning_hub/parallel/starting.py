@@ -24,14 +24,15 @@ T = TypeVar("T")
 
 
 def start(
-    strategy: Strategy, read: Callable[[], tuple[PreTrainedModel, T]], skeleton: Callable[[], PreTrainedModel]
+    strategy: Strategy, read: Callable[[], tuple[PreTrainedModel, T]], skeleton: Callable[[T], PreTrainedModel]
 ) -> tuple[PreTrainedModel, T]:
     """Return the model as the strategy wants it, and what was found out about it.
 
     Args:
         strategy: The trainer's strategy; its process group exists.
         read: Reads the weights; it also finds out what needs whole weights. Called on rank 0 only.
-        skeleton: Builds the same model without reading; called with the meta device as default.
+        skeleton: Builds the same model without reading, from what was found out; called with the meta device as
+            default.
 
     Raises:
         Exception: Whatever ``read`` raised, on every rank: none is left waiting for another.
@@ -40,7 +41,7 @@ def start(
         return read()
     source, layout = _read_once(read)
     with torch.device("meta"):
-        model = skeleton()
+        model = skeleton(layout.findings)
     _adopt_dtypes(model, layout)
     strategy.place(model)
     _fill(model, source, layout, strategy)

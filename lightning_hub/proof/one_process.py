@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lightning_hub.checkpoints.export import write_export
 from lightning_hub.launch.ranks import die_with_parent
 from lightning_hub.models.pretrained import Pretrained
-from lightning_hub.ops.attention import PACKED, borders_of
-from lightning_hub.ops.loss import LossHead
+from lightning_hub.ops.attention import PACKED
+from lightning_hub.ops.attention_proof import proven_head
+from lightning_hub.ops.loss import inputs_of
 from lightning_hub.ops.rows import IGNORED, Row
 from lightning_hub.proof.findings import Finding, equality, write_findings
 from lightning_hub.proof.training import Material, accelerator, distance, largest, train, worst
@@ -45,11 +46,9 @@ def packed(material: Material) -> list[Finding]:
     row = max(data.plan.step(0, 0).rows, key=lambda row: len(row.lengths))
     assert len(row.lengths) > 1, "the row is packed"
     model = Pretrained(str(material.model)).load(dtype=torch.float32, attn_implementation=PACKED).eval()
-    LossHead(model)(row).backward()
-    borders = borders_of(row)
-    inputs = {"input_ids": row.input_ids, "position_ids": row.position_ids, "use_cache": False}
+    proven_head(model)(row).backward()
     with torch.no_grad():
-        together = model(**inputs, borders=borders["borders"], cu_seqlens=borders["cu_seqlens"]).logits[0]
+        together = model(**inputs_of(model, row)).logits[0]
     plain = _plain(material.model)
     alone = [plain(document.input_ids, use_cache=False).logits[0] for document in row.documents()]
     losses = [_loss(logits, document) for logits, document in zip(alone, row.documents(), strict=True)]
@@ -90,7 +89,7 @@ def exported(material: Material) -> list[Finding]:
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     document = next(data.plan.step(0, 0).rows[0].documents())
     with torch.no_grad():
-        ours = model(document.input_ids, use_cache=False, borders=document.borders, cu_seqlens=None).logits
+        ours = model(**inputs_of(model, document)).logits
         theirs = plain(document.input_ids, use_cache=False).logits
     of = "logits of the folder in transformers, after a training"
     return [equality("exported = trained", distance([theirs], [ours]), LOGITS, of)]

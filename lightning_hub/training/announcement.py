@@ -34,9 +34,16 @@ def _kernels(module: SFT) -> list[str]:
     """Return what was found out about the model that makes it slower than others."""
     assert module.loss_head is not None, "configure_model has run"
     traits = module.loss_head.traits
-    apart = "note   documents run one by one: packed in a row, this model would let them see each other"
-    logits = "note   the model changes its logits behind the head: the loss is computed from whole logits"
-    return [apart] * (not traits.is_packable) + [logits] * (not traits.is_linear)
+    notes = []
+    if not traits.is_packable:
+        notes.append(f"documents run one by one with {traits.attention}: {traits.reason}")
+    if traits.longest is not None:
+        notes.append(f"rows with a document of more than {traits.longest:,} tokens run one by one: {traits.reason}")
+    if not traits.is_linear:
+        notes.append("the model's head is more than one linear layer: the loss is computed from whole logits")
+    if traits.adds_to_loss:
+        notes.append("the model's own loss has other terms than the cross-entropy of the next token: they are left out")
+    return [f"note   {note}" for note in notes]
 
 
 def _data(data: ChatData) -> list[str]:

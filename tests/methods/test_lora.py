@@ -28,7 +28,7 @@ from lightning_hub.methods.lora.adapters import layers_of
 from lightning_hub.methods.lora.folder import probe
 from lightning_hub.models.pretrained import EMBEDDED_FOLDER, Pretrained
 from lightning_hub.ops.attention import PACKED
-from lightning_hub.ops.loss import LossHead
+from lightning_hub.ops.attention_proof import proven_head
 from lightning_hub.runs.folder import RunFolder
 from tests.conftest import WriteRows
 from tests.parallel.harness import Case, calm, plan, trained
@@ -41,7 +41,7 @@ def peft_loop(model: PreTrainedModel, config: LoraConfig) -> tuple[list[float], 
     """Train the same rows with peft, AdamW and a loop that anyone would write."""
     torch.manual_seed(0)
     adapted = get_peft_model(model, config)
-    loss_of = LossHead(model)  # whose layers peft has replaced
+    loss_of = proven_head(model)  # whose layers peft has replaced
     optimizer = torch.optim.AdamW(
         [p for p in adapted.parameters() if p.requires_grad], 1e-2, (0.9, 0.95), weight_decay=0
     )

@@ -8,12 +8,16 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
     CohereConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
     GptOssConfig,
     GraniteConfig,
+    JambaConfig,
+    Lfm2Config,
+    Llama4TextConfig,
     LlamaConfig,
     MistralConfig,
     PretrainedConfig,
@@ -62,10 +66,43 @@ CONFIGS: dict[str, PretrainedConfig] = {
 }
 
 
+LEAKING: dict[str, PretrainedConfig] = {
+    "bloom, positions in its mask": BloomConfig(
+        vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, hidden_dropout=0.0, attention_dropout=0.0
+    ),
+    "llama 4, chunks": Llama4TextConfig(
+        **SHAPE,
+        intermediate_size_mlp=48,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        attention_chunk_size=4,
+        interleave_moe_layer_step=2,
+    ),
+    "lfm2, convolutions": Lfm2Config(
+        **{key: value for key, value in SHAPE.items() if key != "head_dim"}, layer_types=["conv", "full_attention"]
+    ),
+    "jamba, states": JambaConfig(
+        **{key: value for key, value in SHAPE.items() if key != "head_dim"},
+        use_mamba_kernels=False,
+        mamba_d_state=4,
+        mamba_d_conv=2,
+        mamba_expand=2,
+        mamba_dt_rank=4,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        num_experts=2,
+        num_experts_per_tok=1,
+    ),
+}
+"""Models that let the documents of a packed row see each other, or lose their mask, under our attention."""
+
+
 def make(family: str, attention: str, seed: int = 0) -> PreTrainedModel:
     """Return a random model; equal arguments but for the attention give equal weights."""
     torch.manual_seed(seed)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(deepcopy(CONFIGS[family]), attn_implementation="eager")
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        deepcopy({**CONFIGS, **LEAKING}[family]), attn_implementation="eager"
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)  # sinks, norms and biases start at constants

@@ -1,17 +1,15 @@
 from __future__ import annotations
 
-from copy import deepcopy
 from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_hub.ops import attention
 from lightning_hub.ops.attention import PACKED, borders_of, packed_attention
-from lightning_hub.ops.loss import LossHead, inputs_of, keeps_documents_apart
+from lightning_hub.ops.loss import inputs_of
 from lightning_hub.ops.rows import Row
 from tests.ops.models import CONFIGS, documents, make
 
@@ -69,42 +67,7 @@ def test_gradients_of_a_row_are_the_sum_of_its_documents() -> None:
 
 def test_borders_travel_on_the_host() -> None:
     borders = borders_of(Row.pack(documents(3, 4)))
-    assert borders == {"borders": (0, 3, 7), "cu_seqlens": None}
-
-
-class Forgetful(LlamaForCausalLM):
-    """Leaves out the positions, by which transformers knows packed documents."""
-
-    def forward(self, input_ids: torch.Tensor, **kwargs: object) -> object:
-        return super().forward(input_ids=input_ids, use_cache=False)
-
-
-def forgetful() -> Forgetful:
-    torch.manual_seed(0)
-    config = deepcopy(CONFIGS["llama"])
-    assert isinstance(config, LlamaConfig)
-    config._attn_implementation = "sdpa"
-    return Forgetful(config)
-
-
-@pytest.mark.parametrize("family", CONFIGS)
-@pytest.mark.parametrize("attention", [PACKED, "eager"])
-def test_the_probe_knows_who_leaks(family: str, attention: str) -> None:
-    head = LossHead(make(family, attention))
-    leaks = attention == "eager" and family == "gpt-oss, sinks"  # its mask is made without positions
-    assert head.traits.is_packable is not leaks
-
-
-@pytest.mark.parametrize("attention", [PACKED, "sdpa"])
-def test_a_model_that_leaks_runs_its_documents_one_by_one(attention: str) -> None:
-    model = forgetful()
-    assert not keeps_documents_apart(model)
-    model.set_attn_implementation(attention)  # under ours it would not even get borders: they are never guessed
-    head = LossHead(model)
-    assert model.config._attn_implementation == "sdpa"
-    row = Row.pack(documents(*LENGTHS))
-    alone = sum(LossHead(model)(document).item() for document in row.documents())
-    assert head(row).item() == pytest.approx(alone, rel=1e-6)
+    assert borders == {"borders": (0, 3, 7), "packed_cu_seqlens": None}
 
 
 class Kernel:
@@ -141,7 +104,7 @@ def test_mixed_precision_reaches_the_kernel_of_a_gpu(monkeypatch: pytest.MonkeyP
     cumulative = torch.tensor(borders, dtype=torch.int32)
     with torch.autocast("cpu", torch.bfloat16):
         fast, _ = packed_attention(
-            module, query, key, value, None, borders=borders, cu_seqlens=cumulative, sliding_window=window
+            module, query, key, value, None, borders=borders, packed_cu_seqlens=cumulative, sliding_window=window
         )
         slow, _ = packed_attention(module, query, key, value, None, borders=borders, sliding_window=window)
     assert kernel.dtypes == {torch.bfloat16}
@@ -157,5 +120,5 @@ def test_a_kernel_that_knows_no_window_is_not_asked_for_one(monkeypatch: pytest.
     states = torch.randn(1, 2, 6, 8, dtype=torch.bfloat16)
     cumulative = torch.tensor([0, 6], dtype=torch.int32)
     packed_attention(
-        torch.nn.Module(), states, states, states, None, borders=(0, 6), cu_seqlens=cumulative, sliding_window=2
+        torch.nn.Module(), states, states, states, None, borders=(0, 6), packed_cu_seqlens=cumulative, sliding_window=2
     )

@@ -16,7 +16,7 @@ import torch
 from lightning_hub.methods.lora import LoRA
 from lightning_hub.methods.osft import OSFT
 from lightning_hub.parallel.strategies import DDP, FSDP, ModelParallel, strategy_for
-from tests.ops.models import CONFIGS, make
+from tests.ops.models import CONFIGS, LEAKING, make
 from tests.parallel.harness import Case, Seen, Topology, calm, launch
 
 ONE = Topology("one process", 1, partial(strategy_for, None, 1))
@@ -36,7 +36,7 @@ TOPOLOGIES = [
 def saved(family: str) -> str:
     """Return a folder with a random model of the embedded model's vocabulary."""
     folder = mkdtemp(prefix="family-")
-    config = CONFIGS[family]
+    config = {**CONFIGS, **LEAKING}[family]
     before, config.vocab_size = config.vocab_size, 265  # odd: shards of unequal size
     try:
         make(family, "eager").save_pretrained(folder)
@@ -132,6 +132,20 @@ def test_the_numbers_are_those_of_one_process(topology: Topology, tmp_path: Path
                 f"{case.name}, rank {rank}: {fault}" for fault in differences(found, expected, allowed(case, topology))
             ]
     assert not faults, "\n".join(faults)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", TOPOLOGIES[:3], ids=lambda topology: topology.name)
+def test_documents_that_run_one_by_one_are_those_of_one_process(topology: Topology, tmp_path: Path) -> None:
+    """Ranks have rows of different numbers of documents, and sharded weights are gathered for each of them."""
+    model, options = saved("bloom, positions in its mask"), {"eps": 1e-6}  # biases of keys have no gradient
+    case = Case("one by one", model=model, options=options, trainer={"gradient_clip_val": 1.0})
+    expected = launch(ONE, [case], Path())[0][case.name]
+    for seen in launch(topology, [case], tmp_path):
+        found = seen[case.name]
+        assert isinstance(found, Seen), found
+        assert isinstance(expected, Seen), expected
+        assert not differences(found, expected, case)
 
 
 @pytest.mark.slow

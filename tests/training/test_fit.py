@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_hub.cli import run
+from lightning_hub.methods import sft
 from lightning_hub.models.pretrained import EMBEDDED_FOLDER
-from lightning_hub.ops import loss
+from lightning_hub.ops.loss import Traits
 from lightning_hub.runs.folder import RunFolder
 from lightning_hub.runs.metrics import Line, read_metrics
 from tests.conftest import WriteRows
@@ -300,9 +301,12 @@ def test_a_model_that_costs_more_is_announced(
 ) -> None:
     fit("--trainer.max_steps", "1")
     assert "note" not in capsys.readouterr().out
-    monkeypatch.setattr(loss, "keeps_documents_apart", lambda model: False)
-    monkeypatch.setattr(loss, "_has_linear_head", lambda model: False)
+    slow = Traits(
+        "sdpa", is_linear=False, is_packable=False, reason="packed in a row, logits are off", adds_to_loss=True
+    )
+    monkeypatch.setattr(sft, "prove", lambda *given: slow)
     fit("--trainer.max_steps", "1", folder="again")
     shown = capsys.readouterr().out
-    assert "documents run one by one" in shown
+    assert "documents run one by one with sdpa: packed in a row, logits are off" in shown
     assert "whole logits" in shown
+    assert "other terms" in shown

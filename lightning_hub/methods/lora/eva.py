@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_hub.errors import ConfigError
 from lightning_hub.methods.lora.adapters import ADAPTER, EVA, INIT, layers_of
-from lightning_hub.ops.loss import Traits, inputs_of
+from lightning_hub.ops.loss import Traits, inputs_of, parts_of
 from lightning_hub.ops.rows import IGNORED, Row, Step
 
 FORWARDS = 1000
@@ -39,7 +39,7 @@ class Rows:
     """
 
     steps: Steps
-    is_packable: bool
+    traits: Traits
     least: int
 
     def __len__(self) -> int:
@@ -48,7 +48,7 @@ class Rows:
     def __iter__(self) -> Iterator[Row]:
         for index in range(len(self.steps)):
             for row in self.steps.step(0, index).rows:
-                for part in [row] if self.is_packable else row.documents():
+                for part in parts_of(row, self.traits):
                     if (part.labels != IGNORED).sum() >= self.least:
                         yield part
 
@@ -77,7 +77,7 @@ def directions(model: PreTrainedModel, traits: Traits, config: LoraConfig, steps
     if others := sorted({*(config.target_modules or ()), *(config.target_parameters or ())} - {*layers}):
         message = f"init eva is for linear layers, not for {others[0]}"
         raise ConfigError(message, where=INIT, remedy="take another init, or leave it out of targets")
-    rows = Rows(steps, traits.is_packable, config.r)
+    rows = Rows(steps, traits, config.r)
     if next(iter(rows), None) is None:
         message = f"no row has {config.r} trained tokens, from which init eva takes rank {config.r}"
         raise ConfigError(message, where=INIT, remedy="take longer rows, a smaller r or another init")
@@ -89,7 +89,7 @@ def directions(model: PreTrainedModel, traits: Traits, config: LoraConfig, steps
         if asked > FORWARDS:
             message = f"the directions of init eva still turn after {FORWARDS} rows"
             raise ConfigError(message, where=INIT, remedy="take another init")
-        model(**inputs_of(model, row))
+        model(**inputs_of(model, row, traits.is_packable))
 
     plain = LoraConfig(
         r=config.r,

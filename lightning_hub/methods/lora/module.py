@@ -32,6 +32,7 @@ from lightning_hub.methods.lora.health import DeadAdapterError, Pulse, group_of
 from lightning_hub.methods.lora.merge import write_merged
 from lightning_hub.methods.lora.quantization import Quantization, check_quantization, load_quantized
 from lightning_hub.methods.sft import SFT
+from lightning_hub.ops.attention_proof import settle
 from lightning_hub.ops.loss import Traits
 from lightning_hub.ops.rows import Step
 from lightning_hub.parallel.crew import Crew
@@ -145,7 +146,8 @@ class LoRA(SFT):
         """Read the base, and find out what its layers are given where the adapters start from that."""
         if self.settings.init != EVA or self.filled_from is not None or self.trainer.state.fn != "fit":
             return super()._read()
-        model = self._load()
+        proven = self._proven()
+        model = self._load(proven.attention)
         if not isinstance(self.trainer.strategy, Placing):  # else it may be too large for the device of one
             nn.Module.to(model, self.trainer.strategy.root_device)  # its own `to` is typed as no method
         config, _ = wished(model, self.settings, self.source)
@@ -154,16 +156,16 @@ class LoRA(SFT):
             raise ConfigError(
                 "init eva looks at the rows of the run", where=INIT, remedy="take the data class ChatData"
             )
-        found = directions(model, Traits.of(model), config, steps)
+        found = directions(model, settle(model, proven), config, steps)
         self.choose_trainable(model)
         fill_directions(model, found)
-        return model, Traits.of(model)
+        return model, settle(model, proven)
 
-    def _load(self) -> PreTrainedModel:
+    def _load(self, attention: str) -> PreTrainedModel:
         if self.quantization == "none":
-            return super()._load()
+            return super()._load(attention)
         device = self.trainer.strategy.root_device
-        return load_quantized(self.pretrained, self.quantization, self._load_dtype(), self.attn_implementation, device)
+        return load_quantized(self.pretrained, self.quantization, self._load_dtype(), attention, device)
 
     def _load_dtype(self) -> torch.dtype:
         """Frozen weights need no more than the precision that is computed in, unless some train or are decomposed."""

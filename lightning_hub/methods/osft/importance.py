@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_hub.errors import ConfigError
-from lightning_hub.ops.loss import LossHead
+from lightning_hub.ops.attention_proof import proven_head
 from lightning_hub.ops.rows import Row
 from lightning_hub.parallel.sharding import decoder_blocks
 
@@ -47,7 +47,7 @@ def similarities(model: PreTrainedModel, rows: Iterable[Row]) -> list[float]:
     def hook(place: int) -> Any:
         return lambda block, args, kwargs, output: watch(place, args, kwargs, output)
 
-    was_training, head = model.training, LossHead(model.eval())  # which tries the model, before anybody watches
+    was_training, head = model.training, proven_head(model.eval())
     hooks = [block.register_forward_hook(hook(place), with_kwargs=True) for place, block in enumerate(blocks)]
     try:
         for row in rows:

@@ -34,6 +34,7 @@ from lightning_hub.methods.osft.surgery import (
 from lightning_hub.methods.osft.telling import by_shape
 from lightning_hub.methods.sft import SFT
 from lightning_hub.methods.targets import ALL_LINEAR, Matrix, describe, matrices, resolve
+from lightning_hub.ops.loss import Traits
 from lightning_hub.parallel.crew import Crew
 from lightning_hub.parallel.gathering import full_state
 from lightning_hub.parallel.sharding import decoder_blocks
@@ -199,8 +200,8 @@ class OSFT(SFT):
                 remedy="name those that the run began with, or start a new run",
             )
 
-    def _load(self) -> PreTrainedModel:
-        model = super()._load()
+    def _load(self, attention: str) -> PreTrainedModel:
+        model = super()._load(attention)
         if self.ranks == "adaptive" and self.layer_ratios is None:
             plan = getattr(self._data(), "plan", None)
             if plan is None:
@@ -209,10 +210,10 @@ class OSFT(SFT):
             self.layer_ratios = ratios(alike, self.form.ratio, self.rank_bounds)
         return model
 
-    def _skeleton(self) -> PreTrainedModel:
+    def _skeleton(self, traits: Traits | None) -> PreTrainedModel:
         if self.ranks == "adaptive":
             self.layer_ratios = Crew().on_first(lambda: self.layer_ratios)
-        return super()._skeleton()
+        return super()._skeleton(traits)
 
     def sites(self) -> Iterator[Site]:
         """Yield the weights that have a change."""

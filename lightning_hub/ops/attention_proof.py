@@ -1,0 +1,208 @@
+"""What a model may be asked to do with a packed row, proven by running a miniature of it.
+
+A model is held to its own ``eager`` attention, one document a forward. Packed rows are used only if the logits, the
+loss and the gradient of every parameter agree with that; else documents run one by one. Nothing is decided by a
+model's name: a miniature of its class and configuration is run, in float32 on the CPU. What was found is kept on disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import PretrainedConfig, PreTrainedModel
+
+from lightning_hub.errors import ConfigError
+from lightning_hub.ops.attention import PACKED
+from lightning_hub.ops.loss import LossHead, Traits
+from lightning_hub.ops.miniature import NoMiniatureError, rope_limit, small_config, without_limit
+from lightning_hub.ops.reference import NotProvenError, Reference, compare, has_plain_head, reference_of, try_itself
+from lightning_hub.runs.folder import default_cache_dir
+
+KEY = "model.init_args.attn_implementation"
+
+
+_proven: dict[str, Traits] = {}
+
+
+def prove(
+    kind: type[PreTrainedModel], config: PretrainedConfig, wished: str, device: torch.device | None = None
+) -> Traits:
+    """Return the best way to run a model that gives the numbers of its eager attention.
+
+    Args:
+        kind: Its class.
+        config: Its configuration.
+        wished: The attention implementation that is asked for; ``packed_documents`` allows any.
+        device: Where the model is to run, for kernels that need one.
+
+    Raises:
+        ConfigError: Its logits depend on later tokens, or what is asked for gives other numbers.
+    """
+    key = _key(kind, config, wished, device)
+    if key not in _proven:
+        kept = _kept(key)
+        if kept is None:
+            with _apart():
+                kept = _find(kind, config, wished, device)
+            _keep(key, kept)
+        _proven[key] = kept
+    return _proven[key]
+
+
+def traits_of(model: PreTrainedModel) -> Traits:
+    """Return what is proven about a model in memory, by its class and configuration; its attention is set to it."""
+    wished = model.config._attn_implementation or "eager"
+    return settle(model, prove(type(model), model.config, wished, model.device))
+
+
+def settle(model: PreTrainedModel, proven: Traits) -> Traits:
+    """Set a model's attention to what was proven, and return what holds for this model.
+
+    Methods may have put something in the place of its output layer: then it makes its logits itself. A model of which
+    no small one could be built is tried itself, on a few short documents.
+
+    Raises:
+        ConfigError: It fails on them, or its logits depend on later tokens.
+    """
+    if model.config._attn_implementation != proven.attention:
+        model.set_attn_implementation(proven.attention)
+    if not proven.is_proven:
+        try_itself(model)
+    return replace(proven, is_linear=proven.is_linear and has_plain_head(model))
+
+
+def proven_head(model: PreTrainedModel, label_smoothing: float = 0.0) -> LossHead:
+    """Return the loss head of a model in memory, used as it is proven to be right."""
+    return LossHead(model, label_smoothing, traits=traits_of(model))
+
+
+def _find(kind: type[PreTrainedModel], config: PretrainedConfig, wished: str, device: torch.device | None) -> Traits:
+    try:
+        small = small_config(kind, config)
+        reference = reference_of(kind, small)
+        limit = rope_limit(config.to_dict())
+        shorter = None if limit is None else reference_of(kind, without_limit(small))
+    except NoMiniatureError as error:
+        if wished not in (PACKED, "eager"):
+            raise ConfigError(
+                f"{wished} cannot be compared with the model's eager attention: no small model of it can be run "
+                f"({error})",
+                where=KEY,
+                remedy="take auto or eager",
+            ) from error
+        reason = f"no small model of it can be run ({error})"
+        return Traits("eager", is_linear=False, is_packable=False, reason=reason, is_proven=False)
+    failures: list[str] = []
+    for way in _ways(wished, limit):
+        traits = replace(way, reason=failures[0] if failures else "", adds_to_loss=reference.adds_to_loss)
+        failure = _failure(traits, reference, shorter, device)
+        if failure is not None:  # perhaps of the head
+            traits = replace(traits, is_linear=False)
+            failure = _failure(traits, reference, shorter, device)
+        if failure is None:
+            return traits
+        failures.append(
+            f"packed in a row, {failure}" if way.is_packable else f"one by one with {way.attention}, {failure}"
+        )
+    raise ConfigError(
+        f"{'no attention gives' if wished == PACKED else f'{wished} does not give'} the numbers of the model's "
+        f"eager attention, one document a forward: {'; '.join(failures)}",
+        where=KEY,
+        remedy="take another model" if wished == PACKED else "take auto",
+    )
+
+
+def _ways(wished: str, limit: int | None) -> list[Traits]:
+    """Return the ways to run a model, from the fastest on."""
+    packed = Traits(wished, is_linear=True, is_packable=True)
+    fallbacks = ["sdpa", "eager"] if wished == PACKED else [wished]
+    return [
+        packed,
+        *([] if limit is None else [replace(packed, longest=limit)]),
+        *(Traits(attention, is_linear=True, is_packable=False) for attention in fallbacks),
+    ]
+
+
+def _failure(way: Traits, reference: Reference, shorter: Reference | None, device: torch.device | None) -> str | None:
+    """Return what is wrong with a way to run the model, if anything is.
+
+    Args:
+        way: The way.
+        reference: What the model gives.
+        shorter: What it gives where all documents are short enough for its rotary embeddings to stay as they are.
+        device: Where the model is to run.
+    """
+    try:
+        if way.longest is None:
+            compare(reference, way, device)
+        else:
+            assert shorter is not None, "a model with a limit has a reference below it"
+            compare(shorter, replace(way, longest=None), device)
+            compare(reference, replace(way, longest=0), device)
+    except NotProvenError as error:
+        return str(error)
+    except Exception as error:  # models fail in ways of their own when they are asked for what they cannot do
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+    return None
+
+
+# ---- what is kept --------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _apart() -> Iterator[None]:
+    """Leave the random state, the gradient mode and autocast of the process alone."""
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.device("cpu"),
+    ):
+        yield
+
+
+def _key(kind: type, config: PretrainedConfig, wished: str, device: torch.device | None) -> str:
+    """Return a hash of all that a proof hangs on."""
+    digest = hashlib.sha256()
+    left_out = ("_name_or_path", "name_or_path", "transformers_version", "quantization_config", "dtype")
+    plain = {name: value for name, value in config.to_dict().items() if name not in left_out}
+    at = device.type if device is not None and wished in ("flash_attention_2", "flex_attention") else ""
+    versions = (torch.__version__, transformers.__version__)
+    said = (f"{kind.__module__}.{kind.__qualname__}", plain, wished, at, versions)
+    digest.update(json.dumps(said, sort_keys=True, default=str).encode())
+    own = [
+        Path(__file__).with_name(f"{name}.py")
+        for name in ("attention", "attention_proof", "loss", "miniature", "reference", "small_sizes")
+    ]
+    source = inspect.getsourcefile(kind)
+    for path in [*own, *([Path(source)] if source else [])]:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:40]
+
+
+def _kept(key: str) -> Traits | None:
+    try:
+        return Traits(**json.loads((default_cache_dir() / "proofs" / f"{key}.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _keep(key: str, traits: Traits) -> None:
+    """Write what was found, if it can be written: else the next start finds it out again."""
+    path = default_cache_dir() / "proofs" / f"{key}.json"
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(asdict(traits)))
+        temporary.replace(path)
+    except OSError:
+        return

@@ -1,0 +1,281 @@
+"""What a model gives with its own eager attention, one document a forward, and how other ways are held to that."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PretrainedConfig, PreTrainedModel
+
+from lightning_hub.errors import ConfigError
+from lightning_hub.ops.loss import LossHead, Traits, accepted_by, inputs_of
+from lightning_hub.ops.miniature import NoMiniatureError, build
+from lightning_hub.ops.rows import Row
+from lightning_hub.ops.small_sizes import VOCABULARY
+
+TOLERANCE = 1e-4
+"""Relative difference of losses, logits and gradients that is put down to float32 rounding."""
+
+POWER = 100
+"""How many times the tolerance documents that see each other must differ, for the proof to notice a leak."""
+
+LENGTHS = (11, 7, 14)
+"""Tokens of the documents of a proof: longer than the windows and chunks of a miniature."""
+
+
+class NotProvenError(RuntimeError):
+    """A way to run a model gives other numbers than its eager attention, one document a forward."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a miniature gives with its eager attention, one document a forward.
+
+    Attributes:
+        config: The configuration of the miniature.
+        model: The miniature.
+        documents: Its documents, ids of shape ``(length,)``.
+        logits: Those of all documents, shape ``(tokens, vocabulary)``.
+        loss: Summed cross-entropy over all documents.
+        evaluated: The same sum in evaluation, where models may take other ways.
+        gradients: Of the first sum, by name of the parameter; zeros where there is none.
+        adds_to_loss: Whether the model's own loss has further terms.
+        leak: How much the logits differ if the documents are run as one.
+    """
+
+    config: PretrainedConfig
+    model: PreTrainedModel
+    documents: list[Tensor]
+    logits: Tensor
+    loss: Tensor
+    evaluated: Tensor
+    gradients: dict[str, Tensor]
+    adds_to_loss: bool
+    leak: float
+
+
+def reference_of(kind: type[PreTrainedModel], small: PretrainedConfig) -> Reference:
+    """Run the documents one by one with eager attention.
+
+    The order of the forwards is that of a comparison: some rotary embeddings remember the longest document so far.
+
+    Raises:
+        NoMiniatureError: It cannot be run.
+        ConfigError: Its logits are random, or depend on later tokens.
+    """
+    documents = _documents()
+    try:
+        for is_training in (True, False):
+            model, again = (
+                build(kind, small, "eager").train(is_training),
+                build(kind, small, "eager").train(is_training),
+            )
+            logits = _logits(model, documents, grad=True)
+            torch.manual_seed(1)  # another than that of the first
+            if logits.equal(_logits(again, documents)):
+                break
+        else:
+            raise ConfigError(
+                "the model's logits are random: two forwards of the same tokens give different numbers",
+                where="model.init_args.model",
+                remedy="take another model",
+            )
+        loss = _sum_of_losses(logits, documents)
+        loss.backward()
+        evaluated = _sum_of_losses(_logits(model.eval(), documents), documents)
+        model.train(is_training)
+    except ConfigError:
+        raise
+    except Exception as error:  # models fail in ways of their own
+        raise NoMiniatureError(f"{type(error).__name__}: {' '.join(str(error).split())[:160]}") from error
+    check_causal(model, documents[-1], logits.detach()[-LENGTHS[-1] :])
+    return Reference(
+        config=small,
+        model=model,
+        documents=documents,
+        logits=logits.detach(),
+        loss=loss.detach(),
+        evaluated=evaluated,
+        gradients=_gradients(model),
+        adds_to_loss=_adds_to_loss(model, documents[0], logits.detach()[: LENGTHS[0]]),
+        leak=_difference(_logits(model, [torch.cat(documents)]), logits.detach()),
+    )
+
+
+def _documents() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, VOCABULARY - 8, (length,), generator=generator) for length in LENGTHS]
+
+
+def _logits(model: PreTrainedModel, documents: list[Tensor], grad: bool = False) -> Tensor:
+    with torch.set_grad_enabled(grad):
+        options = accepted_by(model, use_cache=False)
+        return torch.cat([model(input_ids=ids.unsqueeze(0), **options).logits[0].float() for ids in documents])
+
+
+def _sum_of_losses(logits: Tensor, documents: list[Tensor]) -> Tensor:
+    parts = zip(logits.split(LENGTHS), documents, strict=True)
+    return torch.stack([_loss(part, ids) for part, ids in parts]).sum()
+
+
+def _loss(logits: Tensor, ids: Tensor) -> Tensor:
+    return F.cross_entropy(logits[:-1], ids[1:], reduction="sum")
+
+
+def _gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.float()
+        for name, parameter in model.named_parameters()
+    }
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    """Return the largest difference relative to the spread of what is expected."""
+    scale = (expected - expected.mean()).abs().max().clamp_min(1e-30)
+    return float((found - expected).abs().max() / scale)
+
+
+def _adds_to_loss(model: PreTrainedModel, ids: Tensor, logits: Tensor) -> bool:
+    """Return whether the model's own loss is more than the cross-entropy of its logits."""
+    try:
+        with torch.no_grad():
+            own = model(input_ids=ids.unsqueeze(0), labels=ids.unsqueeze(0), **accepted_by(model, use_cache=False)).loss
+    except Exception:  # it computes no loss of its own
+        return False
+    return own is not None and abs(float(own) - float(_loss(logits, ids)) / (len(ids) - 1)) > 1e-3
+
+
+def try_itself(model: PreTrainedModel) -> None:
+    """Run a model itself on short documents."""
+    training, size = model.training, model.config.get_text_config().vocab_size
+    documents = [ids.to(model.device) % size for ids in _documents()]
+    try:
+        for mode in (True, False):
+            logits = _logits(model.train(mode), documents)
+    except Exception as error:
+        lengths = ", ".join(str(length) for length in LENGTHS)
+        raise ConfigError(
+            f"the model fails on documents of {lengths} tokens with its own eager attention "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]})",
+            where="model.init_args.model",
+            remedy="see whether its configuration is whole, or give another model",
+        ) from error
+    tolerance = 10 * TOLERANCE if model.dtype == torch.float32 else 0.02
+    check_causal(model, documents[-1], logits[-LENGTHS[-1] :], tolerance)
+    model.train(training)
+
+
+def check_causal(model: PreTrainedModel, ids: Tensor, before: Tensor, tolerance: float = TOLERANCE) -> None:
+    """Refuse a model in which a later token changes an earlier logit."""
+    for place in (len(ids) - 1, len(ids) // 2):
+        changed = ids.clone()
+        changed[place] = 3 + (ids[place] + 1) % (VOCABULARY - 16)
+        moved = _difference(_logits(model, [changed])[:place], before[:place])
+        if moved > tolerance:
+            raise ConfigError(
+                f"the model is not causal: its logits depend on later tokens (they move by {moved:.0e})",
+                where="model.init_args.model",
+                remedy="give a causal language model; some configurations have to say is_decoder: true",
+            )
+
+
+def compare(reference: Reference, traits: Traits, device: torch.device | None) -> None:
+    """Compare a way to run the model with the reference.
+
+    Args:
+        reference: What the model gives with its eager attention, one document a forward.
+        traits: The way to run it.
+        device: Where the model is to run, for kernels that a CPU does not have.
+
+    Raises:
+        NotProvenError: Logits, loss or gradients differ.
+    """
+    is_half = traits.attention.startswith("flash_attention")  # kernels that take nothing else
+    is_there = is_half or (traits.attention == "flex_attention" and device is not None and device.type == "cuda")
+    place = device if is_there and device is not None else torch.device("cpu")
+    dtype = torch.bfloat16 if is_half else torch.float32
+    limit, power = TOLERANCE, POWER
+    if is_half:
+        plain = _differences(reference, Traits("eager", is_linear=False, is_packable=False), place, dtype)
+        limit, power = 2 * max(plain.values()), 5
+    if traits.is_packable and traits.longest is None and reference.leak < power * limit:
+        raise NotProvenError("documents that see each other could not be told from those that do not")
+    for what, off in _differences(reference, traits, place, dtype).items():
+        if not off <= limit:
+            raise NotProvenError(f"{what} off by {off:.0e}")
+
+
+def _differences(reference: Reference, traits: Traits, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Return by how much the numbers of a way to run the model differ from the reference, relatively."""
+    model = build(type(reference.model), reference.config, traits.attention)  # from the same seed
+    nn.Module.to(model, device=device, dtype=dtype)  # its own `to` is typed as no method
+    model.train(reference.model.training)
+    row = Row.pack([(ids, ids) for ids in reference.documents]).to(device)
+    found: dict[str, float] = {}
+    if traits.is_packable and traits.longest is None:
+        with torch.no_grad():
+            logits = model(**inputs_of(model, row)).logits[0].float().cpu()
+        found["logits are"] = _difference(logits, reference.logits)
+    head = LossHead(model, traits=traits)
+    loss = head(row)
+    loss.backward()
+    found["the loss is"] = float((loss.detach().cpu() - reference.loss).abs() / reference.loss)
+    with torch.no_grad():
+        model.eval()
+        found["the loss in evaluation is"] = float((head(row).cpu() - reference.evaluated).abs() / reference.evaluated)
+    name, off = _worst(_gradients(model), reference.gradients)
+    found[f"the gradient of {name} is"] = off
+    if traits.is_linear and not ends_in_linear_head(model):
+        found["what a linear head would give is"] = float("inf")
+    return found
+
+
+def _worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[str, float]:
+    """Return the parameter whose gradient differs most, and by how much of its size.
+
+    Gradients that are nothing but rounding are measured by those of the whole model.
+    """
+    largest = max(float(gradient.abs().max()) for gradient in expected.values() if gradient.numel())
+    offs = {
+        name: float((found[name].cpu() - gradient).abs().max() / (gradient.abs().max() + 1e-2 * largest))
+        for name, gradient in expected.items()
+        if gradient.numel()
+    }
+    return max(offs.items(), key=lambda item: item[1] if item[1] == item[1] else float("inf"))
+
+
+@torch.no_grad()
+def ends_in_linear_head(model: PreTrainedModel) -> bool:
+    """Return whether the logits are the last hidden states times the output embeddings, and nothing else.
+
+    The head is made to answer with large marks: a cap or a scale behind it would change them, however small the
+    logits of the model are.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or not has_plain_head(model) or model.base_model is model:
+        return False
+    seen: list[Tensor] = []
+
+    def mark(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        seen.append(inputs[0])
+        return torch.linspace(-1e4, 1e4, output.numel(), dtype=output.dtype, device=output.device).view_as(output)
+
+    ids = torch.arange(3, 6, device=head.weight.device)
+    row = Row.pack([(ids, ids)]).to(head.weight.device)
+    inputs = inputs_of(model, row)
+    hidden = model.base_model(**inputs).last_hidden_state
+    handle = head.register_forward_hook(mark)
+    try:
+        logits = model(**inputs).logits
+    finally:
+        handle.remove()
+    marks = mark(head, (hidden,), logits)
+    return torch.equal(seen[0], hidden) and torch.equal(logits, marks)
+
+
+def has_plain_head(model: PreTrainedModel) -> bool:
+    """Return whether the output layer is torch's own linear one, with nothing hooked to it."""
+    head = model.get_output_embeddings()
+    return isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward and not head._forward_hooks

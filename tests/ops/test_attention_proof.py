@@ -1,0 +1,303 @@
+"""What is proven about models, and what is not let through."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    BloomForCausalLM,
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from lightning_hub.errors import ConfigError
+from lightning_hub.ops import attention_proof, reference
+from lightning_hub.ops.attention import PACKED
+from lightning_hub.ops.attention_proof import prove, proven_head, settle, traits_of
+from lightning_hub.ops.loss import LossHead, Traits, inputs_of
+from lightning_hub.ops.miniature import NoMiniatureError
+from lightning_hub.ops.rows import Row
+from tests.ops.models import CONFIGS, LEAKING, SHAPE, documents, make
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTNING_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(attention_proof, "_proven", {})
+
+
+def llama(**changes: Any) -> LlamaConfig:
+    config = deepcopy(CONFIGS["llama"])
+    assert isinstance(config, LlamaConfig)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return config
+
+
+class Shifting(LlamaForCausalLM):
+    """Mixes each token with the one before it, across the boundaries of documents."""
+
+    def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
+        embedded = self.get_input_embeddings()(input_ids)
+        shifted = nn.functional.pad(embedded, (0, 0, 1, 0))[:, :-1]
+        return super().forward(inputs_embeds=embedded + 0.01 * shifted, **kwargs)
+
+
+class Forgetful(LlamaForCausalLM):
+    """Leaves out the positions, by which transformers knows packed documents, and our boundaries."""
+
+    def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
+        return super().forward(input_ids=input_ids, use_cache=False)
+
+
+class Peeking(LlamaForCausalLM):
+    """Adds a hundredth of what the next token is."""
+
+    def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
+        embedded = self.get_input_embeddings()(input_ids)
+        return super().forward(inputs_embeds=embedded + 0.01 * embedded.roll(-1, dims=1), **kwargs)
+
+
+class Scaling(LlamaForCausalLM):
+    """Makes its logits a little larger behind the head."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits * 1.001
+        return output
+
+
+class Noisy(LlamaForCausalLM):
+    """Gives other logits each time."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits + 0.01 * torch.randn_like(output.logits)
+        return output
+
+
+class EvaluatingModel(LlamaModel):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.training and kwargs.get("borders"):
+            kwargs["borders"] = (0, kwargs["borders"][-1])
+        return super().forward(*args, **kwargs)
+
+
+class Evaluating(LlamaForCausalLM):
+    """Sees the whole row in evaluation only."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.model = EvaluatingModel(config)
+
+
+def proven_head_of(model: PreTrainedModel, proven: Traits) -> LossHead:
+    return LossHead(model, traits=settle(model, proven))
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_families_that_keep_documents_apart_are_packed(family: str) -> None:
+    model = make(family, PACKED)
+    assert traits_of(model).is_packable
+    assert traits_of(model).attention == PACKED
+
+
+@pytest.mark.parametrize("family", LEAKING)
+def test_families_that_do_not_are_run_one_by_one(family: str) -> None:
+    config = LEAKING[family]
+    model = make(family, "eager")
+    proven = prove(type(model), config, PACKED)
+    assert not proven.is_packable
+    assert proven.attention in ("sdpa", "eager")
+    assert "packed in a row" in proven.reason
+
+
+@pytest.mark.parametrize(("kind", "wished"), [(Shifting, PACKED), (Forgetful, PACKED), (Forgetful, "sdpa")])
+def test_classes_of_ones_own_are_proven_too(kind: type[PreTrainedModel], wished: str) -> None:
+    config = llama()
+    proven = prove(kind, config, wished)
+    assert (proven.attention, proven.is_packable) == ("sdpa", False)
+    config._attn_implementation = proven.attention
+    torch.manual_seed(0)
+    model = kind(config)
+    row = Row.pack(documents(7, 1, 12, 5))
+    head = proven_head(model)
+    assert head(row).item() == pytest.approx(sum(head(document).item() for document in row.documents()), rel=1e-6)
+
+
+def test_evaluation_is_proven_as_well() -> None:
+    assert not prove(Evaluating, llama(), PACKED).is_packable
+
+
+@pytest.mark.parametrize("attention", [PACKED, "sdpa"])
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rotary_embeddings_that_follow_the_longest_document(kind: str, attention: str) -> None:
+    """The longest document of a row says how the others are rotated, from a length on."""
+    rope: dict[str, Any] = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [3.0, 4.0, 5.0, 6.0], "original_max_position_embeddings": 8}
+    sizes = {**SHAPE, "max_position_embeddings": 8 if kind == "dynamic" else 32}
+    config = LlamaConfig(**sizes, rope_parameters=rope)
+    proven = prove(LlamaForCausalLM, config, attention)
+    assert (proven.attention, proven.is_packable, proven.longest) == (attention, True, 7 if kind == "dynamic" else 8)
+    config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    plain, ours = LlamaForCausalLM(config), LlamaForCausalLM(deepcopy(config))
+    for parameter in plain.parameters():
+        parameter.data *= 10
+    ours.load_state_dict(plain.state_dict())
+    head = proven_head_of(ours, proven)
+    for lengths in ((5, 7, 3), (5, 12, 3), (5, 7, 3)):
+        row = Row.pack(documents(*lengths))
+        expected = proven_head_of(plain, replace(proven, attention="eager", is_packable=False))(row)
+        assert head(row).item() == pytest.approx(expected.item(), rel=1e-5)
+    row, whole = Row.pack(documents(5, 12, 3)), replace(proven, longest=None)
+    expected = proven_head_of(plain, replace(proven, attention="eager", is_packable=False))(row)
+    packed = proven_head_of(ours, whole)(row)
+    assert packed.item() != pytest.approx(expected.item(), rel=1e-4), "the row could be packed"
+
+
+def test_a_head_with_something_behind_it_is_not_fused() -> None:
+    assert prove(LlamaForCausalLM, llama(), PACKED).is_linear
+    assert not prove(Scaling, llama(), PACKED).is_linear
+
+
+def test_what_stands_in_the_place_of_the_head_is_not_fused() -> None:
+    proven = prove(LlamaForCausalLM, llama(), PACKED)
+
+    class Other(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input) * 2
+
+    model = make("llama", PACKED)
+    assert settle(model, proven).is_linear
+    model.lm_head = Other(32, 61)
+    assert not settle(model, proven).is_linear
+    model = make("llama", PACKED)
+    head = model.get_output_embeddings()
+    assert head is not None
+    head.register_forward_hook(lambda *given: given[-1] * 2)
+    assert not settle(model, proven).is_linear
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "wished", "sentence"),
+    [
+        (Peeking, llama(), PACKED, "not causal"),
+        (BertLMHeadModel, BertConfig(), PACKED, "not causal"),
+        (Noisy, llama(), PACKED, "random"),
+        (BloomForCausalLM, LEAKING["bloom, positions in its mask"], "sdpa", "sdpa does not give the numbers"),
+        pytest.param(
+            LlamaForCausalLM,
+            llama(),
+            "flex_attention",
+            "flex_attention does not give the numbers",  # it has no backward on a CPU
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_what_is_wrong_in_every_way_is_refused(
+    kind: type[PreTrainedModel], config: PretrainedConfig, wished: str, sentence: str
+) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        prove(kind, config, wished)
+
+
+def test_a_model_that_cannot_be_made_small_runs_as_its_own_attention_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*given: object) -> None:
+        raise NoMiniatureError("its sizes are written in its code")
+
+    monkeypatch.setattr(attention_proof, "small_config", fails)
+    proven = prove(LlamaForCausalLM, llama(), PACKED)
+    assert (proven.attention, proven.is_packable, proven.is_linear, proven.is_proven) == ("eager", False, False, False)
+    assert "its sizes are written in its code" in proven.reason
+    assert not settle(make("llama", "eager"), proven).is_packable
+    with pytest.raises(ConfigError, match="cannot be compared"):
+        prove(LlamaForCausalLM, llama(), "sdpa")
+    torch.manual_seed(0)
+    with pytest.raises(ConfigError, match="not causal"):
+        settle(Peeking(llama()), proven)
+
+
+def test_a_configuration_that_is_not_whole_is_refused() -> None:
+    """No number of experts a token is the default of this family, with which it fails at its first forward."""
+    config = DeepseekV2Config(
+        vocab_size=61, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, n_routed_experts=4, q_lora_rank=8, kv_lora_rank=8,
+        qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
+    )  # fmt: skip
+    proven = prove(DeepseekV2ForCausalLM, config, PACKED)
+    with pytest.raises(ConfigError, match="fails on documents"):
+        settle(DeepseekV2ForCausalLM(config), proven)
+
+
+def test_further_terms_of_a_models_own_loss_are_known() -> None:
+    sizes = {**SHAPE, "num_local_experts": 4}
+    assert not prove(MixtralForCausalLM, MixtralConfig(**sizes), PACKED).adds_to_loss
+    routed = MixtralConfig(**sizes, output_router_logits=True, router_aux_loss_coef=0.5)
+    assert prove(MixtralForCausalLM, routed, PACKED).adds_to_loss
+
+
+def test_a_proof_is_found_out_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    proven = prove(LlamaForCausalLM, llama(), PACKED)
+    (file,) = (tmp_path / "proofs").iterdir()
+    find, runs = attention_proof._find, []
+
+    def counted(*given: Any) -> Traits:
+        runs.append(given)
+        return find(*given)
+
+    monkeypatch.setattr(attention_proof, "_find", counted)
+    monkeypatch.setattr(attention_proof, "_proven", {})
+    assert prove(LlamaForCausalLM, llama(), PACKED) == proven
+    assert not runs
+    prove(LlamaForCausalLM, llama(rms_norm_eps=1e-5), PACKED)
+    prove(LlamaForCausalLM, llama(), "sdpa")
+    prove(Scaling, llama(), PACKED)
+    assert len(runs) == 3
+    file.write_text("{")
+    monkeypatch.setattr(attention_proof, "_proven", {})
+    assert prove(LlamaForCausalLM, llama(), PACKED) == proven
+    assert len(runs) == 4
+
+
+def test_a_proof_leaves_no_trace() -> None:
+    config, state = llama(), torch.get_rng_state()
+    before = config.to_dict()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert prove(LlamaForCausalLM, config, PACKED).is_packable
+        assert not torch.is_grad_enabled()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert config.to_dict() == before
+
+
+def test_the_proof_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Boundaries that are one token off are noticed."""
+
+    def wrong(model: PreTrainedModel, row: Row, packed: bool = True) -> dict[str, Any]:
+        inputs = inputs_of(model, row, packed)
+        if "borders" in inputs:
+            start, first, *others = inputs["borders"]
+            inputs["borders"] = (start, first + 1, *others)
+        return inputs
+
+    assert prove(LlamaForCausalLM, llama(), PACKED).is_packable
+    monkeypatch.setattr(reference, "inputs_of", wrong)
+    monkeypatch.setattr(attention_proof, "_proven", {})
+    monkeypatch.setattr(attention_proof, "_kept", lambda key: None)
+    assert not prove(LlamaForCausalLM, llama(), PACKED).is_packable
