@@ -39,8 +39,9 @@ def test_a_class_of_its_own_is_proven(share: float, tmp_path: Path, monkeypatch:
     folder = tmp_path / f"own{int(10 * share)}"
     plain = make("llama", "eager")
     plain.config.auto_map = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
-    plain.config.model_type = "own"
     plain.save_pretrained(folder)
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"model_type": "llama"', '"model_type": "own"'))
     (folder / "own.py").write_text(CODE.replace("SHARE", str(share)))
     pretrained = Pretrained(str(folder), trust_remote_code=True)
     with torch.device("meta"):
