@@ -38,7 +38,7 @@ def supervise(run: RunWriter, group: Group) -> int:
         Echo(group.folder.rank(group.attempt, 0).stderr, sys.stderr),
     ]
     with start_ranks(group) as ranks, _signals_to(ranks) as interrupts:
-        run.children = _children(ranks)
+        run.tell_children(_children(ranks))
 
         def meanwhile() -> None:
             for stream in echo:

@@ -14,11 +14,11 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lightning_hub.checkpoints.export import write_export
-from lightning_hub.launch.ranks import die_with_parent
 from lightning_hub.models.pretrained import Pretrained
 from lightning_hub.ops.attention import PACKED, borders_of
 from lightning_hub.ops.loss import LossHead
 from lightning_hub.ops.rows import IGNORED, Row
+from lightning_hub.parent import die_with_parent
 from lightning_hub.proof.findings import Finding, equality, write_findings
 from lightning_hub.proof.training import Material, accelerator, distance, largest, train, worst
 

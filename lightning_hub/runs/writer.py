@@ -217,6 +217,11 @@ class RunWriter(StatusWriter):
         self._lease.start()
         return self.attempt
 
+    def tell_children(self, children: list[dict[str, Json]]) -> None:
+        """Write at once which processes there are, so that they can be found if this one is killed."""
+        self.children = children
+        self._guarded(self._write_lease)
+
     def _beat(self) -> None:
         self._write_lease()
         if self._gauges is None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lightning_hub.errors import ExitCode, HubError, NoCheckpointError
+from lightning_hub.launch.orphans import end_orphans
 from lightning_hub.runs.folder import RunFolder
 from lightning_hub.runs.manifest import chosen, newest_whole, step_of
 from lightning_hub.runs.writer import RunWriter
@@ -44,6 +45,7 @@ def begin(
         ConfigError: The path is not that of a checkpoint.
     """
     try:
+        end_orphans(run.folder)
         checkpoint = _choose(run, resume, trusted=trusted)
         step = step_of(checkpoint) if checkpoint else 0
         reason = f"resumed from {checkpoint.name}" if checkpoint else "first start"
