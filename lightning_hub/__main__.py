@@ -18,6 +18,9 @@ def main() -> None:
         from lightning_hub.parent import die_with_parent  # only now, for the reason above
 
         die_with_parent()  # its agent may be killed while torch is imported
+    from lightning_hub.runs.terminal import open_missing_streams
+
+    open_missing_streams()
     from lightning_hub.cli import run
 
     sys.exit(run(sys.argv[1:]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -11,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lightning_hub.callbacks.recorder import Recorder
 from lightning_hub.ops.rows import Step
+from lightning_hub.runs.terminal import terminal
 
 SECONDS_BETWEEN_LINES = 10.0
 """How often a line is printed where there is no terminal to draw on."""
@@ -36,7 +36,7 @@ class ProgressLine(Callback):
             return
         self._printed = time.monotonic()
         self._seen = (self.recorder.tokens, time.monotonic())
-        console = Console(file=sys.__stderr__)  # the terminal itself: a bar does not belong in a log
+        console = Console(file=terminal())  # the terminal itself: a bar does not belong in a log
         if console.is_terminal:
             columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"))
             self._bar = Progress(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from lightning_hub.runs.gauges import Gauges
 from lightning_hub.runs.identity import Identity
 from lightning_hub.runs.pulse import Beat
 from lightning_hub.runs.records import Attempt, Lease, RunInfo, State, Status
+from lightning_hub.runs.terminal import tell_terminal
 
 LEASE_PERIOD = 5.0
 
@@ -33,8 +33,7 @@ class Trouble:
         """Report an error; only the first is told."""
         if self.message is None:
             self.message = f"the run folder cannot be written: {error.strerror} ({error.filename or 'open file'})"
-            if sys.__stderr__ is not None:
-                sys.__stderr__.write(f"warning: {self.message}; training goes on without these files\n")
+            tell_terminal(f"warning: {self.message}; training goes on without these files\n")
 
 
 @dataclass(frozen=True)

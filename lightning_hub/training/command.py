@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from lightning_hub.launch.ranks import Group, open_listener
 from lightning_hub.launch.supervisor import rank_command, supervise
 from lightning_hub.launch.topology import Topology, settle, settle_alone
 from lightning_hub.runs.files import write_atomic
+from lightning_hub.runs.terminal import independent_of_terminal
 from lightning_hub.runs.writer import RunWriter, StatusWriter
 from lightning_hub.training.attempt import Begun, begin
 from lightning_hub.training.folder import run_folder, write_run
@@ -42,11 +44,18 @@ def fit(argv: Sequence[str]) -> int:
 def start(recipe: Recipe, tree: dict[str, Any], options: Options) -> int:
     """Train: in this process, as one rank of those that a launcher has started, or in ranks that this one starts.
 
+    A terminal that is closed meanwhile is let go, and the training goes on.
+
     Args:
         recipe: The recipe as given.
         tree: The same, checked, with its defaults.
         options: Where and how.
     """
+    with independent_of_terminal():
+        return _start(recipe, tree, options)
+
+
+def _start(recipe: Recipe, tree: dict[str, Any], options: Options) -> int:
     place = find_place(os.environ)
     topology = settle(recipe, tree["trainer"], place, visible_gpus(os.environ), say=note)
     if place is None and topology.world_size > 1:
@@ -106,7 +115,8 @@ def _told(run: RunWriter, work: Callable[[], int]) -> int:
 
 def note(text: str) -> None:
     """Print a note for a person."""
-    print(f"note: {text}", file=sys.stderr)
+    with suppress(BrokenPipeError):  # nobody reads notes: that ends no training
+        print(f"note: {text}", file=sys.stderr)
 
 
 def checked(recipe: Recipe, options: Options) -> dict[str, Any]:
