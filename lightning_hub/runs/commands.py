@@ -28,6 +28,7 @@ from lightning_hub.runs.logs import (
 from lightning_hub.runs.metrics import Line, metric_names, read_metrics
 from lightning_hub.runs.reader import RunReader, RunView, attempts_of, first_error, read_run
 from lightning_hub.runs.records import ENDED
+from lightning_hub.runs.unused import is_unused
 
 Resume = Callable[[RunFolder, Sequence[str]], int]
 """Goes on with a run: gets its folder and the arguments after its name; returns the exit code."""
@@ -88,7 +89,8 @@ def build_parser(*, resumable: bool = False) -> argparse.ArgumentParser:
         made.set_defaults(verb=verb)
         return made
 
-    add("list", _list, "list the runs, the newest last", as_json)
+    listed = add("list", _list, "list the runs, the newest last", as_json)
+    listed.add_argument("--all", action="store_true", help="also runs that ended before their first step was finished")
     add("show", _show, "show one run: state, ranks, attempts, error", one, as_json)
     _log_options(add("logs", _logs, "print the logs of a run", one))
     metrics = add("metrics", _metrics, "print the metrics of a run", one, as_json)
@@ -121,13 +123,18 @@ def _print_json(value: Json) -> None:
 
 def _list(arguments: argparse.Namespace) -> int:
     root = runs_root(arguments.runs_root)
-    views = [read_run(folder) for folder in list_runs(root)]
+    found = [read_run(folder) for folder in list_runs(root)]
+    views = [view for view in found if arguments.all or not is_unused(view)]
+    hidden = len(found) - len(views)
     if arguments.json:
         _print_json([view.to_json() for view in views])
     elif views:
         sys.stdout.write(show.run_table(views) + "\n")
-    else:
+    elif not hidden:
         sys.stdout.write(f"no runs in {root} yet; lightning-hub demo makes the first\n")
+    if hidden and not arguments.json:
+        runs = "1 run" if hidden == 1 else f"{hidden} runs"
+        sys.stdout.write(f"{runs} in which no step was finished: lightning-hub runs list --all\n")
     return ExitCode.DONE
 
 
