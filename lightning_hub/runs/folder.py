@@ -194,6 +194,10 @@ class RunFolder:
         """Why an attempt was made."""
         return self.attempt(number) / "attempt.json"
 
+    def attempt_config(self, number: int) -> Path:
+        """The recipe of an attempt that is not the run's first."""
+        return self.attempt(number) / "config.yaml"
+
     def rank(self, attempt: int, rank: int) -> RankFolder:
         """Files of a rank in an attempt."""
         return RankFolder(self.attempt(attempt) / f"rank{rank}")

@@ -92,7 +92,7 @@ def _train_and_keep(
 
     def make() -> Begun:
         kept.append(write_run(run_folder(tree, options), recipe, tree, options, place.launcher))
-        return begin(kept[0], options.resume, trusted=options.trust_checkpoint, world_size=place.world_size)
+        return begin(kept[0], options.resume, tree=tree, trusted=options.trust_checkpoint, world_size=place.world_size)
 
     begun = Crew().on_first(make)
     code: int = ExitCode.FAILED
