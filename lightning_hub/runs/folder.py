@@ -178,6 +178,11 @@ class RunFolder:
         return self.control / "stop"
 
     @property
+    def control_stop_now(self) -> Path:
+        """The wish to end all ranks at once; the supervisor hears it."""
+        return self.control / "stop-now"
+
+    @property
     def control_checkpoint(self) -> Path:
         """The wish to save and go on."""
         return self.control / "checkpoint"

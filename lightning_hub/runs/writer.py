@@ -207,7 +207,7 @@ class RunWriter(StatusWriter):
         write_json(self.folder.attempt_json(self.attempt), record.to_json(), fsync=True, indent=1)
         make_private_folder(self.folder.node(0).path)
         write_json(self.folder.node(0).env, describe_environment(devices), fsync=True, indent=1)
-        for wish in (self.folder.control_stop, self.folder.control_checkpoint):
+        for wish in (self.folder.control_stop, self.folder.control_stop_now, self.folder.control_checkpoint):
             wish.unlink(missing_ok=True)  # a wish left for an earlier attempt is not meant for this one
         own = Identity.own()
         self.children = [{"rank": 0, "pid": own.pid, "pid_start": own.start, "exit_code": None}]
