@@ -6,6 +6,7 @@ the package itself loads no torch.
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -36,3 +37,9 @@ def __getattr__(name: str) -> object:
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+if "LIGHTNING_HUB_SUPERVISOR_PID" in os.environ:  # a supervisor of ours has started this process
+    from lightning_hub.parent import die_with_parent
+
+    die_with_parent()  # here, because every way into the package comes by, and torch is not imported yet

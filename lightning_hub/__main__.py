@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 
@@ -13,7 +14,14 @@ def main() -> None:
     """
     if not sys.flags.safe_path and sys.argv[0].endswith("__main__.py"):
         del sys.path[0]
-    from lightning_hub.cli import run  # only now, for the reason above
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun has started this process
+        from lightning_hub.parent import die_with_parent  # only now, for the reason above
+
+        die_with_parent()  # its agent may be killed while torch is imported
+    from lightning_hub.runs.terminal import open_missing_streams
+
+    open_missing_streams()
+    from lightning_hub.cli import run
 
     sys.exit(run(sys.argv[1:]))
 

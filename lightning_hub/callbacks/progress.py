@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import cast
 
@@ -12,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lightning_hub.callbacks.recorder import Recorder, TrainedModule
 from lightning_hub.ops.rows import Step
+from lightning_hub.runs.terminal import terminal
 
 SECONDS_BETWEEN_LOSSES = 0.5
 """How often the loss is read from the device, which the host waits for."""
@@ -42,7 +42,7 @@ class ProgressLine(Callback):
             return
         self._printed = time.monotonic()
         self._seen = (self.recorder.tokens, time.monotonic())
-        console = Console(file=sys.__stderr__)  # the terminal itself: a bar does not belong in a log
+        console = Console(file=terminal())  # the terminal itself: a bar does not belong in a log
         if console.is_terminal:
             columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"))
             self._bar = Progress(

@@ -17,6 +17,7 @@ from lightning_hub.demo.tasks import PRETRAINING, SHOUT, conversations, words
 from lightning_hub.errors import ExitCode
 from lightning_hub.launch.topology import settle_alone
 from lightning_hub.runs.folder import RunFolder, create_run, runs_root
+from lightning_hub.runs.terminal import independent_of_terminal
 from lightning_hub.training.attempt import begin
 from lightning_hub.training.command import checked
 from lightning_hub.training.folder import write_run
@@ -36,15 +37,20 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--method", choices=METHODS, help="train with it, and test what the model knew before, too")
     parser.add_argument("--runs-root", help="where runs are kept (LIGHTNING_HUB_RUNS, else runs/)")
     given = parser.parse_args(argv)
+    with independent_of_terminal():
+        return _demonstrate(given.method, given.runs_root)
+
+
+def _demonstrate(method: str | None, root: str | None) -> int:
     console = Console(highlight=False)
-    folder = create_run("demo", runs_root(given.runs_root))
+    folder = create_run("demo", runs_root(root))
     train, val = _write_data(folder)
     notice(LOADING)
     console.print("[bold]Lightning Hub demo[/]: a small language model learns a new task")
     console.print(f"  model  embedded, {_size()}; it can spell and reverse words")
     console.print(f"  task   [cyan]{SHOUT.question.format(word='kamo')}[/] -> [green]{SHOUT.answer('kamo')}[/]")
     console.print(f"  data   {TRAINED:,} conversations to train on, {VALIDATED} to validate on\n")
-    return _train(folder, train, val, console, given.method)
+    return _train(folder, train, val, console, method)
 
 
 def _train(folder: RunFolder, train: Path, val: Path, console: Console, method: str | None) -> int:

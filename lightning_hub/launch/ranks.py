@@ -2,17 +2,15 @@
 
 A rank's output goes straight into its log files, through descriptors that it inherits: no pipe can fill up, and what
 a crash writes last is there. Ranks run in a session of their own, so that a key pressed in the terminal reaches the
-supervisor alone, and they die with it.
+supervisor alone, and they die with it (`lightning_hub.parent`).
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lightning_hub.launch.place import ATTEMPT_VARIABLE, LISTENER_VARIABLE, RANK_VARIABLES, RUN_VARIABLE
+from lightning_hub.parent import SUPERVISOR_VARIABLE
 from lightning_hub.runs.files import make_private_folder, open_append
 from lightning_hub.runs.folder import RankFolder, RunFolder
 
@@ -31,7 +30,6 @@ PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 _PERIOD = 0.05
 _LOOPBACK = Path("/sys/class/net/lo")
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -77,6 +75,7 @@ class Group:
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(self._threads()),
             RUN_VARIABLE: str(self.folder.path.resolve()),
             ATTEMPT_VARIABLE: str(self.attempt),
+            SUPERVISOR_VARIABLE: str(os.getpid()),
             **({LISTENER_VARIABLE: str(self.listener.fileno())} if rank == 0 else {}),
         }
 
@@ -211,16 +210,6 @@ def _kill_group(pid: int) -> None:
         os.killpg(pid, signal.SIGKILL)  # a rank leads the group of its session
     except (ProcessLookupError, PermissionError):
         return
-
-
-def die_with_parent() -> None:
-    """Have the system kill this process when the one that started it is gone (Linux; elsewhere nothing happens)."""
-    if not sys.platform.startswith("linux"):
-        return
-    parent = os.getppid()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it went while we asked
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def open_listener() -> socket.socket:

@@ -13,11 +13,13 @@ from typing import TextIO
 
 from lightning_hub.errors import ExitCode
 from lightning_hub.launch.ranks import PASSED_ON, Ending, Group, Ranks, start_ranks
+from lightning_hub.launch.watch import SilenceWatch
 from lightning_hub.runs.files import Json, read_json, write_json
 from lightning_hub.runs.folder import RunFolder, now
 from lightning_hub.runs.identity import Identity
 from lightning_hub.runs.logs import LogTail
 from lightning_hub.runs.records import ENDED, ErrorRecord, Heartbeat
+from lightning_hub.runs.stopping import AT_ONCE
 from lightning_hub.runs.writer import RunWriter
 
 TOGETHER = 1.0
@@ -38,15 +40,23 @@ def supervise(run: RunWriter, group: Group) -> int:
         Echo(group.folder.rank(group.attempt, 0).stderr, sys.stderr),
     ]
     with start_ranks(group) as ranks, _signals_to(ranks) as interrupts:
-        run.children = _children(ranks)
+        run.tell_children(_children(ranks))
+
+        silence = SilenceWatch(run, group)
+        ended: list[bool] = []
 
         def meanwhile() -> None:
             for stream in echo:
                 stream.pass_on()
             run.children = [child | {"exit_code": _code(ranks, child["rank"])} for child in run.children]
 
+            silence.look(ranks.running)
+            if not ended and group.folder.control_stop_now.exists():
+                ended.append(True)
+                ranks.end()
+
         ranks.wait(meanwhile)
-    if len(interrupts) > 1:
+    if len(interrupts) > 1 or ended:
         return _hard_stop(run)
     return _conclude(run, group, first_failure(group, ranks))
 
@@ -124,9 +134,8 @@ def _died(folder: RunFolder, attempt: int, ending: Ending) -> ErrorRecord:
 
 def _hard_stop(run: RunWriter) -> int:
     run.refresh()
-    reason = "stopped at once; the newest checkpoint is untouched"
-    run.set_status("failed", reason=reason, exit_code=int(ExitCode.HARD_STOP))
-    print(reason, file=sys.stderr)
+    run.set_status("failed", reason=AT_ONCE, exit_code=int(ExitCode.HARD_STOP))
+    print(AT_ONCE, file=sys.stderr)
     return ExitCode.HARD_STOP
 
 

@@ -15,6 +15,7 @@ from types import FrameType
 
 from lightning_hub.launch.place import RANK_VARIABLES
 from lightning_hub.launch.ranks import Group, open_listener, start_ranks
+from lightning_hub.parent import SUPERVISOR_VARIABLE
 from lightning_hub.runs.folder import RunFolder
 
 PYTHON = (sys.executable,)
@@ -136,7 +137,7 @@ def _start(child: Child, folder: Path) -> subprocess.Popen[bytes]:
     with _output(child, folder).open("wb") as output:
         return subprocess.Popen(
             [*PYTHON, "-m", *child.arguments],
-            env={**_environment(folder), **child.variables},
+            env={**_environment(folder), **child.variables, SUPERVISOR_VARIABLE: str(os.getpid())},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -14,12 +14,12 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lightning_hub.checkpoints.export import write_export
-from lightning_hub.launch.ranks import die_with_parent
 from lightning_hub.models.pretrained import Pretrained
 from lightning_hub.ops.attention import PACKED
 from lightning_hub.ops.attention_proof import proven_head
 from lightning_hub.ops.loss import inputs_of
 from lightning_hub.ops.rows import IGNORED, Row
+from lightning_hub.parent import die_with_parent
 from lightning_hub.proof.findings import Finding, equality, write_findings
 from lightning_hub.proof.training import Material, accelerator, distance, largest, train, worst
 

@@ -15,9 +15,9 @@ import torch.distributed
 from lightning.pytorch.strategies import Strategy
 
 from lightning_hub.launch.place import find_place
-from lightning_hub.launch.ranks import die_with_parent
 from lightning_hub.parallel.joining import join, leave
 from lightning_hub.parallel.strategies import DDP, FSDP, ModelParallel
+from lightning_hub.parent import die_with_parent
 from lightning_hub.proof.findings import Finding, equality, write_findings
 from lightning_hub.proof.training import Material, Seen, accelerator, distance, largest, train, worst
 

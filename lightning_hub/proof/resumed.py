@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from lightning_hub.errors import ExitCode
-from lightning_hub.launch.ranks import die_with_parent
+from lightning_hub.parent import die_with_parent
 from lightning_hub.proof.findings import equality, write_findings
 from lightning_hub.proof.training import largest
 from lightning_hub.runs.folder import RunFolder

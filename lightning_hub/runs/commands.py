@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from lightning_hub.errors import ConfigError, ExitCode
 from lightning_hub.runs import show
-from lightning_hub.runs.files import Json, make_private_folder, read_json, touch
+from lightning_hub.runs.files import Json, read_json
 from lightning_hub.runs.folder import RunFolder, find_run, list_runs, runs_root
 from lightning_hub.runs.logs import (
     LogTail,
@@ -30,6 +30,7 @@ from lightning_hub.runs.logs import (
 from lightning_hub.runs.metrics import Line, metric_names, read_metrics
 from lightning_hub.runs.reader import RunReader, RunView, attempts_of, first_error, read_run
 from lightning_hub.runs.records import ENDED
+from lightning_hub.runs.unused import is_unused
 
 Resume = Callable[[RunFolder, Sequence[str]], int]
 """Goes on with a run: gets its folder and the arguments after its name; returns the exit code."""
@@ -99,12 +100,14 @@ def build_parser(*, resumable: bool = False) -> argparse.ArgumentParser:
         made.set_defaults(verb=verb)
         return made
 
-    add("list", _list, "list the runs, the newest last", as_json)
+    listed = add("list", _list, "list the runs, the newest last", as_json)
+    listed.add_argument("--all", action="store_true", help="also runs that ended before their first step was finished")
     add("show", _show, "show one run: state, ranks, attempts, error", one, as_json)
     _log_options(add("logs", _logs, "print the logs of a run", one))
     metrics = add("metrics", _metrics, "print the metrics of a run", one, as_json)
     metrics.add_argument("--keys", metavar="A,B", help="only these metrics")
-    add("stop", _stop, "ask a live run to save a checkpoint and stop", one)
+    stop = add("stop", _stop, "ask a live run to save a checkpoint and stop", one)
+    stop.add_argument("--now", action="store_true", help="end its processes at once, without a new checkpoint")
     delete = add("delete", _delete, "delete a run that has ended, with its checkpoints and export", one)
     delete.add_argument("--yes", action="store_true", help="do not ask")
     if resumable:
@@ -132,13 +135,18 @@ def _print_json(value: Json) -> None:
 
 def _list(arguments: argparse.Namespace) -> int:
     root = runs_root(arguments.runs_root)
-    views = [read_run(folder) for folder in list_runs(root)]
+    found = [read_run(folder) for folder in list_runs(root)]
+    views = [view for view in found if arguments.all or not is_unused(view)]
+    hidden = len(found) - len(views)
     if arguments.json:
         _print_json([view.to_json() for view in views])
     elif views:
         sys.stdout.write(show.run_table(views) + "\n")
-    else:
+    elif not hidden:
         sys.stdout.write(f"no runs in {root} yet; lightning-hub demo makes the first\n")
+    if hidden and not arguments.json:
+        runs = "1 run" if hidden == 1 else f"{hidden} runs"
+        sys.stdout.write(f"{runs} in which no step was finished: lightning-hub runs list --all\n")
     return ExitCode.DONE
 
 
@@ -257,9 +265,9 @@ def _stop(arguments: argparse.Namespace) -> int:
     view = read_run(folder)
     if not view.is_live:
         raise ConfigError(f"{folder.id} does not run: it is {view.verdict.state}", where="RUN")
-    make_private_folder(folder.control)
-    touch(folder.control_stop)
-    sys.stdout.write(f"{folder.id} is asked to save a checkpoint and stop; it does so after its current step\n")
+    from lightning_hub.runs.stopping import ask_to_stop, stop_now  # 0.03 s, which a listing need not pay
+
+    sys.stdout.write((stop_now(folder) if arguments.now else ask_to_stop(folder, view)) + "\n")
     return ExitCode.DONE
 
 

@@ -178,6 +178,11 @@ class RunFolder:
         return self.control / "stop"
 
     @property
+    def control_stop_now(self) -> Path:
+        """The wish to end all ranks at once; the supervisor hears it."""
+        return self.control / "stop-now"
+
+    @property
     def control_checkpoint(self) -> Path:
         """The wish to save and go on."""
         return self.control / "checkpoint"
@@ -193,6 +198,10 @@ class RunFolder:
     def attempt_json(self, number: int) -> Path:
         """Why an attempt was made."""
         return self.attempt(number) / "attempt.json"
+
+    def attempt_config(self, number: int) -> Path:
+        """The recipe of an attempt that is not the run's first."""
+        return self.attempt(number) / "config.yaml"
 
     def rank(self, attempt: int, rank: int) -> RankFolder:
         """Files of a rank in an attempt."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 from lightning_hub.runs.files import open_append
+from lightning_hub.runs.terminal import TerminalStream
 
 FIRST_PART = 1_000_000
 LATER_PART = 4_000_000
@@ -125,17 +126,19 @@ def _still_drawn(partial: str) -> str:
 
 
 class Tee:
-    """A text stream that writes to a stream and to a log; everything else is the stream's own."""
+    """A text stream that writes to a stream and to a log; everything else is the stream's own.
+
+    A stream that cannot be written is let go; the log goes on.
+    """
 
     def __init__(self, stream: TextIO, log: LogFile) -> None:
-        self.stream = stream
+        self.stream = TerminalStream(stream)
         self._log = log
 
     def write(self, text: str) -> int:
-        """Write to both; the stream's own errors are the caller's, the log's are reported once."""
-        written = self.stream.write(text)
+        """Write to both; neither raises, what the log cannot take is reported once."""
         self._log.write(text)
-        return written
+        return self.stream.write(text)
 
     def writelines(self, lines: list[str]) -> None:
         """Write each line to both."""

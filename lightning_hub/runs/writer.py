@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from lightning_hub.runs.gauges import Gauges
 from lightning_hub.runs.identity import Identity
 from lightning_hub.runs.pulse import Beat
 from lightning_hub.runs.records import Attempt, Lease, RunInfo, State, Status
+from lightning_hub.runs.terminal import tell_terminal
 
 LEASE_PERIOD = 5.0
 
@@ -33,8 +33,7 @@ class Trouble:
         """Report an error; only the first is told."""
         if self.message is None:
             self.message = f"the run folder cannot be written: {error.strerror} ({error.filename or 'open file'})"
-            if sys.__stderr__ is not None:
-                sys.__stderr__.write(f"warning: {self.message}; training goes on without these files\n")
+            tell_terminal(f"warning: {self.message}; training goes on without these files\n")
 
 
 @dataclass(frozen=True)
@@ -208,7 +207,7 @@ class RunWriter(StatusWriter):
         write_json(self.folder.attempt_json(self.attempt), record.to_json(), fsync=True, indent=1)
         make_private_folder(self.folder.node(0).path)
         write_json(self.folder.node(0).env, describe_environment(devices), fsync=True, indent=1)
-        for wish in (self.folder.control_stop, self.folder.control_checkpoint):
+        for wish in (self.folder.control_stop, self.folder.control_stop_now, self.folder.control_checkpoint):
             wish.unlink(missing_ok=True)  # a wish left for an earlier attempt is not meant for this one
         own = Identity.own()
         self.children = [{"rank": 0, "pid": own.pid, "pid_start": own.start, "exit_code": None}]
@@ -216,6 +215,11 @@ class RunWriter(StatusWriter):
         self.set_status("starting", reason=reason, step=step)
         self._lease.start()
         return self.attempt
+
+    def tell_children(self, children: list[dict[str, Json]]) -> None:
+        """Write at once which processes there are, so that they can be found if this one is killed."""
+        self.children = children
+        self._guarded(self._write_lease)
 
     def _beat(self) -> None:
         self._write_lease()

@@ -5,8 +5,12 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from lightning_hub.config.writing import dump
 from lightning_hub.errors import ExitCode, HubError, NoCheckpointError
+from lightning_hub.launch.orphans import end_orphans
+from lightning_hub.runs.files import write_atomic
 from lightning_hub.runs.folder import RunFolder
 from lightning_hub.runs.manifest import chosen, newest_whole, step_of
 from lightning_hub.runs.writer import RunWriter
@@ -28,13 +32,20 @@ class Begun:
 
 
 def begin(
-    run: RunWriter, resume: str, *, trusted: bool = False, world_size: int = 1, master_port: int | None = None
+    run: RunWriter,
+    resume: str,
+    *,
+    tree: dict[str, Any] | None = None,
+    trusted: bool = False,
+    world_size: int = 1,
+    master_port: int | None = None,
 ) -> Begun:
     """Choose the checkpoint and write down that an attempt begins.
 
     Args:
         run: The run's files; closed, with the reason in them, if there is nothing to go on from.
         resume: auto, must, never, or the path of a checkpoint.
+        tree: The recipe of the attempt; written where it may differ from the run's own.
         trusted: Whether that path may be of a folder without a manifest.
         world_size: Processes of the attempt.
         master_port: Where they meet, if they are several of this machine.
@@ -44,18 +55,29 @@ def begin(
         ConfigError: The path is not that of a checkpoint.
     """
     try:
+        end_orphans(run.folder)
         checkpoint = _choose(run, resume, trusted=trusted)
         step = step_of(checkpoint) if checkpoint else 0
         reason = f"resumed from {checkpoint.name}" if checkpoint else "first start"
         attempt = run.start_attempt(
             reason, step=step, checkpoint=checkpoint, world_size=world_size, master_port=master_port
         )
+        _write_config(run.folder, attempt, tree)
     except Exception as error:
         code = error.exit_code if isinstance(error, HubError) else ExitCode.FAILED
         run.set_status("failed", reason=str(error), exit_code=int(code))
         run.close(int(code))
         raise
     return Begun(run.folder, attempt, checkpoint)
+
+
+def _write_config(folder: RunFolder, attempt: int, tree: dict[str, Any] | None) -> None:
+    """Write the recipe of an attempt, which a further one starts from; the first has that of the run."""
+    if tree is None:
+        return
+    text = dump(tree)
+    if attempt > 1 or folder.config.read_text(encoding="utf-8") != text:
+        write_atomic(folder.attempt_config(attempt), text.encode(), fsync=True)
 
 
 def _choose(run: RunWriter, resume: str, *, trusted: bool) -> Path | None:

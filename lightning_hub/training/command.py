@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from lightning_hub.launch.place import Place, find_place
 from lightning_hub.launch.ranks import Group, open_listener
 from lightning_hub.launch.supervisor import rank_command, supervise
 from lightning_hub.launch.topology import Topology, settle, settle_alone
-from lightning_hub.runs.files import write_atomic
+from lightning_hub.runs.terminal import independent_of_terminal
 from lightning_hub.runs.writer import RunWriter, StatusWriter
 from lightning_hub.training.attempt import Begun, begin
 from lightning_hub.training.chat_command import model_of
@@ -45,11 +46,18 @@ def fit(argv: Sequence[str]) -> int:
 def start(recipe: Recipe, tree: dict[str, Any], options: Options) -> int:
     """Train: in this process, as one rank of those that a launcher has started, or in ranks that this one starts.
 
+    A terminal that is closed meanwhile is let go, and the training goes on.
+
     Args:
         recipe: The recipe as given.
         tree: The same, checked, with its defaults.
         options: Where and how.
     """
+    with independent_of_terminal():
+        return _start(recipe, tree, options)
+
+
+def _start(recipe: Recipe, tree: dict[str, Any], options: Options) -> int:
     place = find_place(os.environ)
     if place is None or place.rank == 0:
         notice(LOADING)
@@ -61,7 +69,7 @@ def start(recipe: Recipe, tree: dict[str, Any], options: Options) -> int:
 
         return as_rank(place, recipe, tree, options)
     run = write_run(run_folder(tree, options), recipe, tree, options)
-    begun = begin(run, options.resume, trusted=options.trust_checkpoint)
+    begun = begin(run, options.resume, tree=tree, trusted=options.trust_checkpoint)
     return _told(run, lambda: train(tree, begun, run, options))
 
 
@@ -78,22 +86,13 @@ def _start_ranks(recipe: Recipe, tree: dict[str, Any], options: Options, topolog
         run = write_run(run_folder(tree, options), recipe, tree, options)
         port = int(listener.getsockname()[1])
         trusted, world_size = options.trust_checkpoint, topology.world_size
-        begun = begin(run, options.resume, trusted=trusted, world_size=world_size, master_port=port)
-        config = _config_of_attempt(run, begun, tree)
+        begun = begin(run, options.resume, tree=tree, trusted=trusted, world_size=world_size, master_port=port)
+        own = begun.folder.attempt_config(begun.attempt)
+        config = own if own.is_file() else begun.folder.config
         flags = ["--resume", str(begun.checkpoint)] if begun.checkpoint else []
         argv = rank_command(config, *flags, *options.permissions())
         group = Group(begun.folder, begun.attempt, world_size, argv, listener)
         return _told(run, lambda: supervise(run, group))
-
-
-def _config_of_attempt(run: RunWriter, begun: Begun, tree: dict[str, Any]) -> Path:
-    """Return the recipe that the ranks read: the run's own, unless this attempt was given other options."""
-    text = dump(tree)
-    if run.folder.config.read_text(encoding="utf-8") == text:
-        return run.folder.config
-    path = run.folder.attempt(begun.attempt) / "config.yaml"
-    write_atomic(path, text.encode(), fsync=True)
-    return path
 
 
 def _told(run: RunWriter, work: Callable[[], int]) -> int:
@@ -111,7 +110,8 @@ def _told(run: RunWriter, work: Callable[[], int]) -> int:
 
 def note(text: str) -> None:
     """Print a note for a person."""
-    print(f"note: {text}", file=sys.stderr)
+    with suppress(BrokenPipeError):  # nobody reads notes: that ends no training
+        print(f"note: {text}", file=sys.stderr)
 
 
 def checked(recipe: Recipe, options: Options) -> dict[str, Any]:

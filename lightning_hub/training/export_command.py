@@ -6,15 +6,13 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from lightning_hub.config.helptext import plain
-from lightning_hub.config.recipe import recipe_from_text
-from lightning_hub.config.resolve import fill_defaults
 from lightning_hub.errors import ConfigError, ExitCode
 from lightning_hub.launch.topology import settle_alone
 from lightning_hub.runs.folder import find_run, runs_root
 from lightning_hub.training.notice import LOADING, notice
+from lightning_hub.training.resuming import newest_tree
 
 
 def main(argv: Sequence[str]) -> int:
@@ -32,9 +30,7 @@ def main(argv: Sequence[str]) -> int:
     folder = find_run(given.run, runs_root(given.runs_root))
     if given.to:
         _check_free(given.to)
-    tree: dict[str, Any] = fill_defaults(
-        recipe_from_text(folder.config.read_text(encoding="utf-8"), str(folder.config))
-    )
+    tree = newest_tree(folder)
     settle_alone(tree["trainer"])
     notice(LOADING)
     from lightning_hub.training.session import export  # 4 s: torch, lightning and transformers

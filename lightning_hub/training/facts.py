@@ -30,6 +30,24 @@ def recipe_facts(tree: dict[str, Any]) -> dict[str, str]:
     return facts | {f"model.init_args.{name}": str(value) for name, value in tree["model"]["init_args"].items()}
 
 
+def check_limits(checkpoint: Path, max_epochs: int | None) -> None:
+    """Refuse a limit that lies before the epoch in which a checkpoint was made.
+
+    Args:
+        checkpoint: What the run goes on from.
+        max_epochs: Of the trainer.
+
+    Raises:
+        ConfigError: It does.
+    """
+    progress = read_state(checkpoint).get("loops", {}).get("fit_loop", {}).get("epoch_progress", {})
+    done = progress.get("current", {}).get("processed", 0)
+    if max_epochs not in (None, -1) and done > int(str(max_epochs)):
+        remedy = f"give at least {done}, or go on from an older checkpoint with --resume PATH"
+        message = f"{max_epochs} lies before the checkpoint, which has finished {done} epochs"
+        raise ConfigError(message, where="trainer.max_epochs", remedy=remedy)
+
+
 def check_lasting(checkpoint: Path, facts: dict[str, str], names: Iterable[str]) -> None:
     """Refuse options of the method that say what the tensors of a checkpoint are, if they are not those it was made by.
 

@@ -11,20 +11,33 @@ from lightning_hub.config.recipe import Recipe
 from lightning_hub.config.shipped import preset_of
 from lightning_hub.config.writing import dump
 from lightning_hub.errors import ConfigError
-from lightning_hub.runs.folder import RunFolder, create_run, open_run_dir, runs_root
+from lightning_hub.launch.orphans import end_orphans
+from lightning_hub.runs.folder import RunFolder, create_run, lock_run, open_run_dir, runs_root
+from lightning_hub.runs.unused import clear_run, holds_unused_run
 from lightning_hub.runs.writer import NewRun, RunWriter
 from lightning_hub.training.options import Options
 
 
 def run_folder(tree: dict[str, Any], options: Options) -> RunFolder:
-    """Make a new run folder, or open the one that was named."""
+    """Make a new run folder, or open the one that was named; a run in it that finished no step is replaced."""
     if options.run_dir is not None:
+        named = RunFolder(options.run_dir)
+        if options.resume == "never" and holds_unused_run(named):
+            _clear_unused(named)
+            return named
         return open_run_dir(options.run_dir, resume=options.resume != "never")
     if options.resume != "never":
         raise ConfigError(
             f"--resume {options.resume} does not say which run", where="--resume", remedy="give --run-dir as well"
         )
     return create_run(options.run_name or _run_name(tree), runs_root(options.runs_root))
+
+
+def _clear_unused(folder: RunFolder) -> None:
+    lock_run(folder)
+    end_orphans(folder)
+    clear_run(folder)
+    print(f"note: {folder.path} held a run in which no step was finished; it is replaced", file=sys.stderr)
 
 
 def write_run(

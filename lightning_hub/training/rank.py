@@ -15,12 +15,12 @@ from lightning_hub.config.recipe import Recipe
 from lightning_hub.errors import ExitCode, HubError
 from lightning_hub.launch.devices import visible_gpus
 from lightning_hub.launch.place import Place
-from lightning_hub.launch.ranks import die_with_parent
 from lightning_hub.launch.topology import mesh_of, uses_gpus
 from lightning_hub.models.pretrained import Pretrained
 from lightning_hub.parallel.crew import Crew
 from lightning_hub.parallel.joining import GivenPlace, join, leave
 from lightning_hub.parallel.tensor_parallel import check_model
+from lightning_hub.parent import die_with_parent
 from lightning_hub.runs.folder import RunFolder
 from lightning_hub.runs.rank import RankWriter, classify
 from lightning_hub.runs.writer import RunWriter, StatusWriter
@@ -92,7 +92,7 @@ def _train_and_keep(
 
     def make() -> Begun:
         kept.append(write_run(run_folder(tree, options), recipe, tree, options, place.launcher))
-        return begin(kept[0], options.resume, trusted=options.trust_checkpoint, world_size=place.world_size)
+        return begin(kept[0], options.resume, tree=tree, trusted=options.trust_checkpoint, world_size=place.world_size)
 
     begun = Crew().on_first(make)
     code: int = ExitCode.FAILED

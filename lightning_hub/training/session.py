@@ -34,7 +34,7 @@ from lightning_hub.runs.summary import run_summary
 from lightning_hub.runs.writer import StatusWriter
 from lightning_hub.training.announcement import Announcement
 from lightning_hub.training.attempt import Begun
-from lightning_hub.training.facts import check_lasting, recipe_facts
+from lightning_hub.training.facts import check_lasting, check_limits, recipe_facts
 from lightning_hub.training.options import Options
 from lightning_hub.training.parser import RecipeCLI
 from lightning_hub.training.wishes import Asked, HardStop, Wishes, keep_lightning_out, requeue
@@ -139,6 +139,7 @@ class Session:
         module.stays_on_device = True
         if self.begun.checkpoint is not None:
             check_lasting(self.begun.checkpoint, facts, module.lasting)
+            check_limits(self.begun.checkpoint, trainer.max_epochs)
         keep_lightning_out(trainer)
         with SamplesWriter(self.folder.samples) as samples:
             for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by Lightning's connector

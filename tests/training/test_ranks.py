@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import queue
+import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import psutil
 import pytest
@@ -331,3 +335,76 @@ def test_a_world_that_contradicts_the_recipe(
     error = capsys.readouterr().err
     assert "1 x 2 = 2 processes, torchrun started 1 x 4 = 4" in error
     assert not (tmp_path / "run").exists()
+
+
+class Said:
+    """What a process says, line by line, as it comes."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._lines: queue.Queue[str] = queue.Queue()
+        self._stream = stream
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        for line in self._stream:
+            self._lines.put(line)
+
+    def wait_for(self, part: str, limit: float) -> str:
+        end = time.monotonic() + limit
+        while part not in (line := self._lines.get(timeout=max(end - time.monotonic(), 0.01))):
+            pass
+        return line
+
+
+@pytest.mark.slow
+@pytest.mark.fault("F3")
+def test_a_frozen_rank_is_told_and_can_be_ended(
+    tmp_path: Path, begin: Start, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    process = begin(*TWO, "--trainer.max_epochs", "100000")
+    assert process.stderr is not None
+    said = Said(process.stderr)
+    wait_for(folder.metrics)
+    end = time.monotonic() + 30
+    while not (beat := json.loads(folder.rank(1, 1).heartbeat.read_text()))["doing"]:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    rank = psutil.Process(beat["pid"])
+    rank.suspend()
+    line = said.wait_for("rank 1 has given no sign of life for 1", 30)
+    assert f"; its process is stopped, kill -CONT {rank.pid} lets it go on; see lightning-hub runs show run" in line
+    assert re.search(r"stands at step \d+, in \w+", line)
+    rank.resume()
+    said.wait_for("note: rank 1 gives signs of life again after 1", 30)
+    assert "rank 1 has given no sign" in folder.rank(1, 0).stderr.read_text()
+    events = [json.loads(line) for line in folder.events.read_text().splitlines()]
+    assert [(event["event"], event["rank"]) for event in events if "rank" in event] == [
+        ("silent", 1),
+        ("heard again", 1),
+    ]
+    rank.suspend()
+    said.wait_for("rank 1 has given no sign of life for 1", 30)
+    assert run(["runs", "stop", str(folder.path)]) == 0
+    out = capsys.readouterr().out
+    assert "rank 1 is silent for 1" in out
+    assert "lightning-hub runs stop run --now ends the run at once" in out
+    assert run(["runs", "stop", str(folder.path), "--now"]) == 0
+    assert process.wait(10) == 130
+    status = json.loads(folder.status.read_text())
+    assert (status["state"], status["reason"]) == ("failed", "stopped at once; the newest checkpoint is untouched")
+    assert_none_left(folder)
+
+
+@pytest.mark.slow
+def test_a_frozen_process_that_is_alone_can_be_ended(tmp_path: Path, begin: Start) -> None:
+    folder = RunFolder(tmp_path / "run")
+    process = begin(*FLAGS, "--trainer.max_epochs", "100000", "--trainer.devices", "1")
+    wait_for(folder.metrics)
+    psutil.Process(process.pid).suspend()
+    assert run(["runs", "stop", str(folder.path), "--now"]) == 0
+    assert process.wait(10) == -9
+    assert read_run(folder).verdict.state == "failed"
+    assert json.loads(folder.status.read_text())["exit_code"] == 130
+    step = json.loads(folder.status.read_text())["step"]
+    assert step >= 1

@@ -336,3 +336,59 @@ def test_a_full_disk_ends_the_run_and_leaves_the_old_checkpoint(fit: Fit, tmp_pa
     assert json.loads(folder.status.read_text())["state"] == "failed"
     record = json.loads((folder.path / json.loads(folder.status.read_text())["error"]).read_text())
     assert record["class"] == "disk"
+
+
+CONSTANT = ("--trainer.max_epochs", "1", "--model.lr_scheduler", "constant")
+
+
+def said_of_resume(folder: RunFolder, capsys: pytest.CaptureFixture[str], *flags: str) -> tuple[int, str]:
+    capsys.readouterr()
+    return run(["runs", "resume", str(folder.path), *flags]), capsys.readouterr().err
+
+
+def state_of(folder: RunFolder) -> object:
+    return json.loads(folder.status.read_text())["state"]
+
+
+def test_a_finished_run_stays_finished_and_remembers_its_extension(
+    fit: Fit, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, folder = fit(*CONSTANT)
+    code, said = said_of_resume(folder, capsys)
+    assert (code, state_of(folder), folder.attempts()) == (2, "finished", [1])
+    assert said == (
+        "error: RUN: run is finished, after 1 epoch (4 steps); to train on, give a limit beyond that: "
+        "lightning-hub runs resume run --trainer.max_epochs 2\n"
+    )
+    assert said_of_resume(folder, capsys, "--trainer.max_epochs", "3", "--model.learning_rate", "5e-4")[0] == 0
+    for flags in ((), ("--trainer.max_epochs", "2"), ("--trainer.max_steps", "5"), ("--model.weight_decay", "0.1")):
+        code, said = said_of_resume(folder, capsys, *flags)
+        assert (code, state_of(folder), folder.attempts()) == (2, "finished", [1, 2]), flags
+        assert "run is finished, after 3 epochs (12 steps)" in said
+        assert said.count("\n") == 1
+    shutil.rmtree(folder.checkpoint(12))
+    assert said_of_resume(folder, capsys)[0] == 0, "what is lost is trained again, as the extension said"
+    assert [line["lr"] for line in read_metrics(folder) if "lr" in line] == [1e-3] * 4 + [5e-4] * 8
+    assert json.loads(folder.status.read_text())["step"] == 12
+
+
+def test_an_attempt_that_was_refused_is_not_remembered(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+    _, folder = fit(*CONSTANT, *EVERY_STEP)
+    refused = ("--trainer.max_epochs", "2", "--data.effective_batch_size", "16")
+    assert said_of_resume(folder, capsys, *refused)[0] == 2
+    shutil.rmtree(folder.checkpoint(4))
+    assert said_of_resume(folder, capsys)[0] == 0
+    assert json.loads(folder.status.read_text())["step"] == 4
+
+
+def test_limits_before_the_checkpoint_are_refused_in_one_sentence(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+    _, folder = fit("--trainer.max_epochs", "3")
+    status = json.loads(folder.status.read_text())
+    folder.status.write_text(json.dumps(status | {"state": "stopped"}))
+    code, said = said_of_resume(folder, capsys, "--trainer.max_epochs", "1")
+    assert code == 2
+    assert "trainer.max_epochs: 1 lies before the checkpoint, which has finished " in said
+    assert "Traceback" not in said
+    steps = ("--trainer.max_steps", "12")
+    assert said_of_resume(folder, capsys, *steps)[0] == 0, "there is nothing to do but to export"
+    assert state_of(folder) == "finished"

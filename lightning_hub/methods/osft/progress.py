@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from lightning_hub.runs.terminal import terminal
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -23,7 +24,7 @@ class Progressing:
 
     def __init__(self, speaks: bool) -> None:
         self.speaks = speaks
-        self._console = Console(file=sys.__stderr__)  # the terminal itself: a bar does not belong in a log
+        self._console = Console(file=terminal())  # the terminal itself: a bar does not belong in a log
         self._bar: Progress | None = None
         self._said = time.monotonic()
 

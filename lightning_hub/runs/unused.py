@@ -1,0 +1,46 @@
+"""Runs in which no step was finished: a refused command leaves one, and the next command may take its folder."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from lightning_hub.runs.folder import RunFolder
+from lightning_hub.runs.manifest import committed
+from lightning_hub.runs.reader import RunView, read_run
+
+_BEFORE_RUN_JSON = {"lock", "control", "checkpoints", "nodes"}
+"""What stands in a run folder before it has a `run.json`."""
+
+
+def is_unused(view: RunView) -> bool:
+    """Say whether a run has ended without having finished a step."""
+    return view.step == 0 and not view.is_live and view.verdict.state != "finished"
+
+
+def holds_unused_run(folder: RunFolder) -> bool:
+    """Say whether a folder holds such a run and nothing that a training has made."""
+    try:
+        names = {path.name for path in folder.path.iterdir()}
+    except OSError:
+        return False
+    if not names or any(committed(folder.checkpoints)):
+        return False
+    if not folder.run_json.is_file():
+        return names <= _BEFORE_RUN_JSON and "lock" in names
+    return is_unused(read_run(folder))
+
+
+def clear_run(folder: RunFolder) -> None:
+    """Remove the files of a run but its lock, which the caller holds; files that are none of a run's stay."""
+    files = ("run_json", "config", "config_input", "plan", "status", "metrics", "samples", "data_report", "events")
+    folders = (folder.checkpoints, folder.control, folder.path / "attempts", folder.path / "nodes")
+    for path in (*(getattr(folder, name) for name in files), *folders, folder.path / "loggers"):
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
