@@ -160,14 +160,27 @@ def _failure(way: Traits, reference: Reference, shorter: Reference | None, devic
 
 @contextmanager
 def _apart() -> Iterator[None]:
-    """Leave the random state, the gradient mode and autocast of the process alone."""
-    with (
-        torch.random.fork_rng(devices=[]),
-        torch.enable_grad(),
-        torch.autocast("cpu", enabled=False),
-        torch.device("cpu"),
-    ):
-        yield
+    """Compute in full float32, and leave the state of the process as it is.
+
+    In half precision Lightning sets the default dtype while a model is made, which rounds what a model computes for
+    itself, such as the rotary frequencies. Some processors multiply in bfloat16 where less than the highest precision
+    is asked for.
+    """
+    before = torch.get_default_dtype(), torch.get_float32_matmul_precision()
+    torch.set_default_dtype(torch.float32)
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with (
+            torch.random.fork_rng(devices=[]),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast("cpu", enabled=False),
+            torch.device("cpu"),
+        ):
+            yield
+    finally:
+        torch.set_default_dtype(before[0])
+        torch.set_float32_matmul_precision(before[1])
 
 
 def _key(kind: type, config: PretrainedConfig, wished: str, device: torch.device | None) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.plugins import HalfPrecision
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -32,6 +36,7 @@ from lightning_hub.ops.attention_proof import prove, proven_head, settle, traits
 from lightning_hub.ops.loss import LossHead, Traits, inputs_of
 from lightning_hub.ops.miniature import NoMiniatureError
 from lightning_hub.ops.rows import Row
+from lightning_hub.runs.folder import default_cache_dir
 from tests.ops.models import CONFIGS, LEAKING, SHAPE, documents, make
 
 
@@ -284,6 +289,27 @@ def test_a_proof_leaves_no_trace() -> None:
         assert not torch.is_grad_enabled()
     assert torch.equal(torch.get_rng_state(), state)
     assert config.to_dict() == before
+
+
+@pytest.mark.parametrize("state", ["bfloat16 by default", "inference", "autocast", "lower precision"])
+def test_a_proof_is_the_same_whatever_the_process_is_at(state: str) -> None:
+    contexts: dict[str, Callable[[], AbstractContextManager[object]]] = {
+        "bfloat16 by default": lambda: HalfPrecision("bf16-true").module_init_context(),
+        "inference": torch.inference_mode,
+        "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+        "lower precision": nullcontext,
+    }
+    expected = prove(LlamaForCausalLM, llama(), PACKED)
+    attention_proof._proven.clear()
+    shutil.rmtree(default_cache_dir())
+    precision, dtype = torch.get_float32_matmul_precision(), torch.get_default_dtype()
+    torch.set_float32_matmul_precision("medium" if state == "lower precision" else precision)
+    with contexts[state]():
+        found = prove(LlamaForCausalLM, llama(), PACKED)
+    torch.set_float32_matmul_precision(precision)
+    assert found == expected
+    assert found.is_packable
+    assert torch.get_default_dtype() == dtype
 
 
 def test_the_proof_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
