@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 
 from lightning_hub import __version__
 from lightning_hub.config.suggest import nearest
 from lightning_hub.errors import ConfigError, ExitCode, HubError, is_disk_trouble
-from lightning_hub.runs.terminal import tell_terminal
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,8 @@ def run(argv: Sequence[str]) -> int:
 
 def _said(text: str, code: ExitCode) -> int:
     """Say how a command ends, if there is anybody to hear it, and return its exit code."""
-    tell_terminal(f"{text}\n") if sys.stderr is sys.__stderr__ else print(text, file=sys.stderr)
+    with suppress(OSError):
+        print(text, file=sys.stderr)
     return int(code)
 
 
