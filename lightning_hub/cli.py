@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 
 from lightning_hub import __version__
 from lightning_hub.config.shipped import shipped_recipes
 from lightning_hub.config.suggest import nearest
-from lightning_hub.errors import ConfigError, ExitCode, HubError
+from lightning_hub.errors import ConfigError, ExitCode, HubError, is_disk_trouble
 
 
 @dataclass(frozen=True)
@@ -58,17 +59,36 @@ def run(argv: Sequence[str]) -> int:
     debug = "--debug" in argv
     words = [word for word in argv if word != "--debug"]
     try:
-        return int(_dispatch(words))
+        code = int(_dispatch(words))
+        sys.stdout.flush()  # here, where a full disk can still be said
+        return code
     except HubError as error:
         if debug:
             raise
-        print(f"{error.label}: {error}", file=sys.stderr)
-        return int(error.exit_code)
+        return _said(f"{error.label}: {error}", error.exit_code)
     except KeyboardInterrupt:
         return int(ExitCode.HARD_STOP)
     except BrokenPipeError:  # the reader of our output is gone, as in `... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return int(ExitCode.DONE)
+    except Exception as error:
+        if debug or not is_disk_trouble(error):
+            raise
+        _drop_output()
+        remedy = "free some space, or write elsewhere"
+        return _said(f"error: the disk does not take what is written: {error}; {remedy}", ExitCode.FAILED)
+
+
+def _said(text: str, code: ExitCode) -> int:
+    """Say how a command ends, if there is anybody to hear it, and return its exit code."""
+    with suppress(OSError):
+        print(text, file=sys.stderr)
+    return int(code)
+
+
+def _drop_output() -> None:
+    """Lead what is still to be written to standard output to nowhere: else it fails again when the process ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _dispatch(words: Sequence[str]) -> int:

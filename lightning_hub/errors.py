@@ -5,6 +5,7 @@ Anything else that is raised is a fault of ours and keeps its traceback.
 
 from __future__ import annotations
 
+import errno
 from enum import IntEnum
 
 
@@ -73,3 +74,13 @@ class NoCheckpointError(HubError):
 
     exit_code = ExitCode.NO_CHECKPOINT
     kind = "config"
+
+
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE}
+
+
+def is_disk_trouble(error: BaseException) -> bool:
+    """Say whether an error tells of a disk that is full, read-only or broken; some libraries say it only in words."""
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        return True
+    return "No space left on device" in str(error) or "Disk quota exceeded" in str(error)

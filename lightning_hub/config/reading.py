@@ -7,7 +7,10 @@ scalars follow the YAML 1.2 core schema (``1e-5`` is a float, ``on`` is text).
 
 from __future__ import annotations
 
+import os
 import re
+import select
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +33,8 @@ from ruamel.yaml.events import (
 from lightning_hub.errors import ConfigError
 
 MAX_BYTES = 250_000
+_PIPE_LIMIT = 5.0
+"""Seconds in which a pipe that is given as a file must begin to say something."""
 MAX_DEPTH = 64
 MAX_NODES = 20_000
 
@@ -263,7 +268,10 @@ def read_file(path: str | Path) -> tuple[Node, str]:
 
 def _bytes(path: Path, source: str) -> bytes:
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=_without_waiting) as file:
+            if stat.S_ISFIFO(os.fstat(file.fileno()).st_mode) and not select.select([file], [], [], _PIPE_LIMIT)[0]:
+                raise ConfigError("is a pipe into which nobody writes", where=source, remedy="give a file")
+            os.set_blocking(file.fileno(), True)
             return file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         raise ConfigError("no such file", where=source, remedy="check the path given to --config") from None
@@ -271,6 +279,10 @@ def _bytes(path: Path, source: str) -> bytes:
         raise ConfigError("is a folder, not a file", where=source, remedy="give the YAML file inside it") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot be read: {getattr(error, 'strerror', None) or error}", where=source) from None
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a named pipe is opened at once, whether or not somebody writes
 
 
 def _decode(data: bytes, source: str) -> str:

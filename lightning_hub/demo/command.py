@@ -90,7 +90,7 @@ def _write_data(folder: RunFolder) -> tuple[Path, Path]:
     data.mkdir(mode=0o700)
     paths = data / "train.jsonl", data / "val.jsonl"
     for path, part in zip(paths, (rows[:TRAINED], rows[TRAINED:]), strict=True):
-        path.write_text("".join(json.dumps(row) + "\n" for row in part))
+        path.write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
         path.chmod(0o600)
     return paths
 

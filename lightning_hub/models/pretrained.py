@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ class Pretrained:
         if not file.is_file() or (self.path / "config.json").is_file():
             return None
         try:
-            return Pretrained(json.loads(file.read_text())["base_model_name_or_path"], self.trust_remote_code)
+            return Pretrained(json.loads(file.read_bytes())["base_model_name_or_path"], self.trust_remote_code)
         except (ValueError, KeyError, AttributeError) as error:
             raise ConfigError(f"{file} names no base model", where=KEY, remedy="give a model folder") from error
 
@@ -203,6 +204,12 @@ class Pretrained:
         """Call a reader of transformers and say its failure in one sentence."""
         try:
             return reader(self.name, trust_remote_code=self.trust_remote_code)
+        except (pickle.UnpicklingError, EOFError) as error:  # pytorch_model.bin, of which torch reads tensors alone
+            raise ConfigError(
+                f"cannot read the {what} of {self.source} (its pickle file is damaged, or would run code)",
+                where=KEY,
+                remedy="save the model again as safetensors, where it comes from",
+            ) from error
         except (OSError, ValueError, ImportError, SafetensorError) as error:
             reason = " ".join(str(error).split())
             remedy = "check the folder or hub id, and that this machine can reach the hub"

@@ -296,12 +296,13 @@ def _cannot_make(path: Path, error: OSError) -> ConfigError:
 
 
 def list_runs(root: Path) -> list[RunFolder]:
-    """Return the runs under a root, the newest name last."""
+    """Return the runs under a root, the newest last, by the time at which they were made."""
     try:
         entries = [entry for entry in os.scandir(root) if entry.is_dir()]
     except OSError:
         return []
-    return [RunFolder(Path(entry.path)) for entry in sorted(entries, key=lambda e: e.name) if _is_run(Path(entry.path))]
+    runs = [RunFolder(Path(entry.path)) for entry in entries if _is_run(Path(entry.path))]
+    return sorted(runs, key=lambda run: (run.info().created, run.id))  # one time zone, one form: as text
 
 
 def _is_run(path: Path) -> bool:

@@ -57,7 +57,7 @@ def read_manifest(folder: Path) -> Manifest:
         DamagedError: There is none, or it cannot be read.
     """
     try:
-        given = json.loads((folder / MANIFEST).read_text())
+        given = json.loads((folder / MANIFEST).read_bytes())
         if given["schema"] != FORMAT:
             raise ValueError(f"its format is {given['schema']}, this version reads {FORMAT}")
         return Manifest(**{**given, "files": {name: tuple(entry) for name, entry in given["files"].items()}})

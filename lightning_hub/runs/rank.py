@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import faulthandler
 import re
 import signal
@@ -12,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO, cast
 
-from lightning_hub.errors import HubError
+from lightning_hub.errors import HubError, is_disk_trouble
 from lightning_hub.runs.files import make_private_folder, open_append, write_json
 from lightning_hub.runs.folder import RunFolder, now
 from lightning_hub.runs.logfile import LogFile, Redirect, Tee
@@ -25,7 +24,6 @@ from lightning_hub.runs.writer import Trouble
 STACKS_SIGNAL = signal.SIGUSR2
 """Asks a rank for the Python stacks of all its threads (``stacks.txt``); it goes on afterwards."""
 
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE}
 _LOST_PEER = re.compile(r"gloo/transport|NCCL error|Connection (closed|reset) by peer|Broken pipe")
 _NO_MEMORY = re.compile(r"can't allocate memory|CUDA out of memory|std::bad_alloc")
 _COMMUNICATION = ("DistBackendError", "DistNetworkError", "DistStoreError", "ConnectionError", "BrokenPipeError")
@@ -165,7 +163,7 @@ def classify(error: BaseException) -> str:
         return "oom"
     if names.intersection(_COMMUNICATION) or (type(error) is RuntimeError and _LOST_PEER.search(str(error))):
         return "comm"  # gloo tells of a lost peer by a plain RuntimeError
-    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+    if is_disk_trouble(error):
         return "disk"
     if isinstance(error, FloatingPointError):
         return "nan"

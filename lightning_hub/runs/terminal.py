@@ -117,6 +117,9 @@ def open_missing_streams() -> None:
 
     Else the next files that are opened would take their numbers, and what libraries print would go into them.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # in a locale that knows few characters
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)

@@ -13,6 +13,7 @@ from typing import Any
 
 from lightning_hub.config.check import check
 from lightning_hub.config.helptext import class_help, recipe_help
+from lightning_hub.config.paths import with_absolute_paths
 from lightning_hub.config.recipe import Recipe
 from lightning_hub.config.resolve import fill_defaults
 from lightning_hub.config.writing import dump
@@ -22,6 +23,7 @@ from lightning_hub.launch.place import Place, find_place
 from lightning_hub.launch.ranks import Group, open_listener
 from lightning_hub.launch.supervisor import rank_command, supervise
 from lightning_hub.launch.topology import Topology, settle, settle_alone
+from lightning_hub.runs.folder import RunFolder
 from lightning_hub.runs.terminal import independent_of_terminal
 from lightning_hub.runs.writer import RunWriter, StatusWriter
 from lightning_hub.training.attempt import Begun, begin
@@ -29,6 +31,7 @@ from lightning_hub.training.chat_command import model_of
 from lightning_hub.training.folder import run_folder, write_run
 from lightning_hub.training.notice import LOADING, notice
 from lightning_hub.training.options import FLAGS, Options, parse
+from lightning_hub.training.resuming import newest_tree
 
 
 def fit(argv: Sequence[str]) -> int:
@@ -54,7 +57,14 @@ def start(recipe: Recipe, tree: dict[str, Any], options: Options) -> int:
         options: Where and how.
     """
     with independent_of_terminal():
-        return _start(recipe, tree, options)
+        return _start(recipe, with_absolute_paths(tree, _stored(options)), options)
+
+
+def _stored(options: Options) -> dict[str, Any] | None:
+    """Return the recipe of the run that is gone on with."""
+    if options.run_dir is None or options.resume == "never" or not RunFolder(options.run_dir).config.is_file():
+        return None
+    return newest_tree(RunFolder(options.run_dir))
 
 
 def _start(recipe: Recipe, tree: dict[str, Any], options: Options) -> int:

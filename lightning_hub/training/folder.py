@@ -55,7 +55,13 @@ def write_run(
     if folder.run_json.exists():
         return RunWriter(folder)
     sources = [(source.name, source.text) for source in recipe.sources]
-    return RunWriter.create(folder, _new_run(tree, sources, options, verdict))
+    try:
+        return RunWriter.create(folder, _new_run(tree, sources, options, verdict))
+    except OSError as error:
+        remedy = "free some space, or keep runs elsewhere with --runs-root"
+        raise ConfigError(
+            f"the run folder cannot be written: {error.strerror}", where=str(folder.path), remedy=remedy
+        ) from error
 
 
 def _run_name(tree: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -10,10 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from lightning_hub.cli import run
-from lightning_hub.models.pretrained import EMBEDDED_FOLDER
+from lightning_hub.errors import ConfigError
+from lightning_hub.models.pretrained import EMBEDDED_FOLDER, Pretrained
 from lightning_hub.runs.metrics import read_metrics
 from tests.training.conftest import Fit
 
@@ -200,3 +203,24 @@ def test_debug_shows_the_traceback() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert "Traceback" in done.stderr
     assert "did you mean fit?" in done.stderr
+
+
+class Payload:
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return open, (str(self.canary), "w")
+
+
+@pytest.mark.security("S1")
+@pytest.mark.parametrize("kind", ["payload", "empty", "noise"])
+def test_pickled_weights_run_nothing_and_are_refused_in_one_sentence(tmp_path: Path, kind: str) -> None:
+    folder = shutil.copytree(EMBEDDED_FOLDER, tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    contents = {"payload": pickle.dumps({"a": Payload(tmp_path / "canary")}), "empty": b"", "noise": b"no pickle"}
+    (folder / "pytorch_model.bin").write_bytes(contents[kind])
+    with pytest.raises(ConfigError, match="cannot read the weights of") as raised:
+        Pretrained(str(folder)).load(dtype=torch.float32, attn_implementation="sdpa")
+    assert "weights_only" not in str(raised.value)
+    assert not (tmp_path / "canary").exists()
