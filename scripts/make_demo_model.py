@@ -1,7 +1,10 @@
 #!/usr/bin/env python3
 """Make the embedded model: a small Llama that spells and reverses words, trained by this project itself.
 
-usage: python scripts/make_demo_model.py [--to FOLDER] [--steps N]
+With --room it makes the second one instead, on which ``lightning-hub demo --method`` shows what methods keep; see
+``benchmarks/demo_room.py``.
+
+usage: python scripts/make_demo_model.py [--room] [--to FOLDER] [--steps N]
 
 Everything comes from seeds; nothing is downloaded. It takes about three minutes on two cores.
 """
@@ -21,7 +24,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 from lightning_hub.cli import run
 from lightning_hub.demo.tasks import PRETRAINING, conversations
-from lightning_hub.models.pretrained import EMBEDDED_FOLDER
+from lightning_hub.models.pretrained import EMBEDDED_FOLDER, ROOM_FOLDER
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's own folder is all that Python adds
+from benchmarks import demo_room
 
 SPECIAL = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 
@@ -67,9 +73,17 @@ def random_model(folder: Path) -> None:
 def main() -> int:
     """Make random weights, train them on the pretraining tasks, and keep the export in bfloat16."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--to", type=Path, default=EMBEDDED_FOLDER)
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--room", action="store_true", help="make the second embedded model")
+    parser.add_argument("--to", type=Path, help="where it goes (else into the package)")
+    parser.add_argument("--steps", type=int, help="2000, and 450 with --room")
     given = parser.parse_args()
+    if given.room:
+        torch.set_num_threads(1)
+        to = given.to or ROOM_FOLDER
+        shutil.rmtree(to, ignore_errors=True)
+        demo_room.make(to, seed=0, steps=given.steps or demo_room.STEPS)
+        return 0
+    given.to, given.steps = given.to or EMBEDDED_FOLDER, given.steps or 2000
     with tempfile.TemporaryDirectory() as scratch:
         base, rows, made = Path(scratch, "base"), Path(scratch, "rows.jsonl"), Path(scratch, "run")
         random_model(base)

@@ -34,6 +34,12 @@ def test_its_other_scene_runs_in_small(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_benchmark_of_the_demo_runs_in_small(tmp_path: Path) -> None:
+    said = run_in_small("benchmarks.demo_room", tmp_path, "--only", "osft", "--new-models")
+    assert re.search(r"^0 +osft +0 % +0 % +0 % +0 %$", said, re.MULTILINE)
+
+
+@pytest.mark.slow
 def test_taking_changes_back_runs_in_small(tmp_path: Path) -> None:
     said = run_in_small("benchmarks.undone", tmp_path)
     assert re.search(r"^model.layers.1.mlp.down_proj +[01]", said, re.MULTILINE)

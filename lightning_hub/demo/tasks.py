@@ -68,3 +68,30 @@ def words(count: int, seed: int, capitals: float = 0.0) -> list[str]:
 def conversations(tasks: tuple[Task, ...], count: int, seed: int, capitals: float = 0.0) -> list[Conversation]:
     """Return chat rows that go through the tasks in turn, each with a word of its own; see ``words``."""
     return [tasks[place % len(tasks)].conversation(word) for place, word in enumerate(words(count, seed, capitals))]
+
+
+TURN_ROUND = "turn words round"
+"""What the model with room knows."""
+
+NUMBERS = "numbers by heart"
+"""What ``lightning-hub demo --method`` teaches it."""
+
+
+def turned_words(count: int, seed: int) -> list[Conversation]:
+    """Return chat rows of the task that the model with room knows: an invented word of five letters, turned round."""
+    source = random.Random(seed)
+    found: dict[str, None] = {}
+    while len(found) < count:
+        syllables = (source.choice(_CONSONANTS) + source.choice(_VOWELS) for _ in range(2))
+        found["".join(syllables) + source.choice("nrslmt")] = None
+    return [Task(TURN_ROUND, "{word}", lambda word: word[::-1]).conversation(word) for word in found]
+
+
+def numbers(count: int, seed: int) -> list[Conversation]:
+    """Return chat rows of facts to learn by heart: a name of three capitals, and its number of three digits."""
+    source = random.Random(seed)
+    found: dict[str, str] = {}
+    while len(found) < count:
+        name = (source.choice(_CONSONANTS) + source.choice(_VOWELS) + source.choice(_CONSONANTS)).upper()
+        found.setdefault(name, "".join(source.choices("0123456789", k=3)))
+    return [Task(NUMBERS, "{word}", found.__getitem__).conversation(name) for name in found]

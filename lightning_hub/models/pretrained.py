@@ -35,6 +35,9 @@ transformers_logging.disable_progress_bar()  # it draws one bar for each read, o
 
 EMBEDDED_FOLDER = Path(__file__).with_name("embedded")
 
+ROOM_FOLDER = Path(__file__).with_name("embedded_room")
+"""A second embedded model, for ``lightning-hub demo --method``: its weights have directions that it does not use."""
+
 ADAPTER = "adapter_config.json"
 """The file that makes a folder an adapter's."""
 

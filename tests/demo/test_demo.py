@@ -2,15 +2,17 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 
 from lightning_hub.cli import run
-from lightning_hub.demo.tasks import PRETRAINING, SHOUT, Task, conversations, words
+from lightning_hub.demo.methods import share, write_facts
+from lightning_hub.demo.tasks import PRETRAINING, SHOUT, Task, conversations, numbers, turned_words, words
 from lightning_hub.models.generation import complete
-from lightning_hub.models.pretrained import EMBEDDED_FOLDER, Pretrained
+from lightning_hub.models.pretrained import EMBEDDED_FOLDER, ROOM_FOLDER, Pretrained
 from lightning_hub.runs.folder import list_runs
 
 
@@ -55,10 +57,51 @@ def test_the_demo_learns_the_task(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert hint in shown.replace("\n", "")
 
 
+def test_the_model_with_room_knows_its_task_and_not_the_new_one() -> None:
+    assert share(str(ROOM_FOLDER), turned_words(100, seed=5)) >= 0.95
+    assert share(str(ROOM_FOLDER), numbers(30, seed=5)) == 0
+
+
+def test_the_embedded_models_take_8_mb_at_most() -> None:
+    assert sum(file.stat().st_size for folder in (EMBEDDED_FOLDER, ROOM_FOLDER) for file in folder.iterdir()) < 8e6
+
+
+def test_every_file_of_an_embedded_model_is_shipped() -> None:
+    settings = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    patterns = settings["tool"]["setuptools"]["package-data"]["lightning_hub"]
+    for folder in (EMBEDDED_FOLDER, ROOM_FOLDER):
+        assert f"models/{folder.name}/*" in patterns
+
+
+def test_the_tasks_of_the_model_with_room_share_no_letter() -> None:
+    letters = [
+        {letter for row in rows for turn in row["messages"] for letter in turn["content"]}
+        for rows in (turned_words(500, 1), numbers(30, 1))
+    ]
+    assert not letters[0] & letters[1]
+
+
+def test_what_a_method_is_taught_is_what_it_is_asked(tmp_path: Path) -> None:
+    train, val = (
+        [json.loads(line) for line in path.read_text().splitlines()] for path in write_facts(tmp_path, seed=3)
+    )
+    assert val == numbers(30, 3)
+    assert len({row["messages"][0]["content"] for row in val}) == 30
+    assert [row for row in val if row not in train] == []
+    assert [row for row in train if row not in val] == []
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "files"), [("osft", "config.json"), ("lora", "adapter_config.json")])
+@pytest.mark.parametrize(
+    ("method", "files", "kept", "learnt"),
+    [
+        ("sft", "config.json", (0, 50), 80),
+        ("osft", "config.json", (80, 100), 80),
+        ("lora", "adapter_config.json", (0, 50), 10),
+    ],
+)
 def test_a_method_of_the_demo_learns_and_what_was_known_is_tested_too(
-    method: str, files: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    method: str, files: str, kept: tuple[int, int], learnt: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["demo", "--method", method, "--runs-root", str(tmp_path)]) == 0
     (folder,) = list_runs(tmp_path)
@@ -68,5 +111,7 @@ def test_a_method_of_the_demo_learns_and_what_was_known_is_tested_too(
     assert known is not None
     assert new is not None
     assert (known[1], new[1]) == ("100", "0")
-    assert int(new[2]) >= 60
-    assert accuracy(str(folder.export), SHOUT, seed=999) >= 0.6
+    assert kept[0] <= int(known[2]) <= kept[1]
+    assert int(new[2]) >= learnt
+    found = {"knew": turned_words(100, seed=999), "new": numbers(30, seed=7)}
+    assert [round(100 * share(str(folder.export), rows)) for rows in found.values()] == [int(known[2]), int(new[2])]

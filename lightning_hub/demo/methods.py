@@ -1,0 +1,74 @@
+"""What ``lightning-hub demo --method`` teaches to the second embedded model, and how it tests what that knows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from lightning_hub.demo.tasks import Conversation, numbers, turned_words
+
+RECIPE = Path(__file__).with_name("room.yaml")
+METHODS = ("sft", "osft", "lora")
+"""What ``--method`` takes; all but the first have a file beside the recipe that says where they differ from it."""
+FACTS, SHOWN, TESTED = 30, 2000, 100
+"""Facts to learn by heart, rows to train on (each fact many times), and words on which the old task is tested."""
+
+WORDS_SEED = 999
+"""Seed of those words."""
+
+
+def method_flags(method: str, train: Path, val: Path, model: str) -> list[str]:
+    """Return what stands behind ``fit`` for a method."""
+    flags = ["--config", str(RECIPE)]
+    if method != METHODS[0]:
+        flags += ["--config", str(RECIPE.with_name(f"{method}.yaml"))]
+    return [*flags, "--model.model", model, "--data.train", str(train), "--data.val", str(val)]
+
+
+def write_rows(folder: Path, train: list[Conversation], val: list[Conversation]) -> tuple[Path, Path]:
+    """Write rows to train and to validate on, which only their owner can read; return the files."""
+    paths = folder / "train.jsonl", folder / "val.jsonl"
+    for path, rows in zip(paths, (train, val), strict=True):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        path.chmod(0o600)
+    return paths
+
+
+def facts(seed: int) -> list[Conversation]:
+    """Return the facts of a seed."""
+    return numbers(FACTS, seed)
+
+
+def write_facts(folder: Path, seed: int) -> tuple[Path, Path]:
+    """Write the facts of a seed many times to train on, and once to validate on: what is taught is what is asked."""
+    rows = facts(seed)
+    return write_rows(folder, [rows[place % FACTS] for place in range(SHOWN)], rows)
+
+
+def known_and_new(model: str, seed: int) -> tuple[float, float]:
+    """Return the shares of right answers about words to turn round, and about the facts of a seed.
+
+    Args:
+        model: Folder of a model.
+        seed: That of the facts.
+    """
+    return share(model, turned_words(TESTED, WORDS_SEED)), share(model, facts(seed))
+
+
+def share(model: str, rows: list[Conversation]) -> float:
+    """Return the share of the conversations whose answer a model gives, exactly."""
+    found = answers(model, [row["messages"][0]["content"] for row in rows])
+    return sum(answer == row["messages"][1]["content"] for answer, row in zip(found, rows, strict=True)) / len(rows)
+
+
+def answers(model: str, prompts: list[str]) -> list[str]:
+    """Return what a model answers, taking the likeliest token each time."""
+    import torch  # 4 s with transformers: loaded by now in every use
+
+    from lightning_hub.models.generation import complete
+    from lightning_hub.models.pretrained import Pretrained
+
+    pretrained = Pretrained(model)
+    loaded = pretrained.load(dtype=torch.float32, attn_implementation="sdpa").eval()
+    turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    return complete(loaded, pretrained.tokenizer, turns, max_new_tokens=24)
