@@ -83,9 +83,11 @@ def _mapped(value: Plain, change: Callable[[str], str]) -> Plain:
 
 
 def _exists(text: str) -> bool:
-    if not text or "\0" in text or (_TEMPLATES / f"{text}.jinja").is_file():  # a built-in template comes first
+    if not text or "\0" in text:
         return False
     try:
+        if (_TEMPLATES / f"{text}.jinja").is_file():  # a built-in template comes first
+            return False
         path = Path(text).expanduser()
         return path.exists() or (glob.has_magic(text) and bool(glob.glob(str(path), recursive=True)))  # noqa: PTH207
     except (OSError, RuntimeError):  # too long for a path; no home

@@ -53,7 +53,7 @@ def test_the_demo_learns_the_task(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert f"{losses[0][1]:.4f}" in shown
     assert f"{losses[-1][1]:.4f}" in shown
     assert accuracy(str(folder.export), SHOUT, seed=999) >= 0.9
-    for hint in (str(folder.export), "lightning-hub chat", "lightning-hub fit --config"):
+    for hint in (str(folder.export), "lightning-hub chat", "lightning-hub fit sft "):
         assert hint in shown.replace("\n", "")
 
 
