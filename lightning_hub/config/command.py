@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
 from lightning_hub.config.recipe import Override, Recipe, build_recipe
@@ -60,22 +60,32 @@ class SplitArguments:
     rest: tuple[str, ...]
 
 
-def parse_command(argv: Iterable[str], schema: Schema | None = None) -> Command:
+def parse_command(argv: Iterable[str], schema: Schema | None = None, valued: Container[str] = ()) -> Command:
     """Read ``--config A --config B --model LoRA --model.learning_rate 1e-5 --run-dir D``.
 
     A recipe may stand without ``--config`` and an override without its dashes: ``sft model.learning_rate=1e-5``.
 
     Nothing is imported and no option is checked here; ``check`` does that with every fault at once.
 
+    Args:
+        argv: The arguments after the command's word.
+        schema: The catalogue; the shipped one by default.
+        valued: The command's own flags that take a value: the word after one of them is no recipe, whatever it is.
+
     Raises:
         ConfigError: A file cannot be read, a flag lacks its value, or ``--x.y`` begins with no section.
     """
-    parts = split_arguments(argv)
+    parts = split_arguments(argv, valued)
     return Command(build_recipe(parts.files, parts.overrides, schema), parts.rest)
 
 
-def split_arguments(argv: Iterable[str]) -> SplitArguments:
-    """Sort the arguments without reading a file; ``--`` ends the recipe's part."""
+def split_arguments(argv: Iterable[str], valued: Container[str] = ()) -> SplitArguments:
+    """Sort the arguments without reading a file; ``--`` ends the recipe's part.
+
+    Args:
+        argv: The arguments after the command's word.
+        valued: The command's own flags that take a value.
+    """
     files: list[str] = []
     overrides: list[Override] = []
     rest: list[str] = []
@@ -85,6 +95,10 @@ def split_arguments(argv: Iterable[str]) -> SplitArguments:
         if word == "--":
             rest += [word, *waiting]
             break
+        if word in valued:
+            rest += [word, *waiting[:1]]
+            del waiting[:1]
+            continue
         match = _FLAG.fullmatch(_with_dashes(word))
         if match is None and (word.endswith((".yaml", ".yml")) or is_shipped(word)):
             files.append(recipe_path(word))

@@ -69,7 +69,7 @@ def _stored(options: Options) -> dict[str, Any] | None:
 
 def _start(recipe: Recipe, tree: dict[str, Any], options: Options) -> int:
     place = find_place(os.environ)
-    if place is None or place.rank == 0:
+    if place is None or (place.rank == 0 and place.launcher != "fit"):  # else who started this rank has said so
         notice(LOADING)
     topology = settle(recipe, tree["trainer"], place, visible_gpus(os.environ), say=note)
     if place is None and topology.world_size > 1:
@@ -206,7 +206,9 @@ def _named_model(argv: Sequence[str]) -> list[str]:
         return list(argv)
     name, prompts, *rest = argv
     root = next((after for word, after in pairwise(rest) if word == "--runs-root"), None)
+    root = root or next((word.partition("=")[2] for word in rest if word.startswith("--runs-root=")), None)
     model = model_of(name, root)
+    # Nothing is trained: the data class wants to be told what on all the same.
     return ["--model", "SFT", "--model.model", model, "--data", "ChatData", "--data.train", prompts,
             "--data.predict", prompts, *rest]  # fmt: skip
 

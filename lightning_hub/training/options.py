@@ -57,6 +57,9 @@ class _Parser(ArgumentParser):
         raise ConfigError(message, remedy=f"see {self.prog} --help")
 
 
+VALUED = ("--run-dir", "--runs-root", "--run-name", "--resume", "--allow-class")
+"""Flags that take a value."""
+
 FLAGS = (
     ("--run-dir", "use exactly this run folder; it is made if absent"),
     ("--runs-root", "make run folders here (default: runs, or LIGHTNING_HUB_RUNS)"),
@@ -83,7 +86,7 @@ def parse(verb: str, argv: Sequence[str], extra: Sequence[str] = ()) -> tuple[Co
     Returns:
         The recipe part, the options, and all flags as argparse has them (for the extra ones).
     """
-    command = parse_command(argv)
+    command = parse_command(argv, valued=(*VALUED, *extra))
     parser = _Parser(prog=f"lightning-hub {verb}", add_help=False, allow_abbrev=False)
     for flag in ("--run-dir", "--runs-root", "--run-name"):
         parser.add_argument(flag)

@@ -26,13 +26,13 @@ def resume(folder: RunFolder, argv: Sequence[str]) -> int:
     if not folder.config.is_file():
         raise ConfigError("the run has no config.yaml", where=str(folder.path), remedy="start a new run")
     from lightning_hub.training.command import checked, start  # 0.1 s: only this verb needs it
-    from lightning_hub.training.options import parse
+    from lightning_hub.training.options import VALUED, parse
     from lightning_hub.training.resuming import check_work_left, newest_config
 
     given = ["--config", str(newest_config(folder)), "--run-dir", str(folder.path), "--resume", "must", *argv]
     command, options, _ = parse("runs resume", given)
     tree = checked(command.recipe, options)
     check_work_left(folder, tree)
-    if parse_command(argv).recipe.tree:
+    if parse_command(argv, valued=VALUED).recipe.tree:
         print(f"note: this attempt runs with {' '.join(argv)}", file=sys.stderr)
     return start(command.recipe, tree, options)

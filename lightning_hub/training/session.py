@@ -93,8 +93,6 @@ class Session:
                 if self.status is not None:
                     print(f"run    {self.folder.path}", flush=True)
                 code = self._train()
-                self._sum_up()
-                return code
         except HardStop as stop:
             print(stop, file=sys.stderr)
             return self._failed(stop)
@@ -103,6 +101,9 @@ class Session:
             if isinstance(error, HubError):
                 error.exit_code = ExitCode(code)
             raise
+        else:  # the run is finished by now: what goes wrong here is no failure of it
+            self._sum_up()
+            return code
         finally:
             if self.status is not None:
                 self.status.event("timings", attempt=self.begun.attempt, seconds=dict(self.rank.timer.seconds()))

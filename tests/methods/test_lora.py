@@ -25,7 +25,7 @@ from lightning_hub.cli import run
 from lightning_hub.errors import ConfigError, HubError
 from lightning_hub.methods.lora import LoRA
 from lightning_hub.methods.lora.adapters import layers_of
-from lightning_hub.methods.lora.folder import probe
+from lightning_hub.methods.lora.folder import Adapter, finished, probe
 from lightning_hub.models.pretrained import EMBEDDED_FOLDER, Pretrained
 from lightning_hub.ops.attention import PACKED
 from lightning_hub.ops.attention_proof import proven_head
@@ -268,6 +268,18 @@ def test_a_faulty_adapter_file_is_noticed_when_it_is_written(
     real = safetensors.torch.save_file
     monkeypatch.setattr(safetensors.torch, "save_file", lambda found, *rest: real(FAULTS[fault](found), *rest))
     with pytest.raises(HubError, match="of the adapter are not what was trained"):
+        train("demo", tmp_path)
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_an_adapter_whose_reading_changes_the_base_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_another_start(*args: Any, **options: Any) -> Adapter:
+        adapter = finished(*args, **options)
+        adapter.config.init_lora_weights = "pissa"  # peft then takes a start out of the base that it reads it into
+        return adapter
+
+    monkeypatch.setattr("lightning_hub.methods.lora.module.finished", with_another_start)
+    with pytest.raises(HubError, match="reading the adapter changes"):
         train("demo", tmp_path)
     assert not (tmp_path / "adapter").exists()
 

@@ -15,6 +15,7 @@ from lightning_hub.config.shipped import recipe_path, shipped_recipes
 from lightning_hub.errors import ConfigError
 from lightning_hub.runs.folder import RunFolder
 from lightning_hub.runs.metrics import read_metrics
+from lightning_hub.training.options import parse
 from tests.conftest import WriteRows
 
 
@@ -32,6 +33,13 @@ def test_short_forms_mean_the_long_ones(capsys: pytest.CaptureFixture[str]) -> N
     assert printed(capsys, "--config", "sft", *overrides) == expected
     assert printed(capsys, "sft", *overrides) == expected
     assert printed(capsys, "--config=sft", "--trainer.max_steps=10", "--model.learning_rate=1e-4") == expected
+
+
+@pytest.mark.parametrize("value", ["lora", "other.yaml", "model.r=3"])
+def test_the_value_of_a_flag_is_no_recipe(value: str) -> None:
+    command, options, given = parse("predict", ["sft", "--run-name", value, "--to", value], ["--to"])
+    assert [source.name for source in command.recipe.sources] == [recipe_path("sft")]
+    assert (options.run_name, given.to) == (value, value)
 
 
 def test_shipped_recipes_go_by_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lightning_hub.checkpoints.export import whole_or_absent
 from lightning_hub.errors import ConfigError, HubError
 from lightning_hub.methods.lora.adapters import ADAPTER, PREFIX, Settings, layers_of, start_of
+from lightning_hub.methods.sampling import sampled
 from lightning_hub.models.pretrained import Pretrained
 
 WEIGHTS = "adapter_model.safetensors"
@@ -114,12 +115,33 @@ def write_adapter(
         )
         adapter.config.save_pretrained(str(folder))
         tokenizer.save_pretrained(folder)
-        loaded = PeftModel.from_pretrained(_fresh(base), str(folder))
+        fresh = _fresh(base)
+        before = {name: sampled(parameter) for name, parameter in fresh.named_parameters()}
+        loaded = PeftModel.from_pretrained(fresh, str(folder))
         check_loaded(loaded, adapter.tensors, folder)
         found = probe(loaded)
         fresh = loaded.unload()  # a base without adapters again: reading it a second time takes as long as training
+        _check_untouched(fresh, before, adapter.config.modules_to_save or [], folder)
         as_trained(fresh)
         check_answers(found, probe(fresh), folder)
+
+
+def _check_untouched(base: torch.nn.Module, before: Mapping[str, bytes], trained: Iterable[str], folder: Path) -> None:
+    """Refuse an adapter whose reading changes the base: both sides of the comparison would have the change.
+
+    Args:
+        base: The base, after peft has put the adapter in and taken it out.
+        before: The fingerprint of each of its weights as it was read.
+        trained: Modules that the adapter brings whole.
+        folder: The adapter's.
+
+    Raises:
+        HubError: A weight is another one.
+    """
+    whole = tuple(f"{name}." for name in trained)
+    for name, parameter in base.named_parameters():
+        if not name.startswith(whole) and sampled(parameter) != before[name]:
+            raise HubError(f"reading the adapter changes {name} of its base", where=str(folder))
 
 
 def check_loaded(loaded: PeftModel, tensors: Mapping[str, Tensor], folder: Path) -> None:
