@@ -47,6 +47,10 @@ def private_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     os.environ.update(before)
 
 
+PATIENCE = 300.0
+"""Seconds after which a process counts as hung: on a busy machine the imports of four ranks alone take a minute."""
+
+
 def time_of_children() -> float:
     """Return the CPU time of the processes that this one has waited for: a busy machine does not count."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -12,6 +12,7 @@ import pytest
 
 from lightning_hub.runs.folder import RunFolder, find_run, list_runs
 from lightning_hub.runs.writer import RunWriter
+from tests.conftest import PATIENCE
 from tests.runs.conftest import NEW
 
 HUB = f"{shlex.quote(sys.executable)} -m lightning_hub"
@@ -20,7 +21,9 @@ PLAIN_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 def shell(line: str, **env: str) -> subprocess.CompletedProcess[str]:
     environ = {**os.environ, **env}
-    return subprocess.run(["bash", "-c", line], capture_output=True, text=True, env=environ, timeout=60, check=False)
+    return subprocess.run(
+        ["bash", "-c", line], capture_output=True, text=True, env=environ, timeout=PATIENCE, check=False
+    )
 
 
 def test_output_that_the_disk_does_not_take_is_one_sentence() -> None:

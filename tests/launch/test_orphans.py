@@ -18,6 +18,7 @@ from lightning_hub.parent import SUPERVISOR_VARIABLE
 from lightning_hub.runs.files import write_json
 from lightning_hub.runs.folder import RunFolder
 from lightning_hub.runs.identity import Identity
+from tests.conftest import PATIENCE
 
 HELD = """
 import sys, time
@@ -37,7 +38,7 @@ sys.meta_path.insert(0, Held())
 """A process that imports torch says so, and is held there until it is told to go on."""
 
 
-def wait_until(holds: Callable[[], bool], limit: float = 60) -> None:
+def wait_until(holds: Callable[[], bool], limit: float = PATIENCE) -> None:
     end = time.monotonic() + limit
     while not holds():
         assert time.monotonic() < end

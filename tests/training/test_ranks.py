@@ -21,7 +21,7 @@ from lightning_hub.cli import run
 from lightning_hub.runs.folder import RunFolder
 from lightning_hub.runs.metrics import read_metrics
 from lightning_hub.runs.reader import read_run
-from tests.conftest import WriteRows
+from tests.conftest import PATIENCE, WriteRows
 
 FLAGS = ("--trainer.accelerator", "cpu", "--trainer.log_every_n_steps", "1", "--trainer.max_epochs", "2")
 TWO = (*FLAGS, "--trainer.devices", "2")
@@ -81,7 +81,7 @@ sys.meta_path.insert(0, Watch())
 """Python runs this in every process of the test's run; it makes something happen right after the third step."""
 
 
-def finished(process: subprocess.Popen[str], limit: float = 60) -> tuple[int, str, str]:
+def finished(process: subprocess.Popen[str], limit: float = PATIENCE) -> tuple[int, str, str]:
     out, err = process.communicate(timeout=limit)
     return process.returncode, out, err
 
@@ -102,7 +102,7 @@ def processes_of(folder: RunFolder) -> list[int]:
     return found
 
 
-def assert_none_left(folder: RunFolder, limit: float = 5.0) -> None:
+def assert_none_left(folder: RunFolder, limit: float = 30.0) -> None:
     end = time.monotonic() + limit
     while processes_of(folder) and time.monotonic() < end:
         os.sched_yield()
@@ -175,7 +175,7 @@ def test_ranks_die_with_their_supervisor(tmp_path: Path, begin: Start) -> None:
         assert time.monotonic() < end
 
 
-def wait_for(path: Path, limit: float = 60) -> None:
+def wait_for(path: Path, limit: float = PATIENCE) -> None:
     end = time.monotonic() + limit
     while not path.exists():
         assert time.monotonic() < end, f"{path} has not come"
@@ -287,7 +287,7 @@ def test_under_torchrun_it_is_one_of_the_ranks(recipe: list[str], tmp_path: Path
     folder = RunFolder(tmp_path / "run")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, "-m", "lightning_hub", "fit", *recipe, *FLAGS, "--run-dir", str(folder.path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("steps  ") == 1, "only rank 0 speaks"
     assert json.loads(folder.run_json.read_text())["nproc_per_node"] == 2
@@ -306,7 +306,7 @@ def test_ranks_die_with_the_agent_of_torchrun(recipe: list[str], tmp_path: Path)
         ranks = psutil.Process(agent.pid).children(recursive=True)
         agent.kill()
     assert len(ranks) >= 2
-    _, alive = psutil.wait_procs(ranks, timeout=5)
+    _, alive = psutil.wait_procs(ranks, timeout=30)
     assert not alive
 
 

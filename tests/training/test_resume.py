@@ -17,7 +17,7 @@ from lightning_hub.cli import run
 from lightning_hub.runs.folder import RunFolder
 from lightning_hub.runs.manifest import committed, verify
 from lightning_hub.runs.metrics import Line, read_metrics
-from tests.conftest import WriteRows
+from tests.conftest import PATIENCE, WriteRows
 from tests.training.conftest import Fit
 
 # Noise on the embeddings and a validation in mid-epoch: random states and every kind of boundary are in it.
@@ -241,7 +241,7 @@ sys.exit(run(sys.argv[2:]))
 def fit_until(event: str, straight: RunFolder, to: Path) -> tuple[int, RunFolder, str]:
     """Repeat a run in a process of its own in which ``event`` happens after step 3."""
     command = [sys.executable, "-c", MEANWHILE, event, "fit", "--config", str(straight.config), "--run-dir", str(to)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     return done.returncode, RunFolder(to), done.stderr
 
 
@@ -328,7 +328,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_old_checkpoint(fit: Fit, tmp_pa
         *EVERY_STEP,
     ]
     command = ["unshare", "-m", sys.executable, "-c", FULL_DISK, str(folder.path), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 1
     assert "left ['latest', 'step-1']" in done.stderr
     assert "are needed and" in done.stderr

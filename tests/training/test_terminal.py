@@ -17,7 +17,7 @@ import pytest
 
 from lightning_hub.runs.folder import RunFolder
 from lightning_hub.runs.metrics import read_metrics
-from tests.conftest import WriteRows
+from tests.conftest import PATIENCE, WriteRows
 
 STEPS = 4
 HELD = """
@@ -66,7 +66,7 @@ def assert_finished(folder: RunFolder) -> None:
     assert "done " in folder.rank(1, 0).stdout.read_text(), "the log has what the terminal has not"
 
 
-def wait_until(holds: Callable[[], bool], limit: float = 60) -> None:
+def wait_until(holds: Callable[[], bool], limit: float = PATIENCE) -> None:
     end = time.monotonic() + limit
     while not holds():
         assert time.monotonic() < end
@@ -98,7 +98,7 @@ def test_a_closed_terminal_ends_no_run(tmp_path: Path, command: list[str], devic
 def test_streams_that_nobody_reads_end_no_run(tmp_path: Path, command: list[str], devices: str, tail: str) -> None:
     line = f"{shlex.join([*command, '--trainer.devices', devices])} {tail}"
     script = f"set -o pipefail\n{line}"
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr
@@ -116,7 +116,7 @@ def test_a_failed_run_never_ends_with_0(tmp_path: Path, command: list[str], tail
     (tmp_path / "sitecustomize.py").write_text(failing)
     line = shlex.join(["env", f"PYTHONPATH={tmp_path}:{Path.cwd()}", *command])
     script = f"set -o pipefail\n{line} {tail}"
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 1, done.stderr
     assert json.loads(RunFolder(tmp_path / "run").status.read_text())["state"] == "failed"
 

@@ -18,6 +18,7 @@ from lightning_hub.cli import run
 from lightning_hub.errors import ConfigError
 from lightning_hub.models.pretrained import EMBEDDED_FOLDER, Pretrained
 from lightning_hub.runs.metrics import read_metrics
+from tests.conftest import PATIENCE
 from tests.training.conftest import Fit
 
 
@@ -185,7 +186,7 @@ def test_a_stray_module_in_the_working_folder_is_not_imported(tmp_path: Path) ->
     command = [sys.executable, "-m", "lightning_hub", "predict", "--model", "SFT", "--model.model", "demo"]
     (tmp_path / "p.jsonl").write_text('{"prompt": "Spell kamo."}\n')
     command += ["--data", "ChatData", "--data.train", "p.jsonl", "--data.predict", "p.jsonl"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert not (tmp_path / "canary").exists(), done.stderr
     assert "k-a-m-o" in done.stdout
 
@@ -200,7 +201,7 @@ def test_a_run_folder_in_use_is_left_alone(fit: Fit, capsys: pytest.CaptureFixtu
 
 def test_debug_shows_the_traceback() -> None:
     command = [sys.executable, "-m", "lightning_hub", "fitt", "--debug"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert "Traceback" in done.stderr
     assert "did you mean fit?" in done.stderr
 
