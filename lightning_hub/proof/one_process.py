@@ -20,7 +20,7 @@ from lightning_hub.ops.attention_proof import proven_head
 from lightning_hub.ops.loss import inputs_of
 from lightning_hub.ops.rows import IGNORED, Row
 from lightning_hub.parent import die_with_parent
-from lightning_hub.proof.findings import Finding, equality, write_findings
+from lightning_hub.proof.findings import DISTRUST, Finding, equality, write_findings
 from lightning_hub.proof.training import Material, accelerator, distance, largest, train, worst
 
 LOGITS, GRADIENTS = 1e-5, 1e-6
@@ -46,7 +46,8 @@ def packed(material: Material) -> list[Finding]:
     row = max(data.plan.step(0, 0).rows, key=lambda row: len(row.lengths))
     assert len(row.lengths) > 1, "the row is packed"
     model = Pretrained(str(material.model)).load(dtype=torch.float32, attn_implementation=PACKED).eval()
-    proven_head(model)(row).backward()
+    head = proven_head(model)
+    head(row).backward()
     with torch.no_grad():
         together = model(**inputs_of(model, row)).logits[0]
     plain = _plain(material.model)
@@ -54,7 +55,10 @@ def packed(material: Material) -> list[Finding]:
     losses = [_loss(logits, document) for logits, document in zip(alone, row.documents(), strict=True)]
     torch.stack(losses).sum().backward()
     of = f"{len(alone)} documents in a row, alone in transformers"
+    how = head.traits.reason or f"{head.traits.attention}, {len(alone)} documents in a forward"
+    packs = head.traits.is_packable
     return [
+        Finding("packed = unpacked: one forward", packs, how, None if packs else DISTRUST),
         equality("packed = unpacked: logits", distance([together], [torch.cat(alone)]), LOGITS, of),
         equality("packed = unpacked: gradients", distance(_gradients(model), _gradients(plain)), GRADIENTS, of),
     ]

@@ -20,6 +20,14 @@ def leak() -> None:
     module.pairwise = lambda borders: [(borders[0], borders[-1])]
 
 
+def leak_after_the_proof() -> None:
+    """The same, in a process that takes packed attention for proven."""
+    from lightning_hub.ops import attention_proof
+
+    leak()
+    attention_proof._failure = lambda *_: None
+
+
 def mean_of_means() -> None:
     """Each row's mean, averaged over the rows."""
     from lightning_hub.methods.sft import SFT
@@ -92,7 +100,16 @@ def altered_export() -> None:
     export.write_export = altered
 
 
-ALL = (leak, mean_of_means, world_forgotten, rank_dies, altered_checkpoint, random_state_lost, altered_export)
+ALL = (
+    leak,
+    leak_after_the_proof,
+    mean_of_means,
+    world_forgotten,
+    rank_dies,
+    altered_checkpoint,
+    random_state_lost,
+    altered_export,
+)
 FAULTS: dict[str, Callable[[], None]] = {fault.__name__: fault for fault in ALL}
 
 if __name__ == "__main__":

@@ -47,7 +47,8 @@ def test_all_five_equalities_hold(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("fault", "proof", "fails"),
     [
-        ("leak", "packed", {"packed = unpacked: logits"}),
+        ("leak", "packed", {"packed = unpacked: one forward"}),
+        ("leak_after_the_proof", "packed", {f"packed = unpacked: {what}" for what in ("logits", "gradients")}),
         ("mean_of_means", "accumulated", {f"accumulated = one batch: {what}" for what in ("loss", "gradients")}),
         ("world_forgotten", "ranks", {"2 ranks = 1 rank: ddp", "2 ranks = 1 rank: fsdp"}),
         ("rank_dies", "ranks", {"2 ranks = 1 rank"}),
@@ -57,8 +58,14 @@ def test_all_five_equalities_hold(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_each_proof_fails_when_what_it_proves_is_broken(
-    fault: str, proof: str, fails: set[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    fault: str,
+    proof: str,
+    fails: set[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("LIGHTNING_HUB_CACHE", str(tmp_path))  # what is found about a faulty program is not kept
     monkeypatch.setattr(children, "PYTHON", (sys.executable, FAULTY, fault))
     code, found = proved(capsys, proof)
     assert code == 1
