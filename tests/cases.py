@@ -25,7 +25,7 @@ def count_cases(terminal: TerminalReporter) -> list[str]:
     outcomes: dict[str, set[str]] = {}
     for outcome in ("passed", "failed", "error", "skipped"):
         for report in terminal.stats.get(outcome, []):
-            for name, value in report.user_properties:
+            for name, value in getattr(report, "user_properties", ()):  # a file that could not be collected has none
                 if name == PROPERTY:
                     outcomes.setdefault(str(value), set()).add(outcome)
     lines = []
