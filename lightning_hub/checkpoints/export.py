@@ -65,8 +65,8 @@ def whole_or_absent(target: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
-    for file in building.iterdir():
-        file.chmod(0o600)
+    for path in building.rglob("*"):  # a tokenizer with several templates writes a folder of them
+        path.chmod(0o700 if path.is_dir() else 0o600)
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():

@@ -79,11 +79,6 @@ class Type:
             return all(self.args[0].accepts(item) for item in value)
         return len(value) == len(self.args) and all(arg.accepts(v) for arg, v in zip(self.args, value, strict=True))
 
-    def _accepts_entries(self, value: dict[str, Plain]) -> bool:
-        key, item = self.args
-        named = all(key.accepts(name) or key.accepts(scalar(name)) for name in value)
-        return named and all(item.accepts(child) for child in value.values())
-
     def names_only_a_class(self, value: Plain) -> bool:
         """Say whether a text must be a class name: nothing else that the option takes accepts it."""
         accepting = [member.head for member in self.members() if isinstance(value, str) and member.accepts(value)]

@@ -76,14 +76,6 @@ def read_json(path: Path) -> dict[str, Json] | None:
     return value if isinstance(value, dict) else None
 
 
-def replace_link(link: Path, target: str) -> None:
-    """Point a symbolic link at a target, at once for every reader."""
-    temp = link.with_name(f".{link.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-    temp.unlink(missing_ok=True)
-    temp.symlink_to(target)
-    temp.replace(link)
-
-
 def touch(path: Path) -> None:
     """Create an empty file, if it is not there (a wish in ``control/``)."""
     os.close(open_append(path))

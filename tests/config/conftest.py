@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import settings
 
-from lightning_hub.config import Schema, shipped_schema
-from lightning_hub.config.schema import ClassRecord
+from lightning_hub.config.schema import ClassRecord, Schema, shipped_schema
 
 settings.register_profile("hub", deadline=None)  # a busy machine is no fault of the code
 settings.load_profile("hub")

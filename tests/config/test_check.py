@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from lightning_hub.config import Recipe, RecipeError, Schema, check, find_faults, recipe_from_text
+from lightning_hub.config.check import RecipeError, check, find_faults
 from lightning_hub.config.literal_secrets import is_secret
+from lightning_hub.config.recipe import Recipe, recipe_from_text
+from lightning_hub.config.schema import Schema
 
 GOOD = """\
 seed_everything: 1
@@ -127,7 +129,8 @@ def test_a_wrong_recipe_is_refused_without_torch(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(recipe_with("model", "learning_rat: 1"))
     code = (
-        "import sys; from lightning_hub.config import parse_command, check\n"
+        "import sys\nfrom lightning_hub.config.check import check\n"
+        "from lightning_hub.config.command import parse_command\n"
         f"try: check(parse_command(['--config', {str(path)!r}]).recipe)\n"
         "except Exception as error: print(error)\n"
         "print([name for name in ('torch', 'numpy', 'lightning', 'jsonargparse') if name in sys.modules])"

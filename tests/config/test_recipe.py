@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from lightning_hub.config import Recipe, Schema, build_recipe, explain_flag, parse_command
+from lightning_hub.config.command import explain_flag, parse_command
+from lightning_hub.config.recipe import Recipe, build_recipe
+from lightning_hub.config.schema import Schema
 from lightning_hub.errors import ConfigError
 
 BASE = """\

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from lightning_hub.config import find_faults, recipe_from_text, shipped_schema
+from lightning_hub.config.check import find_faults
+from lightning_hub.config.recipe import recipe_from_text
 from lightning_hub.config.safety import AllowList, check_names
+from lightning_hub.config.schema import shipped_schema
 from tests.conftest import time_of_children
 
 pytestmark = pytest.mark.security("S4")
@@ -83,7 +85,7 @@ def test_payloads_are_refused_within_a_second_and_leave_no_trace(tmp_path: Path)
         (tmp_path / files[-1]).write_text(recipe_text(payload))
     code = (
         "import sys\n"
-        "from lightning_hub.config import check, parse_command\n"
+        "from lightning_hub.config.check import check\nfrom lightning_hub.config.command import parse_command\n"
         "from lightning_hub.errors import ConfigError\n"
         "for file in sys.argv[1:]:\n"
         "    try: check(parse_command(['--config', file]).recipe)\n"

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from lightning_hub.checkpoints.storage import point_latest
 from lightning_hub.errors import ConfigError
-from lightning_hub.runs.files import LineFile, read_json, replace_link, write_atomic, write_json
+from lightning_hub.runs.files import LineFile, read_json, write_atomic, write_json
 from lightning_hub.runs.folder import (
     RunFolder,
     create_run,
@@ -70,7 +71,7 @@ def test_symbolic_links_are_not_followed_when_writing(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="symbolic"):
         LineFile(tmp_path / "b.jsonl").append("x")
     (tmp_path / "latest").symlink_to(victim)
-    replace_link(tmp_path / "latest", "step-1")
+    point_latest(tmp_path / "step-1")
     assert victim.read_text() == "mine"
     assert (tmp_path / "latest").readlink() == Path("step-1")
     assert read_json(tmp_path / "a.json") == {"x": 1}

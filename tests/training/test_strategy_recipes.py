@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from lightning_hub.cli import run
-from lightning_hub.config import check, parse_command
+from lightning_hub.config.check import check
+from lightning_hub.config.command import parse_command
 from lightning_hub.config.resolve import fill_defaults
 from lightning_hub.launch.topology import settle
 from tests.conftest import WriteRows

@@ -213,11 +213,6 @@ def layers_of(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
             yield name, module
 
 
-def trained_names(model: nn.Module) -> list[str]:
-    """Return the names of what is trained, in the model's order, tied weights under all their names."""
-    return [name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad]
-
-
 def _remember_start(model: nn.Module) -> None:
     """Keep what the adapters start from: the frozen weights lack it, so an adapter for the whole ones needs it."""
     for _, layer in layers_of(model):
