@@ -24,6 +24,7 @@ from lightning_hub.checkpoints.storage import point_latest, prune
 from lightning_hub.errors import ConfigError, ExitCode, HubError
 from lightning_hub.parallel.crew import Crew
 from lightning_hub.parallel.data_parallel import data_parallel, strategy_word
+from lightning_hub.parallel.lightning_internals import is_validation_next, progress_of_finished_steps
 from lightning_hub.runs.manifest import committed
 
 Wish: TypeAlias = Literal["checkpoint", "stop"] | None
@@ -95,8 +96,7 @@ class SaveCheckpoints(Checkpoint):
         wish = self.wish()
         self._stopping = wish == "stop"
         self._due = self._due or wish is not None
-        fetcher = trainer.fit_loop._data_fetcher
-        if self._due and fetcher is not None and not trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher):
+        if self._due and not is_validation_next(trainer):
             self.save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -187,7 +187,7 @@ class SaveCheckpoints(Checkpoint):
         Tensors go by name, in the parts that this rank holds; loops have their one form; of the schedule only the
         step is kept.
         """
-        checkpoint["loops"]["fit_loop"].update(_finished_steps(trainer, checkpoint["loops"]["fit_loop"]))
+        checkpoint["loops"]["fit_loop"].update(progress_of_finished_steps(trainer, checkpoint["loops"]["fit_loop"]))
         checkpoint["state_dict"] = live.weights(pl_module)
         checkpoint["optimizer_states"] = live.optimizer_state(pl_module, trainer.optimizers)
         checkpoint["lr_schedulers"] = []
@@ -245,28 +245,3 @@ class SaveCheckpoints(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the scores of the best checkpoints."""
         self._scores = {int(step): score for step, score in state_dict["scores"].tolist()}
-
-
-def _finished_steps(trainer: Trainer, saved: dict[str, Any]) -> dict[str, Any]:
-    """Return the progress of the loops as if exactly the finished steps had been counted and nothing begun.
-
-    Whichever hook a checkpoint is saved from, Lightning's counters differ by what this hook stands between; its
-    restart logic has a stage for each. The form here is the one it calls "restarted on last".
-    """
-    epoch, length = trainer.current_epoch, int(trainer.num_training_batches)
-    done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-    if done >= length:
-        epoch, done = epoch + 1, 0
-    started = epoch + (1 if done else 0)
-    epochs = {"ready": started, "started": started, "processed": epoch, "completed": epoch}
-    batches = dict.fromkeys(("ready", "started", "processed", "completed"))
-    return {
-        "epoch_progress": {"total": epochs, "current": epochs},
-        "epoch_loop.batch_progress": {
-            "total": dict.fromkeys(batches, epoch * length + done),
-            "current": dict.fromkeys(batches, done),
-            "is_last_batch": False,
-        },
-        "state_dict": {},
-        "epoch_loop.state_dict": {"_batches_that_stepped": trainer.global_step},
-    } | {key: value for key, value in saved.items() if key.startswith("epoch_loop.automatic_optimization")}

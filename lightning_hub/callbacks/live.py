@@ -97,11 +97,11 @@ def fill_optimizer(module: nn.Module, optimizer: Optimizer, stored: Stored) -> N
 
 def set_schedule(scheduler: LambdaLR, step: int) -> None:
     """Let a schedule stand after ``step`` steps, whatever its learning rates were before."""
-    scheduler.last_epoch, scheduler._step_count = step, step + 1
     rates = [base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
     for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
-    scheduler._last_lr = rates
+    progress = {"last_epoch": step, "_step_count": step + 1, "_last_lr": rates}
+    scheduler.load_state_dict({**scheduler.state_dict(), **progress})
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from lightning_hub.errors import HubError
 from lightning_hub.ops.rows import Step
 from lightning_hub.parallel.agreement import worst
 from lightning_hub.parallel.data_parallel import data_parallel
+from lightning_hub.parallel.lightning_internals import is_last_step
 from lightning_hub.runs.rank import RankWriter, classify
 from lightning_hub.runs.timings import PhaseName
 from lightning_hub.runs.writer import StatusWriter
@@ -153,7 +154,7 @@ class Recorder(Callback):
         if self._flops is not None:
             self._interval_flops += self._flops.of_step(batch, data_parallel(trainer.strategy).size)
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Lightning's connector
-        last = trainer.fit_loop.epoch_loop._is_training_done
+        last = is_last_step(trainer)
         if (every and step % every == 0) or last or step == 1:
             self._log_step(trainer, pl_module)
 

@@ -29,6 +29,7 @@ from lightning_hub.ops.rows import IGNORED, Row, Step
 from lightning_hub.parallel.clipping import clip_by_norm, clip_by_value, total_norm
 from lightning_hub.parallel.data_parallel import accumulation, data_parallel
 from lightning_hub.parallel.gathering import full_state
+from lightning_hub.parallel.lightning_internals import trainer_of
 from lightning_hub.parallel.parts import by_mesh
 from lightning_hub.parallel.starting import start
 
@@ -127,7 +128,7 @@ class SFT(LightningModule):
 
     def _data(self) -> object:
         """Return the data module, if the trainer has one: rows may come from elsewhere."""
-        return getattr(self._trainer, "datamodule", None)
+        return getattr(trainer_of(self), "datamodule", None)
 
     def configure_model(self) -> None:
         """Read the weights and decide what is trainable (Lightning calls this once it knows the strategy)."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
@@ -17,6 +17,7 @@ from lightning_hub.errors import ConfigError
 from lightning_hub.launch.meshes import STRATEGY, check_mesh, check_replicas, read_mesh
 from lightning_hub.launch.topology import mesh_of
 from lightning_hub.parallel.data_parallel import DataParallel, Placing, SavesTogether
+from lightning_hub.parallel.lightning_internals import set_up_mesh
 from lightning_hub.parallel.sharding import Sharding
 from lightning_hub.parallel.tensor_parallel import split
 
@@ -58,9 +59,7 @@ class MeshStrategy(Placing, ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         """Join the other processes and make the mesh."""
-        sizes = self.axes(self.num_nodes * self.num_processes)
-        self._setup_distributed()
-        self._device_mesh = init_device_mesh(self.root_device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+        set_up_mesh(self, self.axes(self.num_nodes * self.num_processes))
 
     @property
     def data_parallel(self) -> DataParallel:

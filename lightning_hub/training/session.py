@@ -26,6 +26,7 @@ from lightning_hub.errors import ConfigError, ExitCode, HubError, NoCheckpointEr
 from lightning_hub.launch.place import Place
 from lightning_hub.methods.sft import SFT
 from lightning_hub.parallel.joining import GivenPlace
+from lightning_hub.parallel.lightning_internals import disable_signal_handlers
 from lightning_hub.runs.folder import RunFolder
 from lightning_hub.runs.manifest import newest_whole
 from lightning_hub.runs.rank import RankWriter
@@ -37,7 +38,7 @@ from lightning_hub.training.attempt import Begun
 from lightning_hub.training.facts import check_lasting, check_limits, recipe_facts
 from lightning_hub.training.options import Options
 from lightning_hub.training.parser import RecipeCLI
-from lightning_hub.training.wishes import Asked, HardStop, Wishes, keep_lightning_out, requeue
+from lightning_hub.training.wishes import Asked, HardStop, Wishes, requeue
 
 
 class Session:
@@ -141,7 +142,7 @@ class Session:
         if self.begun.checkpoint is not None:
             check_lasting(self.begun.checkpoint, facts, module.lasting)
             check_limits(self.begun.checkpoint, trainer.max_epochs)
-        keep_lightning_out(trainer)
+        disable_signal_handlers(trainer)
         with SamplesWriter(self.folder.samples) as samples:
             for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by Lightning's connector
                 if isinstance(callback, GenerateSamples):

@@ -8,9 +8,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import IntEnum
 from types import FrameType
-from typing import Any
-
-from lightning.pytorch import Trainer
 
 from lightning_hub.callbacks.checkpoints import Wish
 from lightning_hub.launch.ranks import PASSED_ON
@@ -110,14 +107,3 @@ def requeue(environ: Mapping[str, str]) -> str | None:
     if done.returncode != 0:
         return f"SLURM job {job} could not be requeued: {done.stderr.strip() or f'exit code {done.returncode}'}"
     return f"SLURM job {job} is requeued"
-
-
-def keep_lightning_out(trainer: Trainer) -> None:
-    """Leave signals to `Wishes`.
-
-    Lightning's own handler broadcasts from within the handler, where ranks can wait for each other for ever, and its
-    loop sends a flag through the devices before every step, which waits for them.
-    """
-    internals: Any = trainer  # none of this has a public door
-    internals._signal_connector.register_signal_handlers = lambda: None
-    internals.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None

@@ -37,6 +37,7 @@ from lightning_hub.methods.targets import ALL_LINEAR, Matrix, describe, matrices
 from lightning_hub.ops.loss import Traits
 from lightning_hub.parallel.crew import Crew
 from lightning_hub.parallel.gathering import full_state
+from lightning_hub.parallel.lightning_internals import trainer_of
 from lightning_hub.parallel.sharding import decoder_blocks
 from lightning_hub.parallel.strategies import MeshStrategy
 from lightning_hub.runs.folder import default_cache_dir
@@ -151,7 +152,8 @@ class OSFT(SFT):
         """Return what the changes look like, with what is known of the data and the trainer by now."""
         batching = getattr(self._data(), "batching", None)
         # Full sharding gathers what a change is made of in the precision that is computed in.
-        is_gathered = self._trainer is not None and isinstance(self._trainer.strategy, MeshStrategy)
+        trainer = trainer_of(self)
+        is_gathered = trainer is not None and isinstance(trainer.strategy, MeshStrategy)
         is_rounded = is_gathered and self.trainer.precision == "bf16-mixed"
         return replace(self.form, row_tokens=batching.max_tokens if batching else None, is_rounded=is_rounded)
 
