@@ -62,7 +62,7 @@ class LoRA(SFT):
         **options: SFT's.
     """
 
-    lasting = ("r", "alpha", "targets", "modules_to_save", "use_rslora", "use_dora", "init", "quantization")
+    fixed_on_resume = ("r", "alpha", "targets", "modules_to_save", "use_rslora", "use_dora", "init", "quantization")
 
     def __init__(
         self,
@@ -142,12 +142,12 @@ class LoRA(SFT):
             use_dora=self.settings.use_dora, quantization=self.quantization, tp=tp, world_size=self.trainer.world_size
         )
 
-    def _read(self) -> tuple[PreTrainedModel, Traits]:
+    def load_pretrained(self) -> tuple[PreTrainedModel, Traits]:
         """Read the base, and find out what its layers are given where the adapters start from that."""
-        if self.settings.init != EVA or self.filled_from is not None or self.trainer.state.fn != "fit":
-            return super()._read()
-        proven = self._proven()
-        model = self._load(proven.attention)
+        if self.settings.init != EVA or self.resume_from is not None or self.trainer.state.fn != "fit":
+            return super().load_pretrained()
+        proven = self.proven_capabilities()
+        model = self.load_weights(proven.attention)
         if not isinstance(self.trainer.strategy, Placing):  # else it may be too large for the device of one
             nn.Module.to(model, self.trainer.strategy.root_device)  # its own `to` is typed as no method
         config, _ = wished(model, self.settings, self.source)
@@ -161,16 +161,16 @@ class LoRA(SFT):
         fill_directions(model, found)
         return model, settle(model, proven)
 
-    def _load(self, attention: str) -> PreTrainedModel:
+    def load_weights(self, attention: str) -> PreTrainedModel:
         if self.quantization == "none":
-            return super()._load(attention)
+            return super().load_weights(attention)
         device = self.trainer.strategy.root_device
-        return load_quantized(self.pretrained, self.quantization, self._load_dtype(), attention, device)
+        return load_quantized(self.pretrained, self.quantization, self.load_dtype(), attention, device)
 
-    def _load_dtype(self) -> torch.dtype:
+    def load_dtype(self) -> torch.dtype:
         """Frozen weights need no more than the precision that is computed in, unless some train or are decomposed."""
         shifting = is_shifting(self.settings.init)
-        dtype = super()._load_dtype()
+        dtype = super().load_dtype()
         if shifting and dtype != torch.float32:
             raise ConfigError(
                 f"init {self.settings.init} takes a part out of the weights, which loses digits in bfloat16",
@@ -181,7 +181,7 @@ class LoRA(SFT):
         is_bf16 = str(self.trainer.precision).startswith("bf16")
         return torch.bfloat16 if self.weights_dtype == "auto" and is_frozen and is_bf16 else dtype
 
-    def describe(self) -> list[str]:
+    def summary_lines(self) -> list[str]:
         """Return what is adapted."""
         assert self.model is not None, "configure_model has run"
         assert self.adapter_config is not None, "so adapters are in place"
@@ -229,13 +229,13 @@ class LoRA(SFT):
                 remedy="resume with the model that they were trained on",
             )
 
-    def kept_state(self) -> dict[str, Tensor]:
+    def checkpoint_state_dict(self) -> dict[str, Tensor]:
         """Return what trains: frozen weights are read again from where they came."""
-        return {name: tensor for name, tensor in super().kept_state().items() if tensor.requires_grad}
+        return {name: tensor for name, tensor in super().checkpoint_state_dict().items() if tensor.requires_grad}
 
-    def build(self) -> None:
+    def build_empty(self) -> None:
         """Read the base: what is written is compared with it."""
-        self.model, _ = self._read()
+        self.model, _ = self.load_pretrained()
 
     def export(self, target: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """Write the adapter, and check it by loading it into a fresh base.
@@ -246,7 +246,7 @@ class LoRA(SFT):
         """
         assert self.model is not None, "configure_model has run"
         assert self.adapter_config is not None, "so adapters are in place"
-        state = full_tensors(self.kept_state())
+        state = full_tensors(self.checkpoint_state_dict())
         if not state:
             return
         state = {name.removeprefix("model."): tensor.cpu() for name, tensor in state.items()}

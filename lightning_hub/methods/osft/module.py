@@ -79,7 +79,7 @@ class OSFT(SFT):
         **options: SFT's.
     """
 
-    lasting = ("unfreeze_rank_ratio", "targets", "complement", "parametrization", "fused", "ranks", "rank_bounds")
+    fixed_on_resume = ("unfreeze_rank_ratio", "targets", "complement", "parametrization", "fused", "ranks", "rank_bounds")
 
     def __init__(
         self,
@@ -177,7 +177,7 @@ class OSFT(SFT):
             return
         self._remember()
         super().configure_model()
-        if self.filled_from is not None:
+        if self.resume_from is not None:
             return
         with_bases = [site for site in self.sites() if any(piece.basis_names for _, _, piece, _ in site.pieces())]
         with Progressing(speaks=self.trainer.is_global_zero) as progress:
@@ -185,15 +185,15 @@ class OSFT(SFT):
             device = self.trainer.strategy.root_device
             self.decomposed = fill_bases(with_bases, cache, self.earlier, progress.done, device)
 
-    def build(self) -> None:
+    def build_empty(self) -> None:
         """Build the model with the ranks of the checkpoint that is to fill it."""
         self._remember()
-        super().build()
+        super().build_empty()
 
     def _remember(self) -> None:
-        if self.filled_from is None:
+        if self.resume_from is None:
             return
-        state = read_state(self.filled_from)
+        state = read_state(self.resume_from)
         self.layer_ratios = state.get(LAYER_RATIOS)
         if state.get(PREVIOUS, self.earlier.fingerprint) != self.earlier.fingerprint:
             raise ConfigError(
@@ -202,8 +202,8 @@ class OSFT(SFT):
                 remedy="name those that the run began with, or start a new run",
             )
 
-    def _load(self, attention: str) -> PreTrainedModel:
-        model = super()._load(attention)
+    def load_weights(self, attention: str) -> PreTrainedModel:
+        model = super().load_weights(attention)
         if self.ranks == "adaptive" and self.layer_ratios is None:
             plan = getattr(self._data(), "plan", None)
             if plan is None:
@@ -212,10 +212,10 @@ class OSFT(SFT):
             self.layer_ratios = ratios(alike, self.form.ratio, self.rank_bounds)
         return model
 
-    def _skeleton(self, traits: Traits | None) -> PreTrainedModel:
+    def build_on_meta(self, traits: Traits | None) -> PreTrainedModel:
         if self.ranks == "adaptive":
             self.layer_ratios = Crew().on_first(lambda: self.layer_ratios)
-        return super()._skeleton(traits)
+        return super().build_on_meta(traits)
 
     def sites(self) -> Iterator[Site]:
         """Yield the weights that have a change."""
@@ -242,7 +242,7 @@ class OSFT(SFT):
         own = (parameter for name, parameter in self.model.named_parameters() if merged_name(name) is not None)
         return sum(parameter.numel() for parameter in own)
 
-    def describe(self) -> list[str]:
+    def summary_lines(self) -> list[str]:
         """Return what trains, by shape, and what no target names."""
         lines = [f"osft   {line}" for line in by_shape(self.sites())]
         if self.layer_ratios is not None:
@@ -256,10 +256,10 @@ class OSFT(SFT):
         lines += [f"osft   {how}: {describe(others)}"] * bool(others)
         return lines + [f"osft   {line}" for line in self.strangers]
 
-    def answer(self, *args: Any, **kwargs: Any) -> list[str]:
+    def generate(self, *args: Any, **kwargs: Any) -> list[str]:
         """Answer prompts with weights that are built once, not for every token."""
         with built_once(list(self.sites())):
-            return super().answer(*args, **kwargs)
+            return super().generate(*args, **kwargs)
 
     # ---- the published form is projected around each step ------------------------------------------------------------
 

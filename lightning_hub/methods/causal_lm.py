@@ -1,4 +1,8 @@
-"""Supervised fine-tuning: the training step that every method shares."""
+"""The base class of all methods: one training step, one optimizer, one validation, one export.
+
+A method is a subclass. It decides what trains (`choose_trainable`) and overrides only what else differs from training
+the whole model. ``docs/methods.md`` lists the hooks.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +40,8 @@ from lightning_hub.parallel.starting import start
 Dtype = Literal["auto", "float32", "bfloat16"]
 
 
-class SFT(LightningModule):
-    """Full-parameter supervised fine-tuning of a causal language model.
+class CausalLMModule(LightningModule):
+    """A causal language model that is fine-tuned; every method is a subclass.
 
     Args:
         model: Local folder or hub id of the model to train.
@@ -59,7 +63,7 @@ class SFT(LightningModule):
             leave out up to n such steps.
     """
 
-    lasting: ClassVar[tuple[str, ...]] = ()
+    fixed_on_resume: ClassVar[tuple[str, ...]] = ()
     """Options that say what the tensors of a checkpoint are: a run that goes on must have the same."""
 
     def __init__(
@@ -102,7 +106,7 @@ class SFT(LightningModule):
         self.neftune_alpha = neftune_alpha
         self.weights_dtype: Dtype = dtype
         self.trust_remote_code = False
-        self.filled_from: Path | None = None
+        self.resume_from: Path | None = None
         """The checkpoint that fills the model once it is built, if there is one."""
         self.model: PreTrainedModel | None = None
         self.loss_head: LossHead | None = None
@@ -134,7 +138,7 @@ class SFT(LightningModule):
         """Read the weights and decide what is trainable (Lightning calls this once it knows the strategy)."""
         if self.model is not None:
             return
-        self.model, traits = start(self.trainer.strategy, self._read, self._skeleton)
+        self.model, traits = start(self.trainer.strategy, self.load_pretrained, self.build_on_meta)
         self.model.train()
         if self.gradient_checkpointing:
             # The name changed within the versions of transformers that are supported.
@@ -149,36 +153,36 @@ class SFT(LightningModule):
         """How many numbers the model has."""
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def describe(self) -> list[str]:
+    def summary_lines(self) -> list[str]:
         """Return lines about what trains, for the announcement of a run; a method adds its own."""
         return []
 
-    def build(self) -> None:
+    def build_empty(self) -> None:
         """Build the model in memory of its own, without reading its weights: something else fills them."""
         with no_init_weights():
-            self.model = self._skeleton(None)
+            self.model = self.build_on_meta(None)
         self.model.tie_weights()  # a part of what was left out
 
-    def _read(self) -> tuple[PreTrainedModel, Traits]:
-        proven = self._proven()
-        model = self._load(proven.attention)
+    def load_pretrained(self) -> tuple[PreTrainedModel, Traits]:
+        proven = self.proven_capabilities()
+        model = self.load_weights(proven.attention)
         self.choose_trainable(model)
         return model, settle(model, proven)
 
-    def _proven(self) -> Traits:
+    def proven_capabilities(self) -> Traits:
         """Return how the model is run, before its weights are read: what it cannot do is never tried on them."""
         with torch.device("meta"):
             outline = self.pretrained.skeleton(dtype=torch.float32, attn_implementation="eager")
         self.pretrained.check_part(outline.config)
         return prove(type(outline), outline.config, self.attn_implementation, self.trainer.strategy.root_device)
 
-    def _load(self, attention: str) -> PreTrainedModel:
-        return self.pretrained.load(dtype=self._load_dtype(), attn_implementation=attention)
+    def load_weights(self, attention: str) -> PreTrainedModel:
+        return self.pretrained.load(dtype=self.load_dtype(), attn_implementation=attention)
 
-    def _skeleton(self, traits: Traits | None) -> PreTrainedModel:
+    def build_on_meta(self, traits: Traits | None) -> PreTrainedModel:
         """Build the model without reading it, to be run as was proven, or not at all."""
         attention = "eager" if traits is None else traits.attention
-        model = self.pretrained.skeleton(dtype=self._load_dtype(), attn_implementation=attention)
+        model = self.pretrained.skeleton(dtype=self.load_dtype(), attn_implementation=attention)
         self.choose_trainable(model)
         return model
 
@@ -186,7 +190,7 @@ class SFT(LightningModule):
         """Decide what trains: everything here. The one thing in which a method differs."""
         model.requires_grad_(True)
 
-    def _load_dtype(self) -> torch.dtype:
+    def load_dtype(self) -> torch.dtype:
         if self.weights_dtype == "auto":
             halves = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
             return halves.get(str(self.trainer.precision), torch.float32)
@@ -321,9 +325,9 @@ class SFT(LightningModule):
 
     def predict_step(self, prompts: list[Messages], index: int) -> list[str]:
         """Answer a batch of prompts."""
-        return self.answer(prompts, self.pretrained.tokenizer)
+        return self.generate(prompts, self.pretrained.tokenizer)
 
-    def answer(
+    def generate(
         self,
         prompts: Sequence[Messages],
         tokenizer: PreTrainedTokenizerBase,
@@ -336,7 +340,7 @@ class SFT(LightningModule):
 
     # ---- what is kept ----------------------------------------------------------------------------------------------
 
-    def kept_state(self) -> dict[str, Tensor]:
+    def checkpoint_state_dict(self) -> dict[str, Tensor]:
         """Return the live tensors that a checkpoint holds, each under all of its names."""
         state: dict[str, Tensor] = self.state_dict(keep_vars=True)
         return state
