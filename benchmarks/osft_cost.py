@@ -24,6 +24,7 @@ from benchmarks.records import ONE_THREAD, alternated, record, table
 from benchmarks.strategy_memory import MODELS
 from benchmarks.work import SHAPES, chat_lengths, make_model, make_rows
 from lightning_hub.data.module import ChatData
+from lightning_hub.methods.causal_lm import CausalLMModule
 from lightning_hub.methods.osft import OSFT
 from lightning_hub.methods.osft.surgery import Form, add_changes
 from lightning_hub.methods.sft import SFT
@@ -31,7 +32,7 @@ from lightning_hub.methods.targets import resolve
 from lightning_hub.runs.files import Json
 
 RATIO = 0.25
-CONTENDERS: dict[str, Callable[[str], SFT]] = {
+CONTENDERS: dict[str, Callable[[str], CausalLMModule]] = {
     "sft": lambda model: SFT(model, learning_rate=1e-5),
     "osft full": lambda model: OSFT(model, RATIO, learning_rate=1e-5),
     "osft full, factored": lambda model: OSFT(model, RATIO, forward="factored", learning_rate=1e-5),
@@ -53,7 +54,7 @@ class Clock(Callback):
         self.times.append(time.process_time())
 
 
-def step_ms(make: Callable[[str], SFT], work: Path, steps: int, tokens: int) -> list[float]:
+def step_ms(make: Callable[[str], CausalLMModule], work: Path, steps: int, tokens: int) -> list[float]:
     """Return the CPU time of each step but the first two, in milliseconds."""
     clock = Clock()
     data = ChatData(str(work / "rows.jsonl"), max_seq_len=tokens, tokens_per_step=tokens)

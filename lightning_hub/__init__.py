@@ -14,17 +14,19 @@ if TYPE_CHECKING:
     from lightning_hub.callbacks.forgetting import Forgetting
     from lightning_hub.callbacks.samples import GenerateSamples
     from lightning_hub.data.module import ChatData
+    from lightning_hub.methods.causal_lm import CausalLMModule
     from lightning_hub.methods.lora import LoRA
     from lightning_hub.methods.osft import OSFT
     from lightning_hub.methods.sft import SFT
 
 __version__ = "0.1.0"
 
-__all__ = ["OSFT", "SFT", "ChatData", "Forgetting", "GenerateSamples", "LoRA", "__version__"]
+__all__ = ["OSFT", "SFT", "CausalLMModule", "ChatData", "Forgetting", "GenerateSamples", "LoRA", "__version__"]
 
 _HOMES = {
     "OSFT": "lightning_hub.methods.osft",
     "SFT": "lightning_hub.methods.sft",
+    "CausalLMModule": "lightning_hub.methods.causal_lm",
     "LoRA": "lightning_hub.methods.lora",
     "ChatData": "lightning_hub.data.module",
     "Forgetting": "lightning_hub.callbacks.forgetting",

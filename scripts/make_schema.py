@@ -85,7 +85,8 @@ class Generator:
 
     def option(self, cls: type, owner: type, parameter: inspect.Parameter) -> OptionRecord:
         """Return the record of one parameter."""
-        key = f"{owner.__name__}.{parameter.name}"
+        shown_as = registry.SHOWN_AS.get(owner.__name__, owner.__name__)
+        key = f"{shown_as}.{parameter.name}"
         record: OptionRecord = {
             "name": parameter.name,
             "type": registry.TYPES.get(key) or self.type_line(hint_of(vars(owner)["__init__"], parameter.name)),
@@ -96,13 +97,14 @@ class Generator:
             record["required"] = True
         elif is_plain(default := plain_default(parameter.default)):
             record["default"] = cast(Plain, default)
-        keys = (f"{base.__name__}.{parameter.name}" for base in owner.__mro__)
+        bases = (registry.SHOWN_AS.get(base.__name__, base.__name__) for base in owner.__mro__)
+        keys = (f"{base}.{parameter.name}" for base in bases)
         if bounds := next((registry.RANGES[key] for key in keys if key in registry.RANGES), None):
             record["range"] = bounds
         if text := help_of(owner, parameter.name):
             record["help"] = text
-        if owner is not cls:
-            record["inherited_from"] = owner.__name__
+        if owner is not cls and registry.SHOWN_AS.get(owner.__name__) != cls.__name__:
+            record["inherited_from"] = shown_as
         parse_type(record["type"])  # the catalogue's own reader must understand it
         return record
 

@@ -23,7 +23,7 @@ from lightning_hub.parallel.parts import offsets, own_part
 class KeepsState(Protocol):
     """A module that says which of its tensors a checkpoint holds; of another it holds all."""
 
-    def kept_state(self) -> dict[str, Tensor]:
+    def checkpoint_state_dict(self) -> dict[str, Tensor]:
         """Return live tensors, each under all of its names."""
 
 
@@ -107,7 +107,7 @@ def set_schedule(scheduler: LambdaLR, step: int) -> None:
 def _state(module: nn.Module) -> dict[str, Tensor]:
     """Return the live tensors that are kept; asking for them makes full sharding let go of gathered weights."""
     if isinstance(module, KeepsState):
-        return module.kept_state()
+        return module.checkpoint_state_dict()
     state: dict[str, Tensor] = module.state_dict(keep_vars=True)
     return state
 

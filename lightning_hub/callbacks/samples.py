@@ -11,10 +11,10 @@ from transformers import PreTrainedTokenizerBase
 from lightning_hub.models.generation import Messages
 
 
-class Answering(Protocol):
+class CanGenerate(Protocol):
     """A module that answers prompts."""
 
-    def answer(
+    def generate(
         self,
         prompts: Sequence[Messages],
         tokenizer: PreTrainedTokenizerBase,
@@ -60,7 +60,7 @@ class GenerateSamples(Callback):
             return
         self._last_step = trainer.global_step
         turns = [[{"role": "user", "content": prompt}] for prompt in self.prompts]
-        answers = cast("Answering", pl_module).answer(
+        answers = cast("CanGenerate", pl_module).generate(
             turns,
             trainer.datamodule.tokenizer,  # type: ignore[attr-defined]  # Lightning types its trainer without one
             max_new_tokens=self.max_new_tokens,

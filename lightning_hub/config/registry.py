@@ -45,6 +45,9 @@ CLASSES: dict[str, str] = {
 }
 """Dotted name to kind: trainer, checkpoint, model, data, callback, logger or strategy."""
 
+SHOWN_AS: dict[str, str] = {"CausalLMModule": "SFT"}
+"""Base classes that no recipe names, and the class whose options theirs are called."""
+
 TYPES: dict[str, str] = {
     "Trainer.accelerator": "'auto' | 'cpu' | 'gpu' | 'cuda' | 'mps'",
     "Trainer.strategy": "'auto' | 'ddp' | 'fsdp' | 'model_parallel' | class[strategy]",

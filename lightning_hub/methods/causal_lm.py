@@ -23,6 +23,7 @@ from lightning_hub.checkpoints.export import write_export
 from lightning_hub.errors import ConfigError
 from lightning_hub.methods.health import Health
 from lightning_hub.methods.neftune import Neftune
+from lightning_hub.methods.run_context import current_run
 from lightning_hub.methods.schedule import Schedule, Shape
 from lightning_hub.models.generation import Messages, complete
 from lightning_hub.models.pretrained import Pretrained
@@ -105,21 +106,13 @@ class CausalLMModule(LightningModule):
         self.label_smoothing = label_smoothing
         self.neftune_alpha = neftune_alpha
         self.weights_dtype: Dtype = dtype
-        self.trust_remote_code = False
-        self.resume_from: Path | None = None
-        """The checkpoint that fills the model once it is built, if there is one."""
+        self.run = current_run()
         self.model: PreTrainedModel | None = None
         self.loss_head: LossHead | None = None
         self.step_loss = torch.zeros(())
         self.grad_norm = torch.zeros(())
         self.health = Health(on_nan)
         self.is_skipped = False
-        self.stays_on_device = False
-        """Whether the end of a training leaves the weights where they are and drops the optimizer.
-
-        Lightning moves both to the host (9 s for 1.5 billion parameters on one GPU). A process that exports next and
-        then ends needs neither.
-        """
         self._has_trained = False
         self._sums = torch.zeros(2, dtype=torch.float64)
 
@@ -128,7 +121,7 @@ class CausalLMModule(LightningModule):
     @property
     def pretrained(self) -> Pretrained:
         """The model as it lies on disk or on the hub."""
-        return Pretrained(self.source, self.trust_remote_code)
+        return Pretrained(self.source, self.run.trust_remote_code)
 
     def _data(self) -> object:
         """Return the data module, if the trainer has one: rows may come from elsewhere."""
@@ -142,8 +135,8 @@ class CausalLMModule(LightningModule):
         self.model.train()
         if self.gradient_checkpointing:
             # The name changed within the versions of transformers that are supported.
-            newer = getattr(self.model, "activation_checkpointing_enable", None)
-            (newer or self.model.gradient_checkpointing_enable)({"use_reentrant": False})
+            enable = getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
         if self.neftune_alpha is not None:
             Neftune(self.neftune_alpha).attach(self.model)
         self.loss_head = LossHead(self.model, self.label_smoothing, traits=traits)
@@ -164,6 +157,7 @@ class CausalLMModule(LightningModule):
         self.model.tie_weights()  # a part of what was left out
 
     def load_pretrained(self) -> tuple[PreTrainedModel, Traits]:
+        """Read the weights, make trainable what trains, and return the model with how it is run."""
         proven = self.proven_capabilities()
         model = self.load_weights(proven.attention)
         self.choose_trainable(model)
@@ -177,6 +171,7 @@ class CausalLMModule(LightningModule):
         return prove(type(outline), outline.config, self.attn_implementation, self.trainer.strategy.root_device)
 
     def load_weights(self, attention: str) -> PreTrainedModel:
+        """Read the weights, with an attention implementation of transformers; nothing is made trainable here."""
         return self.pretrained.load(dtype=self.load_dtype(), attn_implementation=attention)
 
     def build_on_meta(self, traits: Traits | None) -> PreTrainedModel:
@@ -187,10 +182,11 @@ class CausalLMModule(LightningModule):
         return model
 
     def choose_trainable(self, model: PreTrainedModel) -> None:
-        """Decide what trains: everything here. The one thing in which a method differs."""
-        model.requires_grad_(True)
+        """Set ``requires_grad`` of every parameter, and put in place what else trains. Every method defines this."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what trains: define choose_trainable")
 
     def load_dtype(self) -> torch.dtype:
+        """Return the dtype in which weights are read."""
         if self.weights_dtype == "auto":
             halves = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
             return halves.get(str(self.trainer.precision), torch.float32)
@@ -202,8 +198,12 @@ class CausalLMModule(LightningModule):
         In half precision the trainer would cast the whole module: rotary frequencies lose their digits by it, and
         adapters and changes of a bfloat16 model train in float32.
         """
-        device, *_ = torch._C._nn._parse_to(*args, **kwargs)
-        return self if device is None else super().to(device)
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor):
+                return super().to(value.device)
+            if isinstance(value, str | int | torch.device) and not isinstance(value, bool):
+                return super().to(value)
+        return self
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return what trains in groups for the optimizer: matrices with weight decay, and what is none without.
@@ -214,8 +214,10 @@ class CausalLMModule(LightningModule):
         vectors: list[nn.Parameter] = []
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
-                is_matrix = parameter.ndim > 1 and not name.endswith("bias")
-                (matrices if is_matrix else vectors).append(parameter)
+                if parameter.ndim > 1 and not name.endswith("bias"):
+                    matrices.append(parameter)
+                else:
+                    vectors.append(parameter)
         return [
             {"params": parameters, "weight_decay": decay}
             for kind, decay in ((matrices, self.weight_decay), (vectors, 0.0))
@@ -258,9 +260,11 @@ class CausalLMModule(LightningModule):
         return self.loss_head(row) * (data_parallel(self.trainer.strategy).size / max(1, step.num_trained))
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
-        """Do nothing: Lightning calls this between the last row's forward and its backward, when the gradients of
-        the other rows are already there. The training step clears them itself.
-        """  # noqa: D205
+        """Do nothing: the training step clears the gradients itself.
+
+        Lightning calls this between the last row's forward and its backward, when the gradients of the other rows
+        are already there.
+        """
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -284,7 +288,7 @@ class CausalLMModule(LightningModule):
     def on_train_end(self) -> None:
         """Judge the last step; every callback has done its part by now."""
         self.health.settle()
-        if self.stays_on_device:
+        if self.run.stays_on_device:
             self.trainer.strategy.optimizers = []
             self._has_trained = True
 

@@ -7,7 +7,7 @@ from typing import cast
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_hub.data.module import ChatData
-from lightning_hub.methods.sft import SFT
+from lightning_hub.methods.causal_lm import CausalLMModule
 
 
 class Announcement(Callback):
@@ -17,12 +17,12 @@ class Announcement(Callback):
         """Print the lines."""
         if trainer.is_global_zero:
             data = cast("ChatData", trainer.datamodule)  # type: ignore[attr-defined]  # typed without one
-            module = cast("SFT", pl_module)
-            lines = [_model(module), *module.describe(), *_kernels(module), *_data(data), _steps(trainer, data)]
+            module = cast("CausalLMModule", pl_module)
+            lines = [_model(module), *module.summary_lines(), *_kernels(module), *_data(data), _steps(trainer, data)]
             print("\n".join(lines), flush=True)
 
 
-def _model(module: SFT) -> str:
+def _model(module: CausalLMModule) -> str:
     sizes = [(parameter.numel(), parameter.requires_grad, parameter.dtype) for parameter in module.parameters()]
     total, trained = module.num_parameters, sum(size for size, trains, _ in sizes if trains)
     dtypes = ", ".join(sorted({str(dtype).removeprefix("torch.") for _, _, dtype in sizes}))
@@ -30,7 +30,7 @@ def _model(module: SFT) -> str:
     return f"model  {module.source}: {total:,} parameters, {share}, {dtypes}"
 
 
-def _kernels(module: SFT) -> list[str]:
+def _kernels(module: CausalLMModule) -> list[str]:
     """Return what was found out about the model that makes it slower than others."""
     assert module.loss_head is not None, "configure_model has run"
     traits = module.loss_head.traits

@@ -32,9 +32,10 @@ def main(argv: Sequence[str]) -> int:
     sample, limit = _number(given.sample, "--sample"), _number(given.limit, "--limit")
     notice("loading the tokenizer and the data")
     from lightning_hub.data.inspection import describe, report_lines  # 4 s: torch and transformers
+    from lightning_hub.methods.run_context import RunContext
     from lightning_hub.training.session import build
 
-    cli = build(tree, trust_remote_code=options.trust_remote_code)
+    cli = build(tree, context=RunContext(options.trust_remote_code))
     data, pretrained = cli.datamodule, cli.model.pretrained
     shown = limit if limit is not None or as_json else SHOWN
     describe(

@@ -22,7 +22,7 @@ from lightning_hub.checkpoints.settings import CheckpointSettings
 from lightning_hub.config.resolve import with_class_paths
 from lightning_hub.data.module import ChatData
 from lightning_hub.errors import ConfigError, HubError
-from lightning_hub.methods.sft import SFT
+from lightning_hub.methods.causal_lm import CausalLMModule
 from lightning_hub.parallel.joining import GivenPlace
 from lightning_hub.parallel.strategies import strategy_for
 
@@ -68,7 +68,7 @@ class RecipeCLI(LightningCLI):
         self.world_size = environment.world_size() if environment else 1
         try:
             super().__init__(
-                model_class=SFT,
+                model_class=CausalLMModule,
                 datamodule_class=ChatData,
                 subclass_mode_model=True,
                 subclass_mode_data=True,

@@ -24,7 +24,8 @@ from lightning_hub.checkpoints.plugin import FolderCheckpointIO
 from lightning_hub.checkpoints.settings import CheckpointSettings
 from lightning_hub.errors import ConfigError, ExitCode, HubError, NoCheckpointError
 from lightning_hub.launch.place import Place
-from lightning_hub.methods.sft import SFT
+from lightning_hub.methods.causal_lm import CausalLMModule
+from lightning_hub.methods.run_context import RunContext, run_context
 from lightning_hub.parallel.joining import GivenPlace
 from lightning_hub.parallel.lightning_internals import disable_signal_handlers
 from lightning_hub.runs.folder import RunFolder
@@ -135,12 +136,11 @@ class Session:
             return [self.recorder, Announcement(), ProgressLine(self.recorder), KeepMemory(), *savers]
 
         checkpoint_io = FolderCheckpointIO(facts, trusted=options.trust_checkpoint)
-        cli = build(self.tree, self.folder.path, ours, checkpoint_io, options.trust_remote_code, self.environment)
+        context = RunContext(options.trust_remote_code, self.begun.checkpoint, stays_on_device=True)
+        cli = build(self.tree, self.folder.path, ours, checkpoint_io, context, self.environment)
         module, data, trainer = cli.model, cli.datamodule, cli.trainer
-        module.filled_from = self.begun.checkpoint
-        module.stays_on_device = True
         if self.begun.checkpoint is not None:
-            check_lasting(self.begun.checkpoint, facts, module.lasting)
+            check_lasting(self.begun.checkpoint, facts, module.fixed_on_resume)
             check_limits(self.begun.checkpoint, trainer.max_epochs)
         disable_signal_handlers(trainer)
         with SamplesWriter(self.folder.samples) as samples:
@@ -200,7 +200,7 @@ def build(
     root: Path | None = None,
     callbacks: Callable[[CheckpointSettings], Sequence[Callback]] = lambda settings: (),
     checkpoint_io: FolderCheckpointIO | None = None,
-    trust_remote_code: bool = False,
+    context: RunContext | None = None,
     environment: GivenPlace | None = None,
 ) -> RecipeCLI:
     """Make module, data and trainer of a recipe; nothing is read yet."""
@@ -208,9 +208,8 @@ def build(
     given = {key: value for key, value in tree.items() if value is not None}
     if root is not None:
         given["trainer"] = {**given["trainer"], "logger": _with_folder(given["trainer"]["logger"], root / "loggers")}
-    cli = RecipeCLI(given, root=root, callbacks=callbacks, checkpoint_io=checkpoint_io, environment=environment)
-    cli.model.trust_remote_code = trust_remote_code
-    return cli
+    with run_context(context or RunContext()):
+        return RecipeCLI(given, root=root, callbacks=callbacks, checkpoint_io=checkpoint_io, environment=environment)
 
 
 def export(
@@ -244,17 +243,16 @@ def export(
     if found is None:
         reason = f"there is no whole checkpoint ({damaged[0]})" if damaged else "there is no checkpoint"
         raise NoCheckpointError(reason, where=str(folder.checkpoints), remedy="train on, or start a new run")
-    cli = build(tree, trust_remote_code=trust_remote_code)
+    cli = build(tree, context=RunContext(trust_remote_code, resume_from=found))
     module, data = cli.model, cli.datamodule
     module.trainer = cli.trainer
-    module.filled_from = found
-    module.build()
+    module.build_empty()
     checkpoint = FolderCheckpointIO().load_checkpoint(found)
     module.on_load_checkpoint(checkpoint)
     live.fill_weights(module, checkpoint["restored"].weights)
     data.open(module.pretrained)
     if merge:
-        method: SFT = module
+        method: CausalLMModule = module
         return method.export_merged(target, data.tokenizer, getattr(torch, dtype) if dtype else None)
     module.export(target, data.tokenizer)
     return ""
@@ -264,7 +262,7 @@ def measure(
     tree: dict[str, Any], verb: str, *, trust_remote_code: bool, environment: GivenPlace | None = None
 ) -> dict[str, float]:
     """Run Lightning's validation or test loop and return its metrics, which are the same on every rank."""
-    cli = build(tree, trust_remote_code=trust_remote_code, environment=environment)
+    cli = build(tree, context=RunContext(trust_remote_code), environment=environment)
     loop = cli.trainer.validate if verb == "validate" else cli.trainer.test
     loop(cli.model, cli.datamodule, verbose=False)
     if not cli.trainer.callback_metrics:
@@ -277,7 +275,7 @@ def answer(
     tree: dict[str, Any], *, trust_remote_code: bool, environment: GivenPlace | None = None
 ) -> list[dict[str, Any]]:
     """Answer the prompts of ``data.predict`` and return prompts with completions, in order."""
-    cli = build(tree, trust_remote_code=trust_remote_code, environment=environment)
+    cli = build(tree, context=RunContext(trust_remote_code), environment=environment)
     batches: Any = cli.trainer.predict(cli.model, cli.datamodule)
     answers = [text for batch in batches for text in batch]
     prompts = [prompt for batch in cli.datamodule.predict_dataloader() for prompt in batch]

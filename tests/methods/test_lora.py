@@ -143,7 +143,7 @@ def test_adapters_in_float64_are_refused() -> None:
 
 
 def test_what_is_adapted_is_said() -> None:
-    lines = adapted("demo", targets=["q_proj", "mlp"], modules_to_save=["norm"]).describe()
+    lines = adapted("demo", targets=["q_proj", "mlp"], modules_to_save=["norm"]).summary_lines()
     assert lines == [
         "lora   rank 4, scaled by 8 / 4, beside 3 x q_proj (128 -> 128), 3 x gate_proj (128 -> 256), "
         "3 x up_proj (128 -> 256), 3 x down_proj (256 -> 128)",
@@ -290,7 +290,7 @@ def test_an_adapter_whose_reading_changes_the_base_is_noticed(tmp_path: Path, mo
 def test_an_adapter_is_gone_on_from(tmp_path: Path) -> None:
     first = train(saved("qwen3"), tmp_path, targets=["attention"], modules_to_save=["norm"])
     again = adapted(saved("qwen3"), targets=["attention"], modules_to_save=["norm"], adapter=str(tmp_path / "adapter"))
-    ours, theirs = again.kept_state(), first.kept_state()
+    ours, theirs = again.checkpoint_state_dict(), first.checkpoint_state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 

@@ -24,6 +24,7 @@ from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from lightning_hub.data.samples import Samples
 from lightning_hub.data.steps import Batching, StepLoader, StepPlan
 from lightning_hub.demo.tasks import REVERSE, SHOUT, SPELL, conversations
+from lightning_hub.methods.causal_lm import CausalLMModule
 from lightning_hub.methods.sft import SFT
 from lightning_hub.models.pretrained import Pretrained
 from lightning_hub.ops.rows import Step
@@ -62,7 +63,7 @@ class Case:
     """
 
     name: str
-    method: type[SFT] = SFT
+    method: type[CausalLMModule] = SFT
     model: str = "demo"
     options: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)

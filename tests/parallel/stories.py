@@ -15,6 +15,8 @@ from lightning_hub.callbacks.checkpoints import SaveCheckpoints
 from lightning_hub.checkpoints.plugin import FolderCheckpointIO
 from lightning_hub.checkpoints.settings import CheckpointSettings
 from lightning_hub.data.module import ChatData
+from lightning_hub.methods.causal_lm import CausalLMModule
+from lightning_hub.methods.run_context import RunContext, run_context
 from lightning_hub.methods.sft import SFT
 from lightning_hub.ops.rows import IGNORED, Step
 from lightning_hub.parallel.strategies import DDP, FSDP, ModelParallel
@@ -53,7 +55,7 @@ class Story:
     model: str = "demo"
     resume: Path | None = None
     workers: int = 0
-    kind: type[SFT] = SFT
+    kind: type[CausalLMModule] = SFT
     method: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=partial(dict, every_n_steps=1, keep=99))
@@ -87,7 +89,7 @@ class Watch(Callback):
         self.told.samples[step] = [sample for row in trained for sample in row.sample_ids]
 
 
-def prepare(story: Story, *callbacks: Callback) -> tuple[Trainer, SFT, ChatData]:
+def prepare(story: Story, *callbacks: Callback) -> tuple[Trainer, CausalLMModule, ChatData]:
     """Return what a story needs to run."""
     facts: dict[str, str] = {}
     saver = SaveCheckpoints(
@@ -101,8 +103,8 @@ def prepare(story: Story, *callbacks: Callback) -> tuple[Trainer, SFT, ChatData]
         **{"max_epochs": 2, **story.trainer},
     )
     torch.manual_seed(0)
-    module = story.kind(story.model, **{"learning_rate": 3e-4, **story.method})
-    module.filled_from = story.resume
+    with run_context(RunContext(resume_from=story.resume)):
+        module = story.kind(story.model, **{"learning_rate": 3e-4, **story.method})
     data = ChatData(str(story.data), val=0.2, max_seq_len=64, effective_batch_size=8, num_workers=story.workers, seed=1)
     return trainer, module, data
 

@@ -36,15 +36,15 @@ def mean_of_means() -> None:
         assert self.loss_head is not None
         return self.loss_head(row) / (len(step.rows) * (row.labels != -100).sum())
 
-    SFT.row_loss = row_loss  # type: ignore[method-assign]
+    SFT.row_loss = row_loss  # type: ignore[method-assign, assignment]
 
 
 def world_forgotten() -> None:
     """Losses without the factor that cancels the mean over the ranks."""
-    from lightning_hub.methods import sft
+    from lightning_hub.methods import causal_lm
     from lightning_hub.parallel.data_parallel import DataParallel
 
-    sft.data_parallel = lambda strategy: DataParallel()  # type: ignore[attr-defined]
+    causal_lm.data_parallel = lambda strategy: DataParallel()  # type: ignore[attr-defined]
 
 
 def rank_dies() -> None:

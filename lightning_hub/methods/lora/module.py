@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lightning_hub.checkpoints.rng import seed_anew
 from lightning_hub.errors import ConfigError
 from lightning_hub.launch.meshes import check_adapters
+from lightning_hub.methods.causal_lm import CausalLMModule
 from lightning_hub.methods.lora.adapters import (
     EVA,
     INIT,
@@ -31,7 +32,6 @@ from lightning_hub.methods.lora.folder import fill_from, finished, read_config, 
 from lightning_hub.methods.lora.health import DeadAdapterError, Pulse, group_of
 from lightning_hub.methods.lora.merge import write_merged
 from lightning_hub.methods.lora.quantization import Quantization, check_quantization, load_quantized
-from lightning_hub.methods.sft import SFT
 from lightning_hub.ops.attention_proof import settle
 from lightning_hub.ops.loss import Traits
 from lightning_hub.ops.rows import Step
@@ -41,7 +41,7 @@ from lightning_hub.parallel.gathering import full_tensors
 from lightning_hub.parallel.strategies import MeshStrategy
 
 
-class LoRA(SFT):
+class LoRA(CausalLMModule):
     """Low-rank adapters beside frozen layers (Hu et al. 2021, arXiv 2106.09685), through peft.
 
     Args:
@@ -144,7 +144,7 @@ class LoRA(SFT):
 
     def load_pretrained(self) -> tuple[PreTrainedModel, Traits]:
         """Read the base, and find out what its layers are given where the adapters start from that."""
-        if self.settings.init != EVA or self.resume_from is not None or self.trainer.state.fn != "fit":
+        if self.settings.init != EVA or self.run.resume_from is not None or self.trainer.state.fn != "fit":
             return super().load_pretrained()
         proven = self.proven_capabilities()
         model = self.load_weights(proven.attention)
@@ -162,6 +162,7 @@ class LoRA(SFT):
         return model, settle(model, proven)
 
     def load_weights(self, attention: str) -> PreTrainedModel:
+        """Read the base, in fewer bits where that is asked for."""
         if self.quantization == "none":
             return super().load_weights(attention)
         device = self.trainer.strategy.root_device

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lightning_hub.checkpoints.export import write_export
 from lightning_hub.checkpoints.plugin import read_state
 from lightning_hub.errors import ConfigError
+from lightning_hub.methods.causal_lm import CausalLMModule
 from lightning_hub.methods.osft.bases import BasesCache, fill_bases
 from lightning_hub.methods.osft.chain import Earlier
 from lightning_hub.methods.osft.delta import Complement
@@ -32,7 +33,6 @@ from lightning_hub.methods.osft.surgery import (
     sites,
 )
 from lightning_hub.methods.osft.telling import by_shape
-from lightning_hub.methods.sft import SFT
 from lightning_hub.methods.targets import ALL_LINEAR, Matrix, describe, matrices, resolve
 from lightning_hub.ops.loss import Traits
 from lightning_hub.parallel.crew import Crew
@@ -49,7 +49,7 @@ PREVIOUS = "osft_previous"
 """Under which name a checkpoint keeps a hash of the earlier changes that its bases protect."""
 
 
-class OSFT(SFT):
+class OSFT(CausalLMModule):
     """Orthogonal subspace fine-tuning: each weight learns along its smallest singular directions only.
 
     Takes SFT's options as well.
@@ -79,7 +79,15 @@ class OSFT(SFT):
         **options: SFT's.
     """
 
-    fixed_on_resume = ("unfreeze_rank_ratio", "targets", "complement", "parametrization", "fused", "ranks", "rank_bounds")
+    fixed_on_resume = (
+        "unfreeze_rank_ratio",
+        "targets",
+        "complement",
+        "parametrization",
+        "fused",
+        "ranks",
+        "rank_bounds",
+    )
 
     def __init__(
         self,
@@ -177,7 +185,7 @@ class OSFT(SFT):
             return
         self._remember()
         super().configure_model()
-        if self.resume_from is not None:
+        if self.run.resume_from is not None:
             return
         with_bases = [site for site in self.sites() if any(piece.basis_names for _, _, piece, _ in site.pieces())]
         with Progressing(speaks=self.trainer.is_global_zero) as progress:
@@ -191,9 +199,9 @@ class OSFT(SFT):
         super().build_empty()
 
     def _remember(self) -> None:
-        if self.resume_from is None:
+        if self.run.resume_from is None:
             return
-        state = read_state(self.resume_from)
+        state = read_state(self.run.resume_from)
         self.layer_ratios = state.get(LAYER_RATIOS)
         if state.get(PREVIOUS, self.earlier.fingerprint) != self.earlier.fingerprint:
             raise ConfigError(
@@ -203,6 +211,7 @@ class OSFT(SFT):
             )
 
     def load_weights(self, attention: str) -> PreTrainedModel:
+        """Read the weights, and find the ratio of each layer where ranks are adaptive."""
         model = super().load_weights(attention)
         if self.ranks == "adaptive" and self.layer_ratios is None:
             plan = getattr(self._data(), "plan", None)
@@ -213,6 +222,7 @@ class OSFT(SFT):
         return model
 
     def build_on_meta(self, traits: Traits | None) -> PreTrainedModel:
+        """Build the model without weights, with the ratios that rank 0 has found."""
         if self.ranks == "adaptive":
             self.layer_ratios = Crew().on_first(lambda: self.layer_ratios)
         return super().build_on_meta(traits)

@@ -31,7 +31,7 @@ def test_a_further_task_leaves_alone_what_the_first_has_learnt(
     export = tmp_path / "first"
     first.export(export, first.pretrained.tokenizer)
     second = train(unfreeze_rank_ratio=0.5, complement=complement, model=str(export), previous=[str(export)])
-    told = [line for line in second.describe() if "whole on every rank" in line]
+    told = [line for line in second.summary_lines() if "whole on every rank" in line]
     assert len(told) == (complement == "full")
     learnt = load_file(export / DELTA_FILE)
     for site in second.sites():
@@ -149,7 +149,7 @@ def test_a_model_that_the_earlier_task_has_not_left_is_noticed(
     export = tmp_path / "first"
     first.export_merged(export, first.pretrained.tokenizer, dtype)
     on = train(unfreeze_rank_ratio=0.5, model=str(export), previous=[str(export)])
-    assert not [line for line in on.describe() if "previous" in line]
+    assert not [line for line in on.summary_lines() if "previous" in line]
     astray = train(unfreeze_rank_ratio=0.5, previous=[str(export)])
-    (line,) = [line for line in astray.describe() if "previous" in line]
+    (line,) = [line for line in astray.summary_lines() if "previous" in line]
     assert f"21 of 21 weights are not what {export / DELTA_FILE} has left" in line

@@ -21,6 +21,7 @@ from lightning_hub.methods.osft.bases import BasesCache, fill_bases
 from lightning_hub.methods.osft.importance import ratios, similarities
 from lightning_hub.methods.osft.split import DecompositionError
 from lightning_hub.methods.osft.surgery import Form, add_changes, sites
+from lightning_hub.methods.run_context import RunContext, run_context
 from lightning_hub.methods.targets import resolve
 from lightning_hub.ops.rows import Row
 from lightning_hub.parallel.joining import join, leave
@@ -71,10 +72,11 @@ def test_one_process_goes_on_without_a_cache(
     for resumed, expected in zip(tell_all(rest), straight, strict=True):
         assert_same(resumed, expected)
     assert not (tmp_path / "empty" / "bases").exists()
-    built = OSFT("demo", dtype="float32", **SETTINGS["adaptive"])
-    built.filled_from = whole[0].folder / "step-3"
-    built.build()  # without data: the ranks are the checkpoint's
-    held = load_file(built.filled_from / "weights.safetensors")
+    checkpoint = whole[0].folder / "step-3"
+    with run_context(RunContext(resume_from=checkpoint)):
+        built = OSFT("demo", dtype="float32", **SETTINGS["adaptive"])
+    built.build_empty()  # without data: the ranks are the checkpoint's
+    held = load_file(checkpoint / "weights.safetensors")
     assert dict(_shapes(dict(built.named_parameters()))) == dict(_shapes(held))
 
 

@@ -295,7 +295,7 @@ def test_answers_build_each_weight_once(
         return change(self, weight)
 
     monkeypatch.setattr(Delta, "change", counted)
-    assert module.answer(prompts, tokenizer) == complete(plain, tokenizer, prompts)
+    assert module.generate(prompts, tokenizer) == complete(plain, tokenizer, prompts)
     assert len(built) == len(set(built)) == len(list(module.sites()))
     assert {site.change.forward_as for site in module.sites()} == {forward}
 
