@@ -150,3 +150,44 @@ def _mappings(value: Plain, path: KeyPath) -> Iterator[tuple[KeyPath, str, Plain
     elif isinstance(value, list):
         for index, child in enumerate(value):
             yield from _mappings(child, (*path, index))
+
+
+# ---- what a method can do in how many processes ----------------------------------------------------------------------
+
+
+def check_processes(recipe: Recipe, tp: int, world_size: int) -> None:
+    """Refuse what the method of a recipe cannot do; options that the recipe leaves out work in any number of processes.
+
+    Args:
+        recipe: The recipe.
+        tp: Ranks that split each layer.
+        world_size: All ranks.
+
+    Raises:
+        ConfigError: Its method cannot train in this form.
+    """
+    use_dora, quantization = (recipe.get(f"model.init_args.{name}") for name in ("use_dora", "quantization"))
+    check_adapters(use_dora=use_dora is True, quantization=str(quantization or "none"), tp=tp, world_size=world_size)
+
+
+def check_adapters(*, use_dora: bool, quantization: str, tp: int, world_size: int) -> None:
+    """Refuse adapters that processes in this form cannot train.
+
+    Args:
+        use_dora: Whether the lengths of weight columns are trained.
+        quantization: How the frozen weights are held.
+        tp: Ranks that split each layer.
+        world_size: All ranks.
+    """
+    if use_dora and tp > 1:
+        raise ConfigError(
+            f"use_dora does not go with tensor parallelism (tp {tp}): it needs the lengths of whole columns",
+            where="model.init_args.use_dora",
+            remedy="use the strategy fsdp",
+        )
+    if quantization != "none" and world_size > 1:
+        raise ConfigError(
+            f"{quantization} weights are trained by one process only, the run has {world_size}",
+            where="model.init_args.quantization",
+            remedy="set trainer.devices: 1, or leave it out",
+        )

@@ -91,29 +91,6 @@ def check_replicas(replicas: int, world_size: int) -> None:
         )
 
 
-def check_adapters(*, use_dora: bool, quantization: str, tp: int, world_size: int) -> None:
-    """Refuse adapters that processes in this form cannot train.
-
-    Args:
-        use_dora: Whether the lengths of weight columns are trained.
-        quantization: How the frozen weights are held.
-        tp: Ranks that split each layer.
-        world_size: All ranks.
-    """
-    if use_dora and tp > 1:
-        raise ConfigError(
-            f"use_dora does not go with tensor parallelism (tp {tp}): it needs the lengths of whole columns",
-            where="model.init_args.use_dora",
-            remedy="use the strategy fsdp",
-        )
-    if quantization != "none" and world_size > 1:
-        raise ConfigError(
-            f"{quantization} weights are trained by one process only, the run has {world_size}",
-            where="model.init_args.quantization",
-            remedy="set trainer.devices: 1, or leave it out",
-        )
-
-
 def check_divisible(config: PretrainedConfig, tp: int) -> None:
     """Refuse a tensor-parallel size that does not divide what it would split, by the name of that.
 

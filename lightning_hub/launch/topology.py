@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_hub.config.recipe import Recipe
+from lightning_hub.config.rules import check_processes
 from lightning_hub.errors import ConfigError
 from lightning_hub.launch.meshes import (
     MESH,
     STRATEGY,
     Mesh,
-    check_adapters,
     check_mesh,
     check_replicas,
     nearest,
@@ -129,7 +129,7 @@ def _settle_strategy(recipe: Recipe, trainer: dict[str, Any], world_size: int, s
     """Check the strategy against the number of processes; in one process there is nothing to share out."""
     try:
         mesh = mesh_of(trainer["strategy"], world_size)
-        _check_method(recipe, mesh.tp if mesh else 1, world_size)
+        check_processes(recipe, mesh.tp if mesh else 1, world_size)
     except ConfigError as error:
         error.where = recipe.where(error.where or STRATEGY) or error.where
         raise
@@ -143,12 +143,6 @@ def _settle_strategy(recipe: Recipe, trainer: dict[str, Any], world_size: int, s
             where=recipe.where(STRATEGY) or STRATEGY,
             remedy="use ddp, fsdp or ModelParallel",
         )
-
-
-def _check_method(recipe: Recipe, tp: int, world_size: int) -> None:
-    """Refuse what a method cannot do on several processes; options that the recipe leaves out can do everything."""
-    use_dora, quantization = (recipe.get(f"model.init_args.{name}") for name in ("use_dora", "quantization"))
-    check_adapters(use_dora=use_dora is True, quantization=str(quantization or "none"), tp=tp, world_size=world_size)
 
 
 def mesh_of(strategy: str | dict[str, Any] | None, world_size: int) -> Mesh | None:

@@ -84,7 +84,7 @@ class MeshStrategy(Placing, ModelParallelStrategy):
         """Split the layers over ``tp``, then shard what that has left over the other axes."""
         names = self.device_mesh.mesh_dim_names or ()
         if "tp" in names and self.device_mesh["tp"].size() > 1:
-            split(model, self.device_mesh["tp"])
+            split(model, self.device_mesh["tp"], self.lightning_module)
         sharded = self._sharded_mesh(names)
         if sharded is not None:
             self.sharding.apply(model, sharded, str(self.precision_plugin.precision))

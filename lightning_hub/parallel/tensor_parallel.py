@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -53,28 +53,28 @@ HEADS = ("colwise_rep", "colwise_gather_output", "embedding_rowwise", "embedding
 """Words for embeddings and output layers, which stay whole: the loss needs the weights themselves."""
 
 
-def split(model: PreTrainedModel, mesh: DeviceMesh) -> None:
-    """Cut the layers of a model over the ranks of a one-dimensional mesh, as the model's own plan says."""
-    words = {
-        part: word
-        for name, style in layer_styles(model, mesh.size()).items()
-        for part, word in _parts(name, model.get_submodule(name), style).items()
-    }
+@runtime_checkable
+class HasTensorParallelPlan(Protocol):
+    """A module whose method puts other layers in the place of a model's own."""
+
+    def tensor_parallel_plan(self, name: str, layer: nn.Module, style: str) -> dict[str, str]:
+        """Return which modules of a layer are cut, each with its style, where the model's plan gives it ``style``."""
+
+
+def split(model: PreTrainedModel, mesh: DeviceMesh, module: object = None) -> None:
+    """Cut the layers of a model over the ranks of a one-dimensional mesh, as the model's own plan says.
+
+    Args:
+        model: The model.
+        mesh: The ranks that hold a layer together.
+        module: The module that trains the model; it may say how layers of its own are cut.
+    """
+    words = layer_styles(model, mesh.size())
+    if isinstance(module, HasTensorParallelPlan):
+        plans = [module.tensor_parallel_plan(name, model.get_submodule(name), style) for name, style in words.items()]
+        words = {part: word for plan in plans for part, word in plan.items()}
     styles: dict[str, Any] = {name: _style(model.get_submodule(name), word) for name, word in words.items()}
     parallelize_module(model, mesh, styles, src_data_rank=None)
-
-
-def _parts(name: str, layer: nn.Module, style: str) -> dict[str, str]:
-    """Return what of a layer is cut, and how; a layer with adapters beside it has parts of its own.
-
-    An adapter gives ``B(A(x))``. Beside columns, ``B`` gives the columns of its rank, and every rank has all of ``A``.
-    Beside rows, ``A`` takes the inputs of its rank and its short outputs are summed; every rank has all of ``B``.
-    """
-    if not hasattr(layer, "base_layer"):
-        return {name: style}
-    cut = {"colwise": "lora_B", "rowwise": "lora_A"}.get(style)
-    adapters = [] if cut is None else [f"{name}.{cut}.{adapter}" for adapter in getattr(layer, cut)]
-    return {f"{name}.base_layer": style, **dict.fromkeys(adapters, style)}
 
 
 def _style(layer: nn.Module, word: str) -> ParallelStyle:

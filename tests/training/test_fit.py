@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_hub.cli import run
-from lightning_hub.methods import sft
+from lightning_hub.methods import causal_lm
 from lightning_hub.models.pretrained import EMBEDDED_FOLDER
 from lightning_hub.ops.loss import Traits
 from lightning_hub.runs.folder import RunFolder
@@ -304,7 +304,7 @@ def test_a_model_that_costs_more_is_announced(
     slow = Traits(
         "sdpa", is_linear=False, is_packable=False, reason="packed in a row, logits are off", adds_to_loss=True
     )
-    monkeypatch.setattr(sft, "prove", lambda *given: slow)
+    monkeypatch.setattr(causal_lm, "prove", lambda *given: slow)
     fit("--trainer.max_steps", "1", folder="again")
     shown = capsys.readouterr().out
     assert "documents run one by one with sdpa: packed in a row, logits are off" in shown

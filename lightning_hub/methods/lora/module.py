@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_hub.checkpoints.rng import seed_anew
+from lightning_hub.config.rules import check_adapters
 from lightning_hub.errors import ConfigError
-from lightning_hub.launch.meshes import check_adapters
 from lightning_hub.methods.causal_lm import CausalLMModule
 from lightning_hub.methods.lora.adapters import (
     EVA,
@@ -189,6 +190,19 @@ class LoRA(CausalLMModule):
         begun = [f"       going on from {self.adapter}"] if self.adapter else []
         trained = list(self.adapter_config.modules_to_save or [])
         return describe_adapters(self.model, self.settings, trained) + begun
+
+    def tensor_parallel_plan(self, name: str, layer: nn.Module, style: str) -> dict[str, str]:
+        """Return which parts of a layer are cut under tensor parallelism, each with its style.
+
+        An adapter computes ``B(A(x))``. Beside columns, ``B`` gives the columns of its rank, and every rank has all of
+        ``A``. Beside rows, ``A`` takes the inputs of its rank and its short outputs are summed; every rank has all of
+        ``B``.
+        """
+        if not isinstance(layer, LoraLayer):
+            return {name: style}
+        cut = {"colwise": "lora_B", "rowwise": "lora_A"}.get(style)
+        adapters = [] if cut is None else [f"{name}.{cut}.{adapter}" for adapter in getattr(layer, cut)]
+        return {f"{name}.base_layer": style, **dict.fromkeys(adapters, style)}
 
     # ---- that it learns ----------------------------------------------------------------------------------------------
 
