@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import TypedDict
 
 from lightning_hub.config.reading import Plain
 from lightning_hub.config.typelang import Type, parse_type
-from lightning_hub.errors import ConfigError, ExitCode
 
 SCHEMA_FILE = Path(__file__).with_name("schema.json")
 
@@ -160,19 +158,6 @@ class Schema:
             if member.head == "settings":
                 return self.find(str(member.word))
         return None
-
-
-def print_schema(argv: Sequence[str]) -> int:
-    """Print ``schema.json`` as it is shipped: the verb ``schema``.
-
-    Raises:
-        ConfigError: It takes no arguments.
-    """
-    if argv and list(argv) != ["--json"]:
-        remedy = "it prints the whole catalogue as JSON; cut out what you need with jq"
-        raise ConfigError(f"no arguments are taken, {argv[0]!r:.80} was given", where="schema", remedy=remedy)
-    sys.stdout.write(SCHEMA_FILE.read_text(encoding="utf-8"))
-    return ExitCode.DONE
 
 
 @cache

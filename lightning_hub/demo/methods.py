@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from lightning_hub.demo.tasks import Conversation, numbers, turned_words
+from lightning_hub.demo.tasks import METHODS, Conversation, numbers, turned_words
 
 RECIPE = Path(__file__).with_name("room.yaml")
-METHODS = ("sft", "osft", "lora")
-"""What ``--method`` takes; all but the first have a file beside the recipe that says where they differ from it."""
 FACTS, SHOWN, TESTED = 30, 2000, 100
 """Facts to learn by heart, rows to train on (each fact many times), and words on which the old task is tested."""
 

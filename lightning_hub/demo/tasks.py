@@ -12,6 +12,9 @@ from dataclasses import dataclass
 
 Conversation = dict[str, list[dict[str, str]]]
 
+METHODS = ("sft", "osft", "lora")
+"""What ``--method`` takes; all but the first have a file beside the recipe that says where they differ from it."""
+
 _CONSONANTS = "bcdfghjklmnprstvwz"
 _VOWELS = "aeiou"
 

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
+from lightning_hub.cli import run
 from lightning_hub.errors import ExitCode
 from lightning_hub.parent import die_with_parent
 from lightning_hub.proof.findings import equality, write_findings
 from lightning_hub.proof.training import largest
 from lightning_hub.runs.folder import RunFolder
 from lightning_hub.runs.metrics import as_number, read_metrics
-from lightning_hub.training import runs_command
 
 BOUND = 0.0
 
@@ -27,7 +27,7 @@ def main(folder: Path) -> int:
     straight, stopped = RunFolder(folder / "straight"), RunFolder(folder / "stopped")
     assert not stopped.export.exists(), "the run was stopped before its end"
     before = len(read_metrics(stopped))
-    code = runs_command.main(["resume", str(stopped.path)])
+    code = run(["runs", "resume", str(stopped.path)])
     if code != ExitCode.DONE:
         return code
     ours, theirs = _losses(stopped), _losses(straight)

@@ -13,8 +13,11 @@ from typing import Any, NoReturn
 
 from lightning_hub.config.recipe import Recipe
 from lightning_hub.errors import ExitCode, HubError, is_disk_trouble
+from lightning_hub.launch.attempt import Begun, begin
 from lightning_hub.launch.devices import visible_gpus
+from lightning_hub.launch.options import Options
 from lightning_hub.launch.place import Place
+from lightning_hub.launch.run_setup import run_folder, write_run
 from lightning_hub.launch.topology import mesh_of, uses_gpus
 from lightning_hub.models.pretrained import Pretrained
 from lightning_hub.parallel.crew import Crew
@@ -24,9 +27,6 @@ from lightning_hub.parent import die_with_parent
 from lightning_hub.runs.folder import RunFolder
 from lightning_hub.runs.rank import RankWriter, classify
 from lightning_hub.runs.writer import RunWriter, StatusWriter
-from lightning_hub.training.attempt import Begun, begin
-from lightning_hub.training.folder import run_folder, write_run
-from lightning_hub.training.options import Options
 from lightning_hub.training.session import Session
 
 

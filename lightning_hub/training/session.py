@@ -23,6 +23,8 @@ from lightning_hub.callbacks.samples import GenerateSamples
 from lightning_hub.checkpoints.plugin import FolderCheckpointIO
 from lightning_hub.checkpoints.settings import CheckpointSettings
 from lightning_hub.errors import ConfigError, ExitCode, HubError, NoCheckpointError
+from lightning_hub.launch.attempt import Begun
+from lightning_hub.launch.options import Options
 from lightning_hub.launch.place import Place
 from lightning_hub.methods.causal_lm import CausalLMModule
 from lightning_hub.methods.run_context import RunContext, run_context
@@ -35,9 +37,7 @@ from lightning_hub.runs.samples import SamplesWriter
 from lightning_hub.runs.summary import run_summary
 from lightning_hub.runs.writer import StatusWriter
 from lightning_hub.training.announcement import Announcement
-from lightning_hub.training.attempt import Begun
 from lightning_hub.training.facts import check_lasting, check_limits, recipe_facts
-from lightning_hub.training.options import Options
 from lightning_hub.training.parser import RecipeCLI
 from lightning_hub.training.wishes import Asked, HardStop, Wishes, requeue
 

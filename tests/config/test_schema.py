@@ -12,13 +12,14 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightning_hub.commands import schema
 from lightning_hub.config import registry
 from lightning_hub.config.check import check
 from lightning_hub.config.reading import Plain
 from lightning_hub.config.recipe import recipe_from_text
 from lightning_hub.config.resolve import diff, fill_defaults
 from lightning_hub.config.rules import out_of_range
-from lightning_hub.config.schema import print_schema, shipped_schema
+from lightning_hub.config.schema import shipped_schema
 from lightning_hub.config.typelang import parse_type
 from lightning_hub.config.writing import dump
 from lightning_hub.errors import ConfigError
@@ -64,10 +65,10 @@ def test_bounds_hold_for_methods_with_defaults_of_their_own() -> None:
 
 
 def test_the_verb_prints_the_catalogue(capsys: pytest.CaptureFixture[str]) -> None:
-    assert print_schema([]) == 0
+    assert schema.main([]) == 0
     assert {record["name"] for record in json.loads(capsys.readouterr().out)["classes"]} >= {"SFT", "Trainer"}
     with pytest.raises(ConfigError, match="no arguments are taken"):
-        print_schema(["SFT"])
+        schema.main(["SFT"])
 
 
 def test_our_options_are_documented() -> None:

@@ -10,7 +10,8 @@ import psutil
 import pytest
 
 from lightning_hub.cli import run
-from lightning_hub.proof import children, command, stages
+from lightning_hub.commands import doctor
+from lightning_hub.proof import children, stages
 from lightning_hub.proof.children import Child, ChildrenFailedError, run_children
 from lightning_hub.proof.findings import equality
 
@@ -20,7 +21,7 @@ FAULTY = str(Path(__file__).with_name("faulty.py"))
 @pytest.fixture(autouse=True)
 def _fit_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """What this machine looks like is another test's matter."""
-    monkeypatch.setattr(command, "examine", lambda runs: [])
+    monkeypatch.setattr(doctor, "examine", lambda runs: [])
 
 
 def proved(capsys: pytest.CaptureFixture[str], *names: str) -> tuple[int, dict[str, bool]]:

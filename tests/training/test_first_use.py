@@ -13,9 +13,9 @@ import yaml
 from lightning_hub.cli import run
 from lightning_hub.config.shipped import recipe_path, shipped_recipes
 from lightning_hub.errors import ConfigError
+from lightning_hub.launch.options import parse
 from lightning_hub.runs.folder import RunFolder
 from lightning_hub.runs.metrics import read_metrics
-from lightning_hub.training.options import parse
 from tests.conftest import WriteRows
 
 

@@ -1,8 +1,9 @@
-"""A line before a command does what takes seconds, so that nobody looks at an empty screen."""
+"""Lines on standard error for the person who runs a command."""
 
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 
 
 def notice(text: str) -> None:
@@ -16,3 +17,9 @@ def notice(text: str) -> None:
 
 
 LOADING = "loading torch and the model"
+
+
+def note(text: str) -> None:
+    """Print a note for a person."""
+    with suppress(BrokenPipeError):  # nobody reads notes: that ends no training
+        print(f"note: {text}", file=sys.stderr)

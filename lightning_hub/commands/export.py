@@ -9,10 +9,10 @@ from pathlib import Path
 
 from lightning_hub.config.helptext import plain
 from lightning_hub.errors import ConfigError, ExitCode
+from lightning_hub.launch.messages import LOADING, notice
+from lightning_hub.launch.resuming import newest_tree
 from lightning_hub.launch.topology import settle_alone
 from lightning_hub.runs.folder import find_run, runs_root
-from lightning_hub.training.notice import LOADING, notice
-from lightning_hub.training.resuming import newest_tree
 
 
 def main(argv: Sequence[str]) -> int:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lightning_hub.config.check import check
 from lightning_hub.config.recipe import Recipe
+from lightning_hub.config.resolve import fill_defaults
 from lightning_hub.config.shipped import preset_of
 from lightning_hub.config.writing import dump
 from lightning_hub.errors import ConfigError
+from lightning_hub.launch.options import Options
 from lightning_hub.launch.orphans import end_orphans
 from lightning_hub.runs.folder import RunFolder, create_run, lock_run, open_run_dir, runs_root
 from lightning_hub.runs.unused import clear_run, holds_unused_run
 from lightning_hub.runs.writer import NewRun, RunWriter
-from lightning_hub.training.options import Options
 
 
 def run_folder(tree: dict[str, Any], options: Options) -> RunFolder:
@@ -97,3 +100,20 @@ def _new_run(tree: dict[str, Any], sources: list[tuple[str, str]], options: Opti
         preset=presets[0] if presets else None,
         trust_remote_code=options.trust_remote_code,
     )
+
+
+def checked(recipe: Recipe, options: Options, say: Callable[[str], None]) -> dict[str, Any]:
+    """Check a recipe as far as that is possible without torch, and return it with its defaults.
+
+    Args:
+        recipe: The recipe.
+        options: What a person allows.
+        say: Prints a note about what was understood.
+
+    Raises:
+        RecipeError: It has faults, which are all named.
+    """
+    for sentence in recipe.notes:
+        say(sentence)
+    check(recipe, allow_classes=options.allow_class)
+    return fill_defaults(recipe)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_hub.config.helptext import plain
-from lightning_hub.errors import ConfigError, ExitCode
-from lightning_hub.runs.folder import EMBEDDED_MODEL, find_run, runs_root
-from lightning_hub.training.notice import LOADING, notice
+from lightning_hub.errors import ExitCode
+from lightning_hub.launch.messages import LOADING, notice
+from lightning_hub.runs.model_name import model_of
 
 if TYPE_CHECKING:
     from lightning_hub.models.chat import Chat
@@ -69,27 +68,3 @@ def _command(chat: Chat, line: str) -> None:
         chat.begin_again()
     else:
         print(COMMANDS if word == "/help" else f"no such command: {word}\n{COMMANDS}")
-
-
-def model_of(name: str, root: str | None) -> str:
-    """Return the model that a name means: a model folder, the embedded model, a run's export, or a hub id.
-
-    A run is named by its path, its id or a unique beginning of that; what a beginning was taken for is said.
-
-    Raises:
-        ConfigError: The name means nothing, or a run without an export.
-    """
-    if any((Path(name) / file).is_file() for file in ("config.json", "adapter_config.json")):
-        return name
-    try:
-        folder = find_run(name, runs_root(root))
-    except ConfigError:
-        if name == EMBEDDED_MODEL or Path(name).is_dir() or "/" in name.strip("/"):
-            return name
-        raise
-    if not folder.export.is_dir():
-        remedy = f"make one with lightning-hub export {folder.id}"
-        raise ConfigError("the run has no export yet", where=str(folder.path), remedy=remedy)
-    if folder.id != name:
-        print(f"note: {name} is the run {folder.id}", file=sys.stderr)
-    return str(folder.export)

@@ -1,10 +1,8 @@
-"""``lightning-hub demo``: the main job on the embedded model and data, from chat rows to an exported model."""
+"""The main job on the embedded model and data, from chats to an exported model."""
 
 from __future__ import annotations
 
-import argparse
 import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_hub.config.command import parse_command
-from lightning_hub.config.helptext import plain
 from lightning_hub.demo.methods import (
     FACTS,
-    METHODS,
     SHOWN,
     TESTED,
     WORDS_SEED,
@@ -28,14 +24,12 @@ from lightning_hub.demo.methods import (
 )
 from lightning_hub.demo.tasks import NUMBERS, SHOUT, TURN_ROUND, Conversation, conversations, turned_words, words
 from lightning_hub.errors import ExitCode
+from lightning_hub.launch.attempt import begin
+from lightning_hub.launch.messages import LOADING, note, notice
+from lightning_hub.launch.options import Options
+from lightning_hub.launch.run_setup import checked, write_run
 from lightning_hub.launch.topology import settle_alone
 from lightning_hub.runs.folder import EMBEDDED_MODEL, RunFolder, create_run, runs_root
-from lightning_hub.runs.terminal import independent_of_terminal
-from lightning_hub.training.attempt import begin
-from lightning_hub.training.command import checked
-from lightning_hub.training.folder import write_run
-from lightning_hub.training.notice import LOADING, notice
-from lightning_hub.training.options import Options
 
 RECIPE = Path(__file__).with_name("recipe.yaml")
 TRAINED, VALIDATED, ASKED = 4000, 160, 3
@@ -45,19 +39,8 @@ FACTS_SEED = 7
 """Seed of the numbers that ``--method`` teaches."""
 
 
-def main(argv: Sequence[str]) -> int:
-    """Fine-tune the embedded model and show what it has learnt."""
-    parser = argparse.ArgumentParser(prog="lightning-hub demo", description=plain(__doc__))
-    parser.add_argument(
-        "--method", choices=METHODS, help="train a second embedded model with it, and test what that knew before, too"
-    )
-    parser.add_argument("--runs-root", help="where runs are kept (LIGHTNING_HUB_RUNS, else runs/)")
-    given = parser.parse_args(argv)
-    with independent_of_terminal():
-        return _demonstrate(given.method, given.runs_root)
-
-
-def _demonstrate(method: str | None, root: str | None) -> int:
+def demonstrate(method: str | None, root: str | None) -> int:
+    """Fine-tune the embedded model and print what it has learned."""
     console = Console(highlight=False)
     folder = create_run("demo", runs_root(root))
     notice(LOADING)
@@ -126,7 +109,7 @@ def _numbers(folder: RunFolder, method: str) -> Lesson:
 def _train(folder: RunFolder, lesson: Lesson, console: Console) -> int:
     recipe = parse_command(lesson.flags).recipe
     options = Options()
-    tree = checked(recipe, options)
+    tree = checked(recipe, options, note)
     settle_alone(tree["trainer"])
     run = write_run(folder, recipe, tree, options)
     import torch  # 2 s, and 2 s more for the session

@@ -32,9 +32,6 @@ from lightning_hub.runs.reader import RunReader, RunView, attempts_of, first_err
 from lightning_hub.runs.records import ENDED
 from lightning_hub.runs.unused import is_unused
 
-Resume = Callable[[RunFolder, Sequence[str]], int]
-"""Goes on with a run: gets its folder and the arguments after its name; returns the exit code."""
-
 VERBS_OF_OTHERS = {"ls": "list", "ps": "list", "tail": "logs", "log": "logs", "rm": "delete", "kill": "stop"}
 """What people type who come from other tools, to ours."""
 
@@ -42,25 +39,26 @@ _POLL = 0.2
 _SHOWN_LINES = 100
 
 
-def main(argv: Sequence[str] | None = None, *, resume: Resume | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit code.
 
     Args:
         argv: Arguments after ``runs``.
-        resume: What ``resume`` hands over to; without it the verb does not exist.
 
     Raises:
         HubError: Wrong words, an unknown run, or a run that this cannot be done to.
     """
-    arguments, extra = _parse(argv, resume)
-    if arguments.name == "resume" and resume is not None:
+    arguments, extra = _parse(argv)
+    if arguments.name == "resume":
+        from lightning_hub.commands.runs_resume import resume  # 0.1 s: only this verb checks a recipe
+
         return resume(_found(arguments), extra)
     verb: Callable[[argparse.Namespace], int] = arguments.verb
     return verb(arguments)
 
 
-def _parse(argv: Sequence[str] | None, resume: Resume | None) -> tuple[argparse.Namespace, list[str]]:
-    parser = build_parser(resumable=resume is not None)
+def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    parser = build_parser()
     arguments, extra = parser.parse_known_args(argv)
     if arguments.name is None:
         arguments = parser.parse_args(["list"])
@@ -82,7 +80,7 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(message, where=self.prog, remedy="see --help")
 
 
-def build_parser(*, resumable: bool = False) -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     """Return the parser of ``lightning-hub runs``."""
     parser = _Parser(prog="lightning-hub runs", description="Look at runs, follow, stop, delete them.")
     verbs = parser.add_subparsers(dest="name", metavar="VERB")
@@ -110,8 +108,7 @@ def build_parser(*, resumable: bool = False) -> argparse.ArgumentParser:
     stop.add_argument("--now", action="store_true", help="end its processes at once, without a new checkpoint")
     delete = add("delete", _delete, "delete a run that has ended, with its checkpoints and export", one)
     delete.add_argument("--yes", action="store_true", help="do not ask")
-    if resumable:
-        add("resume", _stop, "go on with a stopped or failed run, in the same folder; takes new limits", one)
+    add("resume", _stop, "go on with a stopped or failed run, in the same folder; takes new limits", one)
     return parser
 
 

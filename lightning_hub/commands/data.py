@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lightning_hub.commands.recipe_arguments import show_help
 from lightning_hub.errors import ConfigError, ExitCode
+from lightning_hub.launch.messages import note, notice
+from lightning_hub.launch.options import parse
+from lightning_hub.launch.run_setup import checked
 from lightning_hub.launch.topology import settle_alone
-from lightning_hub.training.command import checked, show_help
-from lightning_hub.training.notice import notice
-from lightning_hub.training.options import parse
 
 SHOWN = 5
 """Samples that are shown when nobody says how many."""
@@ -27,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     as_json = "--json" in argv
     words = [word for word in argv if word != "--json"]
     command, options, given = parse("data", words, ["--sample", "--limit"])
-    tree = checked(command.recipe, options)
+    tree = checked(command.recipe, options, note)
     settle_alone(tree["trainer"])
     sample, limit = _number(given.sample, "--sample"), _number(given.limit, "--limit")
     notice("loading the tokenizer and the data")

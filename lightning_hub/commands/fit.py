@@ -1,0 +1,116 @@
+"""``lightning-hub fit``: train what a recipe describes.
+
+1. Parse the command line, merge the recipe files, check them (``config``).
+2. Find out how many processes there are, and which of them this one is (``launch``).
+3. Make the run folder, and choose the checkpoint to resume from.
+4. Train here, or as a rank of a launcher, or start the ranks of this machine and supervise them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lightning_hub.commands.recipe_arguments import show_help
+from lightning_hub.config.paths import with_absolute_paths
+from lightning_hub.config.recipe import Recipe
+from lightning_hub.config.writing import dump
+from lightning_hub.errors import ExitCode, HubError
+from lightning_hub.launch.attempt import Begun, begin
+from lightning_hub.launch.devices import visible_gpus
+from lightning_hub.launch.messages import LOADING, note, notice
+from lightning_hub.launch.options import Options, parse
+from lightning_hub.launch.place import find_place
+from lightning_hub.launch.ranks import Group, open_listener
+from lightning_hub.launch.resuming import newest_tree
+from lightning_hub.launch.run_setup import checked, run_folder, write_run
+from lightning_hub.launch.supervisor import rank_command, supervise
+from lightning_hub.launch.topology import Topology, settle
+from lightning_hub.runs.folder import RunFolder
+from lightning_hub.runs.terminal import independent_of_terminal
+from lightning_hub.runs.writer import RunWriter, StatusWriter
+
+
+def main(argv: Sequence[str]) -> int:
+    """Train, and return the exit code."""
+    if show_help("fit", argv):
+        return ExitCode.DONE
+    command, options, _ = parse("fit", argv)
+    tree = checked(command.recipe, options, note)
+    if options.print_config:
+        print(dump(tree), end="")
+        return ExitCode.DONE
+    return start(command.recipe, tree, options)
+
+
+def start(recipe: Recipe, tree: dict[str, Any], options: Options) -> int:
+    """Train: in this process, as one rank of those that a launcher has started, or in ranks that this one starts.
+
+    A terminal that is closed meanwhile is let go, and the training goes on.
+
+    Args:
+        recipe: The recipe as given.
+        tree: The same, checked, with its defaults.
+        options: Where and how.
+    """
+    with independent_of_terminal():
+        return _start(recipe, with_absolute_paths(tree, _stored(options)), options)
+
+
+def _stored(options: Options) -> dict[str, Any] | None:
+    """Return the recipe of the run that is gone on with."""
+    if options.run_dir is None or options.resume == "never" or not RunFolder(options.run_dir).config.is_file():
+        return None
+    return newest_tree(RunFolder(options.run_dir))
+
+
+def _start(recipe: Recipe, tree: dict[str, Any], options: Options) -> int:
+    place = find_place(os.environ)
+    if place is None or (place.rank == 0 and place.launcher != "fit"):  # else who started this rank has said so
+        notice(LOADING)
+    topology = settle(recipe, tree["trainer"], place, visible_gpus(os.environ), say=note)
+    if place is None and topology.world_size > 1:
+        return _start_ranks(recipe, tree, options, topology)
+    if place is not None and not place.is_alone:
+        from lightning_hub.training.rank import as_rank  # 4 s: torch, lightning and transformers
+
+        return as_rank(place, recipe, tree, options)
+    run = write_run(run_folder(tree, options), recipe, tree, options)
+    begun = begin(run, options.resume, tree=tree, trusted=options.trust_checkpoint)
+    return _told(run, lambda: train(tree, begun, run, options))
+
+
+def train(tree: dict[str, Any], begun: Begun, run: StatusWriter, options: Options) -> int:
+    """Train in this process alone."""
+    from lightning_hub.training.session import Session  # 4 s: torch, lightning and transformers
+
+    return Session(tree, begun, run, options=options).fit()
+
+
+def _start_ranks(recipe: Recipe, tree: dict[str, Any], options: Options, topology: Topology) -> int:
+    """Start the ranks on this machine and supervise them."""
+    with open_listener() as listener:
+        run = write_run(run_folder(tree, options), recipe, tree, options)
+        port = int(listener.getsockname()[1])
+        trusted, world_size = options.trust_checkpoint, topology.world_size
+        begun = begin(run, options.resume, tree=tree, trusted=trusted, world_size=world_size, master_port=port)
+        own = begun.folder.attempt_config(begun.attempt)
+        config = own if own.is_file() else begun.folder.config
+        flags = ["--resume", str(begun.checkpoint)] if begun.checkpoint else []
+        argv = rank_command(config, *flags, *options.permissions())
+        group = Group(begun.folder, begun.attempt, world_size, argv, listener)
+        return _told(run, lambda: supervise(run, group))
+
+
+def _told(run: RunWriter, work: Callable[[], int]) -> int:
+    """Do the work of an attempt and close the run."""
+    code: int = ExitCode.FAILED
+    try:
+        code = work()
+    except HubError as error:
+        code = error.exit_code
+        raise
+    finally:
+        run.close(code)
+    return code

@@ -1,0 +1,34 @@
+"""What the verbs that take a recipe have in common: their help, and the process that they run in."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from lightning_hub.config.helptext import class_help, recipe_help
+from lightning_hub.config.recipe import Recipe
+from lightning_hub.launch.devices import visible_gpus
+from lightning_hub.launch.options import FLAGS
+from lightning_hub.launch.place import Place, find_place
+from lightning_hub.launch.topology import settle, settle_alone
+
+
+def show_help(verb: str, argv: Sequence[str], extra: Sequence[tuple[str, str]] = ()) -> bool:
+    """Print the help of the command, or of a class (``--model.help SFT``), if it is asked for."""
+    text = class_help(argv)
+    if text is None and {"-h", "--help"} & set(argv):
+        text = recipe_help(verb, (*FLAGS, *extra))
+    if text is not None:
+        print(text)
+    return text is not None
+
+
+def settle_here(recipe: Recipe, tree: dict[str, Any]) -> Place:
+    """Return the process of a verb that trains nothing: one of those that a launcher has started, or a single one."""
+    place = find_place(os.environ)
+    if place is None or place.is_alone:
+        settle_alone(tree["trainer"])
+        return Place()
+    settle(recipe, tree["trainer"], place, visible_gpus(os.environ))
+    return place
