@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from lightning_hub.runs.folder import RunFolder
 from lightning_hub.runs.metrics import Line, read_metrics
 from tests.conftest import WriteRows
 from tests.training.conftest import Fit
+from tests.warm import warm_run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -80,8 +82,9 @@ def test_ranks_with_parts_of_a_model_say_what_rounding_has_done(
     fit: Fit, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LIGHTNING_HUB_CACHE", str(tmp_path / "cache"))
+    command = partial(warm_run, tmp_path)
     two = ("--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "fsdp")
-    code, _ = fit(*two, "--trainer.precision", "bf16-true", "--trainer.max_steps", "2", method="OSFT")
+    code, _ = fit(*two, "--trainer.precision", "bf16-true", "--trainer.max_steps", "2", method="OSFT", command=command)
     seen = capfd.readouterr()
     assert code == 0, seen.err
     assert "osft   in bfloat16 " in seen.out

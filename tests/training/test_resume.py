@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from lightning_hub.runs.manifest import committed, verify
 from lightning_hub.runs.metrics import Line, read_metrics
 from tests.conftest import PATIENCE, WriteRows
 from tests.training.conftest import Fit
+from tests.warm import Warm, after_step_3, hub, warm_run
 
 # Noise on the embeddings and a validation in mid-epoch: random states and every kind of boundary are in it.
 LONG = ("--trainer.max_epochs", "3", "--trainer.val_check_interval", "2", "--model.neftune_alpha", "5")
@@ -64,15 +66,15 @@ def test_resume_from_every_step_is_exact(fit: Fit, tmp_path: Path, workers: str)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("devices", "steps"), [("1", (3, 4, 9)), ("2", (4,))])  # more of two: tests/parallel
-def test_osft_goes_on_exactly(
-    fit: Fit, tmp_path: Path, devices: str, steps: tuple[int, ...], capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_osft_goes_on_exactly(fit: Fit, tmp_path: Path, devices: str, steps: tuple[int, ...]) -> None:
     shape = ("--trainer.accelerator", "cpu", "--trainer.devices", devices, "--trainer.strategy", "fsdp")
-    code, straight = fit(*LONG, *EVERY_STEP, *shape, "--model.unfreeze_rank_ratio", "0.3", method="OSFT")
-    assert code == 0, capfd.readouterr().err
+    command = run if devices == "1" else partial(warm_run, tmp_path)
+    options = (*LONG, *EVERY_STEP, *shape, "--model.unfreeze_rank_ratio", "0.3")
+    code, straight = fit(*options, method="OSFT", command=command)
+    assert code == 0
     for step in steps:
         resumed = cut_after(straight, step, tmp_path / f"from-{step}")
-        assert run(["runs", "resume", str(resumed.path)]) == 0
+        assert command(["runs", "resume", str(resumed.path)]) == 0
         assert_same_end(straight, resumed)
 
 
@@ -222,27 +224,11 @@ def test_what_is_no_checkpoint_of_ours_is_refused(
         assert fit("--resume", path, "--trust-checkpoint", "--trainer.max_steps", "2", folder="third")[0] == 0
 
 
-MEANWHILE = """
-import os, signal, sys
-from pathlib import Path
-from lightning_hub.callbacks.recorder import Recorder
-from lightning_hub.cli import run
-plain = Recorder.on_train_batch_end
-def then(self, trainer, module, outputs, batch, index):
-    plain(self, trainer, module, outputs, batch, index)
-    if trainer.global_step == 3:
-        exec(sys.argv[1])
-Recorder.on_train_batch_end = then
-sys.exit(run(sys.argv[2:]))
-"""
-"""A process in which something happens right after the third step."""
-
-
 def fit_until(event: str, straight: RunFolder, to: Path) -> tuple[int, RunFolder, str]:
     """Repeat a run in a process of its own in which ``event`` happens after step 3."""
-    command = [sys.executable, "-c", MEANWHILE, event, "fit", "--config", str(straight.config), "--run-dir", str(to)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
-    return done.returncode, RunFolder(to), done.stderr
+    command = hub("fit", "--config", str(straight.config), "--run-dir", str(to))
+    code, _, error = Warm(command, to.parent, first=partial(after_step_3, event)).finished()
+    return code, RunFolder(to), error
 
 
 @pytest.mark.slow
