@@ -16,6 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -146,7 +147,25 @@ def _run(argv: list[str], environ: dict[str, str], first: Callable[[], None]) ->
     starts.Popen = Forked
     ranks.subprocess = children.subprocess = starts  # type: ignore[attr-defined]
     first()
+    _open_streams()
     _become(argv)
+
+
+def _open_streams() -> None:
+    """Open the standard streams on what their descriptors are now, as a new interpreter does."""
+    opened: list[Any] = []
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened.append(None)
+            continue
+        buffering = 1 if number == 2 or os.isatty(number) else -1
+        errors = "backslashreplace" if number == 2 else "strict"
+        mode = "w" if number else "r"
+        opened.append(open(number, mode, buffering, encoding="utf-8", errors=errors, closefd=False))  # noqa: SIM115
+    sys.stdin, sys.stdout, sys.stderr = opened
+    sys.__stdin__, sys.__stdout__, sys.__stderr__ = opened  # type: ignore[misc]
 
 
 def _become(argv: Sequence[str]) -> NoReturn:
@@ -175,8 +194,9 @@ def _become(argv: Sequence[str]) -> NoReturn:
     assert isinstance(code, int)
     for stream in (sys.stdout, sys.stderr):
         try:
-            stream.flush()
-        except OSError:
+            if stream is not None:
+                stream.flush()
+        except (OSError, ValueError):
             code = code or 120  # as an interpreter says it
     os._exit(code)
 
@@ -197,8 +217,9 @@ class Forked:
     ) -> None:
         assert (stdin, start_new_session) == (subprocess.DEVNULL, True)
         self.returncode: int | None = None
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()  # else the child would print it, too
         self.pid = os.fork()
         if self.pid == 0:
             try:
@@ -216,10 +237,8 @@ class Forked:
         os.dup2(1 if stderr == subprocess.STDOUT else stderr, 2)
         for name in [path.name for path in Path("/proc/self/fd").iterdir()]:
             if int(name) > 2 and int(name) not in pass_fds:
-                try:
+                with suppress(OSError):  # the one that listed them is closed
                     os.close(int(name))
-                except OSError:
-                    continue
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -232,6 +251,7 @@ class Forked:
         if parent.SUPERVISOR_VARIABLE in env:
             parent.die_with_parent()  # as the package does when it is imported
         as_own_process()
+        _open_streams()
         _become(argv[next(place for place, word in enumerate(argv) if word == "-m") :])
 
     def poll(self) -> int | None:
