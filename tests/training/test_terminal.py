@@ -36,7 +36,7 @@ def at_the_start(event: Callable[[], None]) -> None:
             event()
         plain(self, *args)
 
-    Recorder.on_train_start = then  # type: ignore[method-assign]
+    Recorder.on_train_start = then  # type: ignore[assignment, method-assign]
 
 
 def hold(folder: Path) -> None:
