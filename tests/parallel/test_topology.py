@@ -27,8 +27,10 @@ FORMS = [
     Topology("fsdp x 4, two replicas", 4, partial(FSDP, replicas=2)),
 ]
 
+MESHES = [Topology("fsdp 2 x tp 2", 4, partial(ModelParallel, ([2, 2], ["fsdp", "tp"])))]
+
 TOPOLOGIES = [
-    Topology("fsdp 2 x tp 2", 4, partial(ModelParallel, ([2, 2], ["fsdp", "tp"]))),
+    *MESHES,
     Topology("tp x 2", 2, partial(ModelParallel, ([2, 1], ["tp", "fsdp"]))),
     Topology("fsdp x 2", 2, FSDP),
     Topology("ddp x 2", 2, DDP),
@@ -130,7 +132,10 @@ IN_EVERY_FORM = {
 
 
 def cases_of(topology: Topology) -> list[Case]:
-    return [case for case in cases() if topology not in FORMS or case.name in IN_EVERY_FORM]
+    """Return what a topology is asked; what is cut along two axes has all cases along each of them."""
+    both = {"osft, as published", "lora, pissa"} if topology in MESHES else set()
+    some = IN_EVERY_FORM | both
+    return [case for case in cases() if topology not in (*FORMS, *MESHES) or case.name in some]
 
 
 @cache
