@@ -7,6 +7,7 @@ code and streams, whose ranks are their children. What is not so is that a new i
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import runpy
@@ -76,7 +77,8 @@ class Warm:
     ) -> None:
         number = len(list(folder.glob("warm-*.out")))
         self.out, self.err = folder / f"warm-{number}.out", folder / f"warm-{number}.err"
-        self.out.touch()
+        for path in (self.out, self.err):
+            path.touch()
         streams = partial(_lead_to_files, self.out, self.err)
         work = partial(_first, (streams, first) if first else (streams,))
         self._process = warm_context().Process(target=_run, args=(list(argv), {**os.environ, **(env or {})}, work))
@@ -101,7 +103,7 @@ class Warm:
         """Wait until a line of its standard error has a part; return the line and where the next begins."""
         end = time.monotonic() + limit
         while True:
-            text = self.err.read_text() if self.err.exists() else ""
+            text = self.err.read_text()
             place = after
             for line in text[after:].splitlines(keepends=True):
                 place += len(line)
@@ -192,6 +194,7 @@ def _become(argv: Sequence[str]) -> NoReturn:
         traceback.print_exc()
         code = 1
     assert isinstance(code, int)
+    atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None:

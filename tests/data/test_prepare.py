@@ -269,6 +269,7 @@ def test_what_is_not_there_is_said(run: Prepare, tmp_path: Path) -> None:
         run(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_hub_offline_is_a_clear_error(tmp_path: Path) -> None:
     code = (
         "from lightning_hub.data.sources import open_source\n"

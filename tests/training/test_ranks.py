@@ -303,15 +303,12 @@ def test_ranks_die_with_the_agent_of_torchrun(recipe: list[str], tmp_path: Path)
 @pytest.mark.slow
 def test_ranks_started_by_variables(recipe: list[str], tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
-    command = [sys.executable, "-m", "lightning_hub", "fit", *recipe, *TWO, "--run-dir", str(folder.path)]
-    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29617"}
-    ranks = [
-        subprocess.Popen(command, env={**common, "RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True)
-        for rank in "01"
-    ]
+    command = hub("fit", *recipe, *TWO, "--run-dir", str(folder.path))
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29617"}
+    ranks = [Warm(command, tmp_path, env={**common, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
     for process in ranks:
-        _, error = process.communicate(timeout=PATIENCE)
-        assert process.returncode == 0, error
+        code, _, error = process.finished()
+        assert code == 0, error
     assert len(losses(folder)) == 10
 
 

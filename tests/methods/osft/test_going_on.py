@@ -60,6 +60,7 @@ def assert_same(resumed: Told, straight: Told) -> None:
     assert all(resumed.weights[name].equal(tensor) for name, tensor in straight.weights.items())
 
 
+@pytest.mark.slow
 def test_one_process_goes_on_without_a_cache(
     tmp_path: Path, write_rows: WriteRows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
