@@ -297,6 +297,7 @@ KINDS: dict[str, object] = {
 }
 
 
+@pytest.mark.slow
 @hypothesis_settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(st.sampled_from(sorted(KINDS)), min_size=1, max_size=25),

@@ -85,15 +85,14 @@ class Seen:
 
 @cache
 def plan() -> StepPlan:
-    """Six steps of eight uneven samples in rows of 96 tokens; the last is partial: two samples in one row.
+    """Ten steps of eight uneven samples in rows of 96 tokens; the last is partial: two samples in one row.
 
     Untrained tokens prolong each sample to a multiple of eight, so that there are few lengths of rows: under tensor
     parallelism torch finds out anew how to run each operation on a length that it has not seen.
     """
     tokenizer = Pretrained("demo").tokenizer
     pairs = []
-    talks = conversations((SPELL, REVERSE, SHOUT), 74, seed=3)
-    for talk in [*talks[:40], *talks[-2:]]:
+    for talk in conversations((SPELL, REVERSE, SHOUT), 74, seed=3):
         turns = talk["messages"]
         asked = _ids(tokenizer.apply_chat_template(turns[:-1], add_generation_prompt=True, return_dict=False))
         whole = _ids(tokenizer.apply_chat_template(turns, return_dict=False))
@@ -174,7 +173,7 @@ def trained(case: Case, topology: Topology) -> Seen:
     torch.manual_seed(0)
     module = Watched(case.model, **{"learning_rate": 3e-4, "lr_scheduler": "linear", **case.options})
     trainer = make_trainer(topology, **case.trainer)
-    trainer.fit(module, Shares(trainer), Shares(trainer, start=4))
+    trainer.fit(module, Shares(trainer), Shares(trainer, start=7))
     fsdp.foreach_reduce = exchange
     seen.weights = {name: tensor.clone() for name, tensor in module.export_state()[1].items()}
     return seen

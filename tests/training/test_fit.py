@@ -69,6 +69,7 @@ def test_the_export_answers_as_the_trained_module(trained: RunFolder) -> None:
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
 
 
+@pytest.mark.slow
 def test_the_export_command_writes_the_same(trained: RunFolder, tmp_path: Path) -> None:
     assert run(["export", str(trained.path), "--to", str(tmp_path / "again")]) == 0
     first, again = (path / "model.safetensors" for path in (trained.export, tmp_path / "again"))

@@ -146,6 +146,7 @@ def test_changed_data_is_refused_unless_allowed(
     assert epochs == [0, 0, 0, 1, 1], "where epochs have 2 steps, one with 3 finished is over"
 
 
+@pytest.mark.slow
 @pytest.mark.fault("F24")
 def test_other_changes_are_named_and_take_effect(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
     constant = ("--model.lr_scheduler", "constant", *EVERY_STEP)
