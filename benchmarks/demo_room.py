@@ -31,7 +31,7 @@ from lightning_hub.cli import run
 from lightning_hub.data.samples import Samples
 from lightning_hub.data.steps import Batching, StepPlan
 from lightning_hub.demo.methods import known_and_new, method_flags, write_facts
-from lightning_hub.demo.tasks import METHODS
+from lightning_hub.demo.tasks import METHODS, turned_words
 from lightning_hub.models.pretrained import EMBEDDED_FOLDER, ROOM_FOLDER, Pretrained
 from lightning_hub.ops.attention import PACKED
 from lightning_hub.ops.attention_proof import proven_head

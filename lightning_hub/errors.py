@@ -84,3 +84,8 @@ def is_disk_trouble(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return True
     return "No space left on device" in str(error) or "Disk quota exceeded" in str(error)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says; its class if it says nothing, as Python's own MemoryError."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -57,6 +57,13 @@ def time_of_children() -> float:
     return used.ru_utime + used.ru_stime
 
 
+def write_conversations(path: Path, rows: list[dict[str, object]] | int) -> Path:
+    """Write rows, or so many shouted words, as a JSONL file."""
+    listed = conversations((SHOUT,), rows, seed=3) if isinstance(rows, int) else rows
+    path.write_text("".join(json.dumps(row) + "\n" for row in listed), encoding="utf-8")
+    return path
+
+
 WriteRows = Callable[..., Path]
 
 
@@ -65,16 +72,14 @@ def write_rows(tmp_path: Path) -> WriteRows:
     """Return a function that writes rows (by default shouted words) as a JSONL file."""
 
     def write(rows: list[dict[str, object]] | int = 40, name: str = "rows.jsonl") -> Path:
-        listed = conversations((SHOUT,), rows, seed=3) if isinstance(rows, int) else rows
-        path = tmp_path / name
-        path.write_text("".join(json.dumps(row) + "\n" for row in listed), encoding="utf-8")
-        return path
+        return write_conversations(tmp_path / name, rows)
 
     return write
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     note_cases(items)
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # so that none is left over for one worker
 
 
 def pytest_terminal_summary(terminalreporter: TerminalReporter) -> None:

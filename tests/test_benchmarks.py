@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from benchmarks.keepers import NAMES
-
-ROOT = Path(__file__).parents[1]
+from tests.warm import Warm
 
 
 @pytest.mark.slow
@@ -47,8 +43,7 @@ def test_taking_changes_back_runs_in_small(tmp_path: Path) -> None:
 
 def run_in_small(module: str, cache: Path, *options: str) -> str:
     """Run a benchmark as little as it can, and return what it prints."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "LIGHTNING_HUB_CACHE": str(cache)}
-    command = [sys.executable, "-m", module, "--quick", *options]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    argv = ["-m", module, "--quick", *options]
+    code, said, error = Warm(argv, cache, env={"LIGHTNING_HUB_CACHE": str(cache)}).finished()
+    assert code == 0, error
+    return said

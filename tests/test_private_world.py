@@ -8,12 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 TESTS = ("tests/training/test_chat.py", "tests/runs/test_commands.py", "tests/launch/test_place.py")
 """Quick tests of verbs that look for runs, and of what is read from the environment."""
 
 
+@pytest.mark.slow
 def test_nothing_of_the_person_changes_a_test(tmp_path: Path) -> None:
     for place in (tmp_path / "runs", tmp_path / "planted"):
         run = place / "demo-20261126-000000"

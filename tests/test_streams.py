@@ -39,6 +39,7 @@ def test_an_error_that_nobody_reads_keeps_its_exit_code() -> None:
     assert shell(f"{HUB} fti >&- 2>&-").returncode == 2
 
 
+@pytest.mark.slow
 def test_a_pipe_into_which_nobody_writes_is_refused(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe.yaml"
     os.mkfifo(pipe)

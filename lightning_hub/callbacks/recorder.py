@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from lightning_hub.callbacks.flops import FlopsCounter, peak_flops
 from lightning_hub.callbacks.forgetting import Forgetting
-from lightning_hub.errors import HubError
+from lightning_hub.errors import HubError, first_line
 from lightning_hub.ops.rows import Step
 from lightning_hub.parallel.agreement import worst
 from lightning_hub.parallel.data_parallel import data_parallel
@@ -38,9 +38,9 @@ class OutOfMemoryError(HubError):
 
     def __init__(self, step: int, batch: Step, cause: BaseException) -> None:
         lengths = ", ".join(str(row.input_ids.numel()) for row in batch.rows)
+        said = first_line(cause)
         super().__init__(
-            f"no memory was left in step {step}, whose rows on this rank hold {lengths} tokens "
-            f"({str(cause).splitlines()[0][:200]})",
+            f"no memory was left in step {step}, whose rows on this rank hold {lengths} tokens ({said[:200]})",
             remedy="lower data.init_args.max_tokens_per_gpu, set model.init_args.gradient_checkpointing, or shard over "
             "more devices with strategy fsdp",
         )

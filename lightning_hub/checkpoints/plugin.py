@@ -23,7 +23,7 @@ from lightning_hub.checkpoints.rng import restore_random_state, seed_anew
 from lightning_hub.checkpoints.snapshot import Share, Snapshot
 from lightning_hub.checkpoints.storage import Files, commit, write_file
 from lightning_hub.checkpoints.tensors import Stored, write_tensors
-from lightning_hub.errors import ConfigError
+from lightning_hub.errors import ConfigError, first_line
 from lightning_hub.parallel.crew import Crew
 from lightning_hub.runs.manifest import DamagedError, Manifest, chosen, verify
 
@@ -159,6 +159,6 @@ def _load(path: Path) -> dict[str, Any]:
         message = "this file holds more than tensors and plain values; none of it was run"
         raise ConfigError(message, where=str(path), remedy="resume from a checkpoint of ours") from error
     except (OSError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise DamagedError(f"this is no state of ours ({reason})", where=str(path)) from error
     return state

@@ -11,7 +11,7 @@ from lightning.fabric.plugins.environments.cluster_environment import ClusterEnv
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # exported at run time
 
-from lightning_hub.errors import HubError
+from lightning_hub.errors import HubError, first_line
 from lightning_hub.launch.place import Place
 
 ARRIVAL = timedelta(minutes=5)
@@ -103,7 +103,7 @@ def join(place: Place, *, on_gpu: bool) -> GivenPlace:
             device_id=torch.device("cuda", place.local_rank) if on_gpu else None,
         )
     except torch.distributed.DistError as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise NotJoinedError(
             f"{place} cannot meet the others at {address}: {reason}",
             where=f"rank {place.rank}",

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lightning_hub.config.recipe import Recipe
-from lightning_hub.errors import ExitCode, HubError, is_disk_trouble
+from lightning_hub.errors import ExitCode, HubError, first_line, is_disk_trouble
 from lightning_hub.launch.attempt import Begun, begin
 from lightning_hub.launch.devices import visible_gpus
 from lightning_hub.launch.options import Options
@@ -52,7 +52,7 @@ def as_rank(place: Place, recipe: Recipe, tree: dict[str, Any], options: Options
     except Exception as error:
         _leave_word(place, error)
         if classify(error) == "comm":
-            print(f"error: lost another rank: {str(error).splitlines()[0]}", file=sys.stderr)
+            print(f"error: lost another rank: {first_line(error)}", file=sys.stderr)
         elif is_disk_trouble(error):
             print(f"error: the disk does not take what is written: {error}; free some space", file=sys.stderr)
         else:

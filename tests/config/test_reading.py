@@ -124,6 +124,7 @@ def test_any_text_is_read_or_refused(text: str) -> None:
         read_text(text, "r")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text",
     [

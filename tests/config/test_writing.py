@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
@@ -34,6 +35,7 @@ trees: st.SearchStrategy[Plain] = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(st.dictionaries(texts.filter(lambda key: key != "<<"), trees, max_size=4))
 def test_what_is_written_is_read_back_by_us_and_by_a_yaml_1_1_parser(tree: dict[str, Plain]) -> None:
     text = dump(tree)

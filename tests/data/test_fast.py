@@ -69,6 +69,7 @@ def assert_same(encoder: Encoder, rows: list[Conversation]) -> int:
     return quick
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: f"{family.name}-{family.eos}")
 def test_fast_is_the_reference_for_every_family(family: Family) -> None:
     random_ = random.Random(family.name)
@@ -77,6 +78,7 @@ def test_fast_is_the_reference_for_every_family(family: Family) -> None:
     assert (quick > 10) == (family.name not in ("glm4", "glm45", "bare", "idefics"))
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(st.randoms(use_true_random=False))
 def test_hostile_rows_never_get_another_mask(random_: random.Random) -> None:

@@ -327,6 +327,7 @@ JSON = st.recursive(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.fault("F34")
 @given(
     st.sampled_from(["messages", "sharegpt", "alpaca", "prompt_completion", "document", "tokens"]),

@@ -74,6 +74,7 @@ def measured(path: Path) -> tuple[list[tuple[str, str, bool]], float]:
     return rows, kilobytes / 1000
 
 
+@pytest.mark.slow
 @pytest.mark.fault("F34")
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_file_that_unpacks_to_much_is_refused_at_the_bound(name: str, tmp_path: Path) -> None:

@@ -269,6 +269,7 @@ def test_what_is_not_there_is_said(run: Prepare, tmp_path: Path) -> None:
         run(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_hub_offline_is_a_clear_error(tmp_path: Path) -> None:
     code = (
         "from lightning_hub.data.sources import open_source\n"
@@ -296,6 +297,7 @@ KINDS: dict[str, object] = {
 }
 
 
+@pytest.mark.slow
 @hypothesis_settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(st.sampled_from(sorted(KINDS)), min_size=1, max_size=25),

@@ -47,6 +47,7 @@ def conversations(draw: st.DrawFn) -> Conversation:
     return Conversation(tuple(messages))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ENCODERS)
 @settings(max_examples=40, deadline=None)
 @given(conversations())

@@ -165,6 +165,7 @@ def test_tied_modules_are_trained_whole_under_both_names() -> None:
     assert module.adapter_config.modules_to_save == ["model.embed_tokens", "lm_head"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
 def test_adapters_stay_in_float32_beside_a_bfloat16_base(precision: str) -> None:
     seen = trained(Case("lora", method=LoRA, options=SMALL, trainer={"precision": precision}), ONE)
@@ -202,6 +203,7 @@ def train(folder: str, tmp_path: Path, **options: Any) -> LoRA:
     return kept[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_export_is_the_trained_model_for_peft_and_merged(kind: str, tmp_path: Path) -> None:
     family, options = KINDS[kind]
@@ -295,6 +297,7 @@ def test_an_adapter_is_gone_on_from(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "options", "parts"),
     [
@@ -361,6 +364,7 @@ def fit(tmp_path: Path, write_rows: WriteRows, *flags: str, folder: str = "run")
 # fmt: on
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_exactly_and_keeps_adapters_only(tmp_path: Path, write_rows: WriteRows) -> None:
     assert fit(tmp_path, write_rows, "--trainer.max_steps", "6")[0] == 0
     straight = RunFolder(tmp_path / "run")
@@ -376,6 +380,7 @@ def test_a_run_goes_on_exactly_and_keeps_adapters_only(tmp_path: Path, write_row
     assert all(".lora_" in name for name in stored)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_base_is_refused(
     tmp_path: Path, write_rows: WriteRows, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -386,6 +391,7 @@ def test_a_checkpoint_of_another_base_is_refused(
     assert "the checkpoint's adapters belong to another model" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_adapter_upon_an_adapter_is_refused(
     tmp_path: Path, write_rows: WriteRows, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -399,6 +405,7 @@ def test_an_adapter_upon_an_adapter_is_refused(
     assert fit(tmp_path, write_rows, *going_on, folder="third")[0] == 0
 
 
+@pytest.mark.slow
 def test_the_commands_understand_adapters(
     tmp_path: Path, write_rows: WriteRows, capsys: pytest.CaptureFixture[str]
 ) -> None:

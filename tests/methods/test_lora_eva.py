@@ -39,6 +39,7 @@ def starts(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in weights.items() if ".lora_A." in name}
 
 
+@pytest.mark.slow
 def test_the_start_is_what_peft_finds(tmp_path: Path, write_rows: WriteRows) -> None:
     story = still("single", write_rows(50), tmp_path / "run")
     found = starts(tell(story).weights)
@@ -69,6 +70,7 @@ def test_every_topology_starts_at_the_same(tmp_path: Path, write_rows: WriteRows
         assert all(torch.equal(tensor, alone[name]) for name, tensor in starts(told.weights).items())
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_looks_at_nothing_again(
     tmp_path: Path, write_rows: WriteRows, monkeypatch: pytest.MonkeyPatch
 ) -> None:

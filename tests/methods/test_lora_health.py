@@ -67,6 +67,7 @@ def test_a_dead_adapter_is_named(harm: Callable[[LoRA, int], None], hook: str, p
     assert all(part in str(dead.value) for part in parts), dead.value
 
 
+@pytest.mark.slow
 def test_a_warm_up_from_zero_raises_no_alarm() -> None:
     options = {**SMALL, "warmup_steps": 4, "learning_rate": 1e-4}
     seen = trained(Case("lora", method=LoRA, options=options), ONE)

@@ -32,6 +32,7 @@ def test_documents_of_a_row_do_not_see_each_other(family: str) -> None:
     torch.testing.assert_close(packed, lone, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "mistral, sliding window", "qwen3"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention"])
 def test_the_kernels_of_transformers_do_not_leak_either(family: str, attention: str) -> None:

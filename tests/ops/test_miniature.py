@@ -75,6 +75,7 @@ def test_dropout_does_not_stay() -> None:
     assert small_config(type(whole), whole.config).attn_pdrop == 0
 
 
+@pytest.mark.slow
 def test_a_small_model_that_lacks_something_is_none() -> None:
     whole = outline("blt")
     with pytest.raises(NoMiniatureError, match="missing"):

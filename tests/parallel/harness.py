@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import socket
 import time
@@ -30,16 +29,9 @@ from lightning_hub.models.pretrained import Pretrained
 from lightning_hub.ops.rows import Step
 from lightning_hub.parallel.data_parallel import data_parallel
 from lightning_hub.parallel.parts import own_part
+from tests.warm import as_own_process, warm_context
 
 T = TypeVar("T")
-
-LOADED_ONCE = [
-    "tests.parallel.harness",
-    "tests.parallel.stories",
-    "lightning_hub.methods.lora",
-    "lightning_hub.methods.osft",
-]
-"""What all ranks of all topologies need: 1.5 s for each of them, if it did not come from the process they fork from."""
 
 TIME_LIMIT = 900.0
 """Seconds after which a topology's processes are ended."""
@@ -249,8 +241,7 @@ def processes(world_size: int, work: Callable[[], T], folder: Path) -> list[T]:
 
 def started(world_size: int, work: Callable[[], object], folder: Path) -> list[ForkServerProcess]:
     """Return the processes that run a function as every rank of a world; the caller ends them."""
-    context = multiprocessing.get_context("forkserver")  # one import of torch for all processes of all topologies
-    context.set_forkserver_preload(LOADED_ONCE)
+    context = warm_context()
     port = _free_port()
     ranks = [context.Process(target=_rank, args=(rank, world_size, port, work, folder)) for rank in range(world_size)]
     for process in ranks:
@@ -266,9 +257,7 @@ def _rank(rank: int, world_size: int, port: int, work: Callable[[], object], fol
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test", OMP_NUM_THREADS="1",
     )  # fmt: skip
     os.environ.pop("PL_GLOBAL_SEED", None)  # of an earlier test, which Lightning would seed the ranks with
-    # Loader workers begin as those of a real rank do; else they would be those of a fork server, and import torch anew.
-    multiprocessing.set_start_method("fork", force=True)
-    torch.set_num_threads(1)
+    as_own_process()
     torch.save(work(), folder / f"{rank}.pt")
     os._exit(0)  # the group's threads may wait for a rank that failed
 

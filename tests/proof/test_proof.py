@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
-import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from lightning_hub.cli import run
 from lightning_hub.commands import doctor
-from lightning_hub.proof import children, stages
+from lightning_hub.proof import stages
 from lightning_hub.proof.children import Child, ChildrenFailedError, run_children
 from lightning_hub.proof.findings import equality
-
-FAULTY = str(Path(__file__).with_name("faulty.py"))
+from tests.proof.faulty import FAULTS
+from tests.warm import Warm, hub
 
 
 @pytest.fixture(autouse=True)
@@ -24,24 +26,43 @@ def _fit_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "examine", lambda runs: [])
 
 
-def proved(capsys: pytest.CaptureFixture[str], *names: str) -> tuple[int, dict[str, bool]]:
-    """Return the exit code and which checks are ok."""
-    code = run(["doctor", "--json", "--proof", *names])
-    findings = json.loads(capsys.readouterr().out)
+def proved(folder: Path, fault: str, *names: str) -> tuple[int, dict[str, bool]]:
+    """Return the exit code and which checks are ok, where every process has a fault."""
+    env = {"LIGHTNING_HUB_CACHE": str(folder / "cache")}  # what is found about a faulty program is not kept
+    first = partial(without_examination, FAULTS[fault])
+    code, said, error = Warm(hub("doctor", "--json", "--proof", *names), folder, env=env, first=first).finished()
+    assert code in (0, 1), error
+    return code, checks(said)
+
+
+def without_examination(fault: Callable[[], None]) -> None:
+    looking: Any = doctor
+    looking.examine = lambda runs: []
+    fault()
+
+
+def checks(said: str) -> dict[str, bool]:
+    findings = json.loads(said)
     for finding in findings:
         print(finding)  # shown when the test fails
         assert set(finding) == {"check", "ok", "detail", "remedy"}
         assert (finding["remedy"] is None) is finding["ok"]
-    return code, {finding["check"]: finding["ok"] for finding in findings}
+    return {finding["check"]: finding["ok"] for finding in findings}
 
 
 @pytest.mark.slow
-def test_all_five_equalities_hold(capsys: pytest.CaptureFixture[str]) -> None:
-    code, found = proved(capsys)
+def test_all_five_equalities_hold(tmp_path: Path) -> None:
+    code, found = proved(tmp_path, "none")
     assert code == 0
     assert {check.partition(":")[0] for check in found} == set(stages.PROOFS.values())
     ranks = [check for check in found if check.startswith("2 ranks")]
     assert [check.partition(": ")[2] for check in ranks] == ["ddp", "fsdp", "model_parallel, tp 2"]
+
+
+@pytest.mark.slow
+def test_a_proof_holds_in_a_new_interpreter(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["doctor", "--json", "--proof", "exported"]) == 0
+    assert checks(capsys.readouterr().out) == {"exported = trained": True}
 
 
 @pytest.mark.slow
@@ -63,12 +84,8 @@ def test_each_proof_fails_when_what_it_proves_is_broken(
     proof: str,
     fails: set[str],
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("LIGHTNING_HUB_CACHE", str(tmp_path))  # what is found about a faulty program is not kept
-    monkeypatch.setattr(children, "PYTHON", (sys.executable, FAULTY, fault))
-    code, found = proved(capsys, proof)
+    code, found = proved(tmp_path, fault, proof)
     assert code == 1
     assert {check for check, ok in found.items() if not ok} == fails
 

@@ -67,6 +67,7 @@ def fit(folder: Path, rows: Path, *flags: str) -> int:
     # fmt: on
 
 
+@pytest.mark.slow
 def test_the_folder_of_a_refused_command_is_taken_by_the_next(
     tmp_path: Path, write_rows: WriteRows, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -23,6 +23,7 @@ def rows(tmp_path: Path) -> Path:
 NOTES = ("prompt_completion (prompt: question, completion: answer)", "column id is not read: 20", "empty answers: 1")
 
 
+@pytest.mark.slow
 def test_a_run_names_its_layout_and_what_it_does_not_read(
     fit: Fit, rows: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from lightning_hub.runs.folder import RunFolder
 from lightning_hub.runs.metrics import Line, read_metrics
 from tests.conftest import WriteRows
 from tests.training.conftest import Fit
+from tests.warm import warm_run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -52,25 +54,25 @@ def test_a_run_leaves_what_the_contract_says(fit: Fit) -> None:
     assert open_to_others == []
 
 
-def test_the_export_answers_as_the_trained_module(fit: Fit) -> None:
-    _, folder = fit("--trainer.max_epochs", "1")
+def test_the_export_answers_as_the_trained_module(trained: RunFolder) -> None:
+    folder = trained
     model = AutoModelForCausalLM.from_pretrained(folder.export, dtype=torch.float32)
-    trained = AutoModelForCausalLM.from_pretrained(folder.export, dtype=torch.float32)
+    again = AutoModelForCausalLM.from_pretrained(folder.export, dtype=torch.float32)
     weights = load_file(folder.latest / "weights.safetensors")
     own = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
-    assert trained.load_state_dict(own, strict=False).missing_keys == ["lm_head.weight"], "tied ones are written once"
+    assert again.load_state_dict(own, strict=False).missing_keys == ["lm_head.weight"], "tied ones are written once"
     ids = torch.arange(5, 60).unsqueeze(0)
     with torch.no_grad():
-        assert torch.equal(model(ids).logits, trained(ids).logits)
+        assert torch.equal(model(ids).logits, again(ids).logits)
     tokenizer = AutoTokenizer.from_pretrained(folder.export)
     assert tokenizer.chat_template == AutoTokenizer.from_pretrained(EMBEDDED_FOLDER).chat_template
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
 
 
-def test_the_export_command_writes_the_same(fit: Fit, tmp_path: Path) -> None:
-    _, folder = fit()
-    assert run(["export", str(folder.path), "--to", str(tmp_path / "again")]) == 0
-    first, again = (tmp_path / name / "model.safetensors" for name in ("run/export", "again"))
+@pytest.mark.slow
+def test_the_export_command_writes_the_same(trained: RunFolder, tmp_path: Path) -> None:
+    assert run(["export", str(trained.path), "--to", str(tmp_path / "again")]) == 0
+    first, again = (path / "model.safetensors" for path in (trained.export, tmp_path / "again"))
     assert load_file(first).keys() == load_file(again).keys()
     assert all(torch.equal(load_file(first)[name], tensor) for name, tensor in load_file(again).items())
 
@@ -80,13 +82,15 @@ def test_ranks_with_parts_of_a_model_say_what_rounding_has_done(
     fit: Fit, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LIGHTNING_HUB_CACHE", str(tmp_path / "cache"))
+    command = partial(warm_run, tmp_path)
     two = ("--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "fsdp")
-    code, _ = fit(*two, "--trainer.precision", "bf16-true", "--trainer.max_steps", "2", method="OSFT")
+    code, _ = fit(*two, "--trainer.precision", "bf16-true", "--trainer.max_steps", "2", method="OSFT", command=command)
     seen = capfd.readouterr()
     assert code == 0, seen.err
     assert "osft   in bfloat16 " in seen.out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["validate", "test"])
 def test_nothing_to_measure_on_is_refused(
     fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str
@@ -99,9 +103,9 @@ def test_nothing_to_measure_on_is_refused(
 
 @pytest.mark.parametrize("taken", ["file", "folder", "run"])
 def test_an_export_is_written_over_nothing(
-    fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture[str], taken: str
+    trained: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str], taken: str
 ) -> None:
-    _, folder = fit("--trainer.max_steps", "1")
+    folder = trained
     there = {"file": tmp_path / "data.jsonl", "folder": tmp_path / "model", "run": folder.path}[taken]
     if taken == "folder":
         there.mkdir()
@@ -114,15 +118,16 @@ def test_an_export_is_written_over_nothing(
     assert sorted(path for path in there.parent.rglob("*") if path.name != "lock") == before
 
 
-def test_an_export_below_a_file_is_refused(fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    _, folder = fit("--trainer.max_steps", "1")
+def test_an_export_below_a_file_is_refused(
+    trained: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "file").touch()
-    assert run(["export", str(folder.path), "--to", str(tmp_path / "file/export")]) == 2
+    assert run(["export", str(trained.path), "--to", str(tmp_path / "file/export")]) == 2
     assert f"{tmp_path / 'file'} is no folder" in capsys.readouterr().err
 
 
-def test_an_export_leaves_its_neighbours_alone(fit: Fit, tmp_path: Path) -> None:
-    _, folder = fit("--trainer.max_steps", "1")
+def test_an_export_leaves_its_neighbours_alone(trained: RunFolder, tmp_path: Path) -> None:
+    folder = trained
     for name in ("model.old", "model.tmp"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "mine").touch()
@@ -132,6 +137,7 @@ def test_an_export_leaves_its_neighbours_alone(fit: Fit, tmp_path: Path) -> None
     assert not list(tmp_path.glob(".model*"))
 
 
+@pytest.mark.slow
 def test_zero_steps_prepare_check_and_export(fit: Fit) -> None:
     code, folder = fit("--trainer.max_steps", "0")
     assert code == 0
@@ -140,23 +146,24 @@ def test_zero_steps_prepare_check_and_export(fit: Fit) -> None:
     assert all(torch.equal(base[name], tensor) for name, tensor in exported.items())
 
 
-def test_config_yaml_repeats_the_run(fit: Fit, tmp_path: Path) -> None:
-    _, folder = fit("--trainer.max_steps", "3")
+@pytest.mark.slow
+def test_config_yaml_repeats_the_run(trained: RunFolder, tmp_path: Path) -> None:
+    folder = trained
     assert run(["fit", "--config", str(folder.config), "--run-dir", str(tmp_path / "again")]) == 0
-    first, again = (load_file(tmp_path / name / "export/model.safetensors") for name in ("run", "again"))
+    first, again = (load_file(path / "export/model.safetensors") for path in (folder.path, tmp_path / "again"))
     assert all(torch.equal(first[name], tensor) for name, tensor in again.items())
     assert folder.config.read_text() == (tmp_path / "again/config.yaml").read_text()
 
 
-def test_print_config_is_the_config_of_the_run(fit: Fit, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    _, folder = fit("--trainer.max_steps", "0")
-    capsys.readouterr()
+def test_print_config_is_the_config_of_the_run(trained: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = trained
     assert run(["fit", "--config", str(folder.config), "--print_config"]) == 0
     printed = yaml.safe_load(capsys.readouterr().out)
     assert printed == yaml.safe_load(folder.config.read_text())
     assert printed["model"]["init_args"]["betas"] == [0.9, 0.95]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
 def test_every_shipped_recipe_runs(recipe: Path, tmp_path: Path, write_rows: WriteRows) -> None:
     # fmt: off
@@ -169,18 +176,18 @@ def test_every_shipped_recipe_runs(recipe: Path, tmp_path: Path, write_rows: Wri
 
 FLAGS: dict[str, tuple[list[str], int]] = {
     "max_steps": (["--trainer.max_steps", "3"], 3),
-    "max_epochs": (["--trainer.max_epochs", "3"], 12),
     "limit_train_batches": (["--trainer.limit_train_batches", "2", "--trainer.max_epochs", "2"], 4),
-    "overfit_batches": (["--trainer.overfit_batches", "1", "--trainer.max_epochs", "3"], 3),
     "tokens_per_step": (["--data.tokens_per_step", "128", "--data.effective_batch_size", "null"], 8),
     "gradient clipping by value": (
         ["--trainer.gradient_clip_val", "0.01", "--trainer.gradient_clip_algorithm=value"],
         4,
     ),
     "one bf16 row of bf16 weights": (["--trainer.precision", "bf16-true"], 4),
-    "bf16-mixed with checkpointing": (["--trainer.precision=bf16-mixed", "--model.gradient_checkpointing", "true"], 4),
-    "all of SFT": (
+    "much at once": (
         [
+            "--trainer.precision=bf16-mixed",
+            "--model.gradient_checkpointing=true",
+            "--model.attn_implementation=sdpa",
             "--model.label_smoothing=0.1",
             "--model.neftune_alpha=5",
             "--model.lr_scheduler=wsd",
@@ -188,11 +195,10 @@ FLAGS: dict[str, tuple[list[str], int]] = {
         ],
         4,
     ),
-    "attention of transformers": (["--model.attn_implementation", "sdpa"], 4),
-    "workers": (["--data.num_workers", "2"], 4),
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", FLAGS)
 def test_flags_keep_their_meaning(fit: Fit, case: str) -> None:
     flags, steps = FLAGS[case]
@@ -201,6 +207,7 @@ def test_flags_keep_their_meaning(fit: Fit, case: str) -> None:
     assert read(folder.status)["step"] == steps
 
 
+@pytest.mark.slow
 def test_overfitting_sees_the_same_step_again(fit: Fit) -> None:
     _, folder = fit("--trainer.overfit_batches", "1", "--trainer.max_epochs", "3", "--model.learning_rate", "1e-9")
     losses = [value for _, value in series(read_metrics(folder), "loss")]
@@ -219,6 +226,7 @@ def test_validation_in_mid_epoch(fit: Fit) -> None:
     assert [step for step, _ in series(read_metrics(folder), "val_loss")] == [2, 4]
 
 
+@pytest.mark.slow
 def test_early_stopping_and_best_by_lightnings_own_callbacks(fit: Fit) -> None:
     # fmt: off
     code, folder = fit(
@@ -232,18 +240,7 @@ def test_early_stopping_and_best_by_lightnings_own_callbacks(fit: Fit) -> None:
     assert list(folder.checkpoints.glob("epoch=*"))
 
 
-def test_our_best_is_kept(fit: Fit) -> None:
-    # fmt: off
-    code, folder = fit(
-        "--trainer.max_epochs", "5", "--trainer.val_check_interval", "1.0",
-        "--checkpoint.best", "{metric: val_loss, mode: max, keep: 1}",
-    )
-    # fmt: on
-    assert code == 0
-    kept = sorted(path.name for path in folder.checkpoints.glob("step-*"))
-    assert kept == ["step-16", "step-20", "step-4"], "the two newest, and the worst loss, as was asked"
-
-
+@pytest.mark.slow
 def test_samples_are_written(fit: Fit) -> None:
     # fmt: off
     code, folder = fit(
@@ -257,6 +254,7 @@ def test_samples_are_written(fit: Fit) -> None:
     assert all(line["completion"] for line in written)
 
 
+@pytest.mark.slow
 def test_looking_at_a_model_does_not_change_its_training(fit: Fit, tmp_path: Path) -> None:
     sampling = "{class_path: GenerateSamples, init_args: {prompts: [Spell kamo.], every_n_steps: 1, temperature: 1.0}}"
     fit("--trainer.max_steps", "3", "--model.neftune_alpha", "5")
@@ -266,6 +264,7 @@ def test_looking_at_a_model_does_not_change_its_training(fit: Fit, tmp_path: Pat
     assert all(torch.equal(plain[name], tensor) for name, tensor in watched.items())
 
 
+@pytest.mark.slow
 def test_a_logger_of_lightning_gets_the_metrics(fit: Fit) -> None:
     code, folder = fit("--trainer.max_steps", "2", "--trainer.logger", "CSVLogger")
     assert code == 0
@@ -273,8 +272,8 @@ def test_a_logger_of_lightning_gets_the_metrics(fit: Fit) -> None:
     assert {"loss", "lr", "grad_norm"} <= set(table.read_text().splitlines()[0].split(","))
 
 
-def test_validate_and_test_print_the_loss(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
-    _, folder = fit()
+def test_validate_and_test_print_the_loss(trained: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = trained
     expected = series(read_metrics(folder), "val_loss")[-1][1]
     for verb, name in (("validate", "val_loss"), ("test", "test_loss")):
         capsys.readouterr()
@@ -296,6 +295,7 @@ def test_predict_writes_completions(tmp_path: Path, write_rows: WriteRows) -> No
     assert lines[0]["messages"] == [{"role": "user", "content": "Spell kamo."}]
 
 
+@pytest.mark.slow
 def test_a_model_that_costs_more_is_announced(
     fit: Fit, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,6 +40,7 @@ def recipe(tmp_path: Path, old: Path) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_it_stands_beside_the_validation_loss(fit: Fit, tmp_path: Path, old: Path) -> None:
     flags = ("--trainer.max_epochs", "2", "--trainer.logger", "CSVLogger")
     code, folder = fit("--config", recipe(tmp_path, old), *flags)
@@ -73,6 +74,7 @@ def reference(old: Path) -> float:
     return total / count
 
 
+@pytest.mark.slow
 def test_measuring_changes_no_weight(fit: Fit, tmp_path: Path, old: Path) -> None:
     noisy = ("--trainer.max_steps", "4", "--trainer.val_check_interval", "2", "--model.neftune_alpha", "5")
     _, plain = fit(*noisy, folder="plain")

@@ -55,6 +55,7 @@ def test_what_is_a_path_becomes_absolute_and_nothing_else(tmp_path: Path, monkey
     assert with_absolute_paths(tree, kept=tree)["model"] == tree["model"], "what a run has stored stays"  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_run_is_used_from_another_folder(
     fit: Fit, tmp_path: Path, write_rows: WriteRows, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -130,6 +130,7 @@ CONTENTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONTENTS)
 @pytest.mark.parametrize("position", ["train", "val", "list", "sources", "recipe"])
 def test_a_file_of_data_is_read_as_data(
@@ -165,6 +166,7 @@ def test_prompts_are_no_recipe(fit: Fit, tmp_path: Path, capsys: pytest.CaptureF
     assert f"{prompts}:1" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flag", ["--data.train", "--model.model", "--trainer.callbacks", "--trainer.strategy"])
 @pytest.mark.parametrize("text", ["[" * 30_000, '"' + "[" * 30_000 + '"', "{" * 30_000])
 def test_brackets_on_the_command_line_end_nothing(

@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import json
 import os
-import queue
 import re
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import IO
 
 import psutil
 import pytest
 
 from lightning_hub.cli import run
 from lightning_hub.runs.folder import RunFolder
+from lightning_hub.runs.identity import Identity
 from lightning_hub.runs.metrics import read_metrics
 from lightning_hub.runs.reader import read_run
 from tests.conftest import PATIENCE, WriteRows
+from tests.warm import Warm, after_step_3, hub
 
 FLAGS = ("--trainer.accelerator", "cpu", "--trainer.log_every_n_steps", "1", "--trainer.max_epochs", "2")
 TWO = (*FLAGS, "--trainer.devices", "2")
 
-Start = Callable[..., "subprocess.Popen[str]"]
+Start = Callable[..., Warm]
 
 
 @pytest.fixture
@@ -45,45 +45,20 @@ def begin(recipe: list[str], tmp_path: Path) -> Iterator[Start]:
     """Return a function that starts a `fit` in a process of its own, in which something happens after step 3."""
     started = []
 
-    def start(*flags: str, event: str = "None", folder: str = "run", env: dict[str, str] | None = None) -> object:
-        script = tmp_path / "sitecustomize.py"
-        script.write_text(LATER.format(event=event))
-        command = [sys.executable, "-m", "lightning_hub", "fit", *recipe, *flags, "--run-dir", str(tmp_path / folder)]
-        environ = {**os.environ, "PYTHONPATH": f"{tmp_path}:{Path.cwd()}", **(env or {})}
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ)
+    def start(*flags: str, event: str = "None", folder: str = "run", env: dict[str, str] | None = None) -> Warm:
+        command = hub("fit", *recipe, *flags, "--run-dir", str(tmp_path / folder))
+        process = Warm(command, tmp_path, env=env, first=partial(after_step_3, event))
         started.append(process)
         return process
 
-    yield start  # type: ignore[misc]
+    yield start
     for process in started:
         process.kill()
-        process.communicate()
 
 
-LATER = """
-import os, signal, sys
-from importlib.abc import MetaPathFinder
-
-class Watch(MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        if name == "lightning_hub.training.session":
-            sys.meta_path.remove(self)
-            from lightning_hub.callbacks.recorder import Recorder
-            plain = Recorder.on_train_batch_end
-            def then(self, trainer, module, outputs, batch, index):
-                plain(self, trainer, module, outputs, batch, index)
-                if trainer.global_step == 3:
-                    {event}
-            Recorder.on_train_batch_end = then
-
-sys.meta_path.insert(0, Watch())
-"""
-"""Python runs this in every process of the test's run; it makes something happen right after the third step."""
-
-
-def finished(process: subprocess.Popen[str], limit: float = PATIENCE) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=limit)
-    return process.returncode, out, err
+def resumed(folder: RunFolder) -> int:
+    """Go on with a run and return the exit code."""
+    return Warm(hub("runs", "resume", str(folder.path)), folder.path.parent).wait()
 
 
 def losses(folder: RunFolder) -> list[tuple[object, object]]:
@@ -91,8 +66,11 @@ def losses(folder: RunFolder) -> list[tuple[object, object]]:
 
 
 def processes_of(folder: RunFolder) -> list[int]:
-    """Return the processes that know of the run by their environment."""
-    found = []
+    """Return the living ranks of the run: those of its lease, and those that know of it by their environment."""
+    lease = json.loads(folder.node(0).lease.read_text())
+    machine = {"boot_id": lease["boot_id"], "host": lease["host"]}
+    ranks = [Identity.from_json({**child, **machine}) for child in lease["children"]]
+    found = [rank.pid for rank in ranks if rank is not None and rank.is_alive() and not is_zombie(rank.pid)]
     for process in psutil.process_iter():
         try:
             if process.environ().get("LIGHTNING_HUB_RUN_DIR") == str(folder.path):
@@ -100,6 +78,14 @@ def processes_of(folder: RunFolder) -> list[int]:
         except psutil.Error:
             continue
     return found
+
+
+def is_zombie(pid: int) -> bool:
+    """Say whether a process has ended, and nobody has asked how."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def assert_none_left(folder: RunFolder, limit: float = 30.0) -> None:
@@ -114,8 +100,12 @@ def assert_none_left(folder: RunFolder, limit: float = 30.0) -> None:
 def test_two_ranks_give_the_numbers_of_one_process(
     recipe: list[str], tmp_path: Path, strategy: str, begin: Start
 ) -> None:
-    code, _, error = finished(begin(*TWO, "--trainer.strategy", strategy))
-    assert code == 0, error
+    flags = (*TWO, "--trainer.strategy", strategy)
+    if strategy == "ddp":  # from the command to the end with interpreters that are really started
+        assert run(["fit", *recipe, *flags, "--run-dir", str(tmp_path / "run")]) == 0
+    else:
+        code, _, error = begin(*flags).finished()
+        assert code == 0, error
     two = RunFolder(tmp_path / "run")
     assert run(["fit", *recipe, *FLAGS, "--run-dir", str(tmp_path / "one")]) == 0
     one = RunFolder(tmp_path / "one")
@@ -138,7 +128,7 @@ def test_two_ranks_give_the_numbers_of_one_process(
 @pytest.mark.fault("F30")
 def test_a_killed_rank_ends_the_run_and_is_named(tmp_path: Path, begin: Start) -> None:
     kill = "os.environ['RANK'] == '1' and os.kill(os.getpid(), signal.SIGKILL)"
-    code, _, error = finished(begin(*TWO, "--checkpoint.every_n_steps", "1", event=kill))
+    code, _, error = begin(*TWO, "--checkpoint.every_n_steps", "1", event=kill).finished()
     folder = RunFolder(tmp_path / "run")
     assert code == 1
     assert "rank 1: killed by SIGKILL" in error
@@ -146,14 +136,14 @@ def test_a_killed_rank_ends_the_run_and_is_named(tmp_path: Path, begin: Start) -
     assert (record["class"], record["rank"]) == ("signal", 1)
     assert json.loads(folder.status.read_text())["error"] == "attempts/1/rank1/error.json"
     assert_none_left(folder)
-    assert run(["runs", "resume", str(folder.path)]) == 0
+    assert resumed(folder) == 0
     assert json.loads(folder.status.read_text())["state"] == "finished"
 
 
 @pytest.mark.slow
 def test_the_first_error_and_its_exit_code_are_passed_on(tmp_path: Path, begin: Start) -> None:
     broken = "exec(\"if os.environ['RANK'] == '1': raise ValueError('broken on purpose')\")"
-    code, _, error = finished(begin(*TWO, event=broken))
+    code, _, error = begin(*TWO, event=broken).finished()
     assert code == 1
     assert "rank 1: broken on purpose" in error
     assert_none_left(RunFolder(tmp_path / "run"))
@@ -199,7 +189,7 @@ JOB = "os.environ['RANK'] == '0' and os.kill(os.getppid(), signal.{name})"
     ids=["one rank", "job", "ctrl-c", "wish"],
 )
 def test_a_stop_is_agreed_on(tmp_path: Path, begin: Start, event: str, state: str) -> None:
-    code, _, error = finished(begin(*TWO, event=event))
+    code, _, error = begin(*TWO, event=event).finished()
     folder = RunFolder(tmp_path / "run")
     assert code == 75, error
     status = json.loads(folder.status.read_text())
@@ -214,7 +204,7 @@ def test_a_stop_is_agreed_on(tmp_path: Path, begin: Start, event: str, state: st
 def test_a_second_interrupt_ends_all_ranks_at_once(tmp_path: Path, begin: Start) -> None:
     interrupt = "os.kill(os.getppid(), signal.SIGINT)"
     twice = f"os.environ['RANK'] == '0' and [{interrupt}, __import__('time').sleep(0.3), {interrupt}]"
-    code, _, error = finished(begin(*TWO, event=twice))
+    code, _, error = begin(*TWO, event=twice).finished()
     assert code == 130, error
     assert_none_left(RunFolder(tmp_path / "run"))
 
@@ -228,19 +218,19 @@ def test_a_time_limit_of_slurm_leads_to_a_checkpoint_and_one_requeue(tmp_path: P
     scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/requeued\n')
     scontrol.chmod(0o700)
     env = {"PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_ID": "4711"}
-    code, _, error = finished(begin(*TWO, event=JOB.format(name="SIGUSR1"), env=env))
+    code, _, error = begin(*TWO, event=JOB.format(name="SIGUSR1"), env=env).finished()
     folder = RunFolder(tmp_path / "run")
     assert code == 75, error
     assert (tmp_path / "requeued").read_text() == "requeue 4711\n"
     assert json.loads(folder.status.read_text())["state"] == "preempted"
-    assert run(["runs", "resume", str(folder.path)]) == 0
+    assert resumed(folder) == 0
 
 
 @pytest.mark.slow
 @pytest.mark.fault("F33")
 def test_a_step_that_takes_all_memory_is_described(tmp_path: Path, begin: Start) -> None:
     too_much = "os.environ['RANK'] == '1' and __import__('torch').empty(1 << 55)"
-    code, _, error = finished(begin(*TWO, event=too_much))
+    code, _, error = begin(*TWO, event=too_much).finished()
     folder = RunFolder(tmp_path / "run")
     assert code == 1
     assert "rank 1: no memory was left in step 4, whose rows on this rank hold" in error
@@ -257,7 +247,7 @@ ONCE = "lambda row, step: (module.__dict__.pop('row_loss'), type(module).row_los
 @pytest.mark.parametrize("strategy", ["auto", "ddp", "fsdp"])
 def test_a_loss_that_is_no_number_on_one_rank_stops_all(tmp_path: Path, begin: Start, strategy: str) -> None:
     flags = FLAGS if strategy == "auto" else (*TWO, "--trainer.strategy", strategy)
-    code, _, error = finished(begin(*flags, "--checkpoint.every_n_steps", "1", event=POISON.format(poison=ALWAYS)))
+    code, _, error = begin(*flags, "--checkpoint.every_n_steps", "1", event=POISON.format(poison=ALWAYS)).finished()
     folder = RunFolder(tmp_path / "run")
     assert code == 1
     assert "step 4 has loss" in error
@@ -273,7 +263,7 @@ def test_a_loss_that_is_no_number_on_one_rank_stops_all(tmp_path: Path, begin: S
 @pytest.mark.fault("F32")
 def test_a_step_may_be_left_out(tmp_path: Path, begin: Start) -> None:
     event = POISON.format(poison=ONCE)
-    code, _, error = finished(begin(*TWO, "--model.on_nan", "skip:1", "--trainer.max_steps", "6", event=event))
+    code, _, error = begin(*TWO, "--model.on_nan", "skip:1", "--trainer.max_steps", "6", event=event).finished()
     folder = RunFolder(tmp_path / "run")
     assert code == 0, error
     lines = {line["step"]: line for line in read_metrics(folder) if "loss" in line}
@@ -313,14 +303,12 @@ def test_ranks_die_with_the_agent_of_torchrun(recipe: list[str], tmp_path: Path)
 @pytest.mark.slow
 def test_ranks_started_by_variables(recipe: list[str], tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
-    command = [sys.executable, "-m", "lightning_hub", "fit", *recipe, *TWO, "--run-dir", str(folder.path)]
-    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29617"}
-    ranks = [
-        subprocess.Popen(command, env={**common, "RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True)
-        for rank in "01"
-    ]
+    command = hub("fit", *recipe, *TWO, "--run-dir", str(folder.path))
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29617"}
+    ranks = [Warm(command, tmp_path, env={**common, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
     for process in ranks:
-        assert finished(process)[0] == 0
+        code, _, error = process.finished()
+        assert code == 0, error
     assert len(losses(folder)) == 10
 
 
@@ -337,25 +325,6 @@ def test_a_world_that_contradicts_the_recipe(
     assert not (tmp_path / "run").exists()
 
 
-class Said:
-    """What a process says, line by line, as it comes."""
-
-    def __init__(self, stream: IO[str]) -> None:
-        self._lines: queue.Queue[str] = queue.Queue()
-        self._stream = stream
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self) -> None:
-        for line in self._stream:
-            self._lines.put(line)
-
-    def wait_for(self, part: str, limit: float) -> str:
-        end = time.monotonic() + limit
-        while part not in (line := self._lines.get(timeout=max(end - time.monotonic(), 0.01))):
-            pass
-        return line
-
-
 @pytest.mark.slow
 @pytest.mark.fault("F3")
 def test_a_frozen_rank_is_told_and_can_be_ended(
@@ -363,8 +332,6 @@ def test_a_frozen_rank_is_told_and_can_be_ended(
 ) -> None:
     folder = RunFolder(tmp_path / "run")
     process = begin(*TWO, "--trainer.max_epochs", "100000")
-    assert process.stderr is not None
-    said = Said(process.stderr)
     wait_for(folder.metrics)
     end = time.monotonic() + 30
     while not (beat := json.loads(folder.rank(1, 1).heartbeat.read_text()))["doing"]:
@@ -372,11 +339,11 @@ def test_a_frozen_rank_is_told_and_can_be_ended(
         time.sleep(0.02)
     rank = psutil.Process(beat["pid"])
     rank.suspend()
-    line = said.wait_for("rank 1 has given no sign of life for 1", 30)
+    line, heard = process.wait_for_error("rank 1 has given no sign of life for 1", PATIENCE)
     assert f"; its process is stopped, kill -CONT {rank.pid} lets it go on; see lightning-hub runs show run" in line
     assert re.search(r"stands at step \d+, in \w+", line)
     rank.resume()
-    said.wait_for("note: rank 1 gives signs of life again after 1", 30)
+    _, heard = process.wait_for_error("note: rank 1 gives signs of life again after 1", PATIENCE, heard)
     assert "rank 1 has given no sign" in folder.rank(1, 0).stderr.read_text()
     events = [json.loads(line) for line in folder.events.read_text().splitlines()]
     assert [(event["event"], event["rank"]) for event in events if "rank" in event] == [
@@ -384,7 +351,7 @@ def test_a_frozen_rank_is_told_and_can_be_ended(
         ("heard again", 1),
     ]
     rank.suspend()
-    said.wait_for("rank 1 has given no sign of life for 1", 30)
+    process.wait_for_error("rank 1 has given no sign of life for 1", PATIENCE, heard)
     assert run(["runs", "stop", str(folder.path)]) == 0
     out = capsys.readouterr().out
     assert "rank 1 is silent for 1" in out

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
+import ctypes
 import json
 import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,8 +20,9 @@ from lightning_hub.cli import run
 from lightning_hub.runs.folder import RunFolder
 from lightning_hub.runs.manifest import committed, verify
 from lightning_hub.runs.metrics import Line, read_metrics
-from tests.conftest import PATIENCE, WriteRows
+from tests.conftest import WriteRows
 from tests.training.conftest import Fit
+from tests.warm import Warm, after_step_3, hub, warm_run
 
 # Noise on the embeddings and a validation in mid-epoch: random states and every kind of boundary are in it.
 LONG = ("--trainer.max_epochs", "3", "--trainer.val_check_interval", "2", "--model.neftune_alpha", "5")
@@ -50,13 +54,16 @@ def cut_after(folder: RunFolder, step: int, to: Path) -> RunFolder:
 
 @pytest.mark.slow
 @pytest.mark.fault("F22")
-@pytest.mark.parametrize("workers", ["0", "2"])
-def test_resume_from_every_step_is_exact(fit: Fit, tmp_path: Path, workers: str) -> None:
+@pytest.mark.parametrize(
+    ("workers", "stops"),
+    [("0", (1, 2, 3, 4, 6, 8, 11)), ("2", (3, 8))],  # within an epoch, before and after a validation, at ends of epochs
+)
+def test_resume_from_every_step_is_exact(fit: Fit, tmp_path: Path, workers: str, stops: tuple[int, ...]) -> None:
     code, straight = fit(*LONG, *EVERY_STEP, "--data.num_workers", workers)
     assert code == 0
     steps = [step for step, _ in committed(straight.checkpoints)]
     assert steps == list(range(12, 0, -1))
-    for step in (1, 2, 3, 4, 6, 8, 11):  # within an epoch, before and after a validation, at the ends of epochs
+    for step in stops:
         resumed = cut_after(straight, step, tmp_path / f"from-{step}")
         assert run(["runs", "resume", str(resumed.path)]) == 0
         assert_same_end(straight, resumed)
@@ -64,18 +71,19 @@ def test_resume_from_every_step_is_exact(fit: Fit, tmp_path: Path, workers: str)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("devices", "steps"), [("1", (3, 4, 9)), ("2", (4,))])  # more of two: tests/parallel
-def test_osft_goes_on_exactly(
-    fit: Fit, tmp_path: Path, devices: str, steps: tuple[int, ...], capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_osft_goes_on_exactly(fit: Fit, tmp_path: Path, devices: str, steps: tuple[int, ...]) -> None:
     shape = ("--trainer.accelerator", "cpu", "--trainer.devices", devices, "--trainer.strategy", "fsdp")
-    code, straight = fit(*LONG, *EVERY_STEP, *shape, "--model.unfreeze_rank_ratio", "0.3", method="OSFT")
-    assert code == 0, capfd.readouterr().err
+    command = run if devices == "1" else partial(warm_run, tmp_path)
+    options = (*LONG, *EVERY_STEP, *shape, "--model.unfreeze_rank_ratio", "0.3")
+    code, straight = fit(*options, method="OSFT", command=command)
+    assert code == 0
     for step in steps:
         resumed = cut_after(straight, step, tmp_path / f"from-{step}")
-        assert run(["runs", "resume", str(resumed.path)]) == 0
+        assert command(["runs", "resume", str(resumed.path)]) == 0
         assert_same_end(straight, resumed)
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_extended(fit: Fit) -> None:
     _, folder = fit("--trainer.max_epochs", "1", "--model.lr_scheduler", "constant")
     _, longer = fit("--trainer.max_epochs", "2", "--model.lr_scheduler", "constant", folder="longer")
@@ -94,6 +102,7 @@ def test_must_never_begins_again(fit: Fit, tmp_path: Path, capsys: pytest.Captur
     assert json.loads(folder.attempt_json(1).read_text())["reason"] == "first start"
 
 
+@pytest.mark.slow
 def test_damaged_checkpoints_are_passed_over(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
     _, folder = fit(*EVERY_STEP, "--trainer.max_steps", "3")
     (folder.checkpoint(3) / "state.pt").write_bytes(b"")
@@ -107,6 +116,7 @@ def test_damaged_checkpoints_are_passed_over(fit: Fit, capsys: pytest.CaptureFix
     assert run(["runs", "resume", str(folder.path)]) == 4
 
 
+@pytest.mark.slow
 def test_going_on_from_an_older_checkpoint_gives_up_the_newer_ones(fit: Fit) -> None:
     _, folder = fit(*EVERY_STEP, "--trainer.max_steps", "4")
     older = ["--resume", str(folder.checkpoint(1)), "--checkpoint.keep", "2", "--trainer.max_steps", "2"]
@@ -115,6 +125,7 @@ def test_going_on_from_an_older_checkpoint_gives_up_the_newer_ones(fit: Fit) -> 
     assert verify(folder.latest.resolve()).step == 2
 
 
+@pytest.mark.slow
 @pytest.mark.fault("F24")
 def test_changed_data_is_refused_unless_allowed(
     fit: Fit, write_rows: WriteRows, capsys: pytest.CaptureFixture[str]
@@ -135,6 +146,7 @@ def test_changed_data_is_refused_unless_allowed(
     assert epochs == [0, 0, 0, 1, 1], "where epochs have 2 steps, one with 3 finished is over"
 
 
+@pytest.mark.slow
 @pytest.mark.fault("F24")
 def test_other_changes_are_named_and_take_effect(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
     constant = ("--model.lr_scheduler", "constant", *EVERY_STEP)
@@ -168,6 +180,7 @@ LASTING = {  # a method, options of the first run, a change that would fit the t
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", LASTING)
 def test_what_is_trained_stays_what_it_is(
     fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, case: str
@@ -186,6 +199,7 @@ def test_what_is_trained_stays_what_it_is(
     assert run(["runs", "resume", str(folder.path), "--trainer.max_steps", "2"]) == 0
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_protecting_what_it_began_with(
     fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,6 +215,7 @@ def test_a_run_goes_on_protecting_what_it_began_with(
     assert run(["runs", "resume", str(second.path), *more, "--model.previous", f"[{moved}]"]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.security("S1")
 @pytest.mark.parametrize("name", ["address", "file", "no manifest"])
 def test_what_is_no_checkpoint_of_ours_is_refused(
@@ -222,27 +237,11 @@ def test_what_is_no_checkpoint_of_ours_is_refused(
         assert fit("--resume", path, "--trust-checkpoint", "--trainer.max_steps", "2", folder="third")[0] == 0
 
 
-MEANWHILE = """
-import os, signal, sys
-from pathlib import Path
-from lightning_hub.callbacks.recorder import Recorder
-from lightning_hub.cli import run
-plain = Recorder.on_train_batch_end
-def then(self, trainer, module, outputs, batch, index):
-    plain(self, trainer, module, outputs, batch, index)
-    if trainer.global_step == 3:
-        exec(sys.argv[1])
-Recorder.on_train_batch_end = then
-sys.exit(run(sys.argv[2:]))
-"""
-"""A process in which something happens right after the third step."""
-
-
 def fit_until(event: str, straight: RunFolder, to: Path) -> tuple[int, RunFolder, str]:
     """Repeat a run in a process of its own in which ``event`` happens after step 3."""
-    command = [sys.executable, "-c", MEANWHILE, event, "fit", "--config", str(straight.config), "--run-dir", str(to)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
-    return done.returncode, RunFolder(to), done.stderr
+    command = hub("fit", "--config", str(straight.config), "--run-dir", str(to))
+    code, _, error = Warm(command, to.parent, first=partial(after_step_3, event)).finished()
+    return code, RunFolder(to), error
 
 
 @pytest.mark.slow
@@ -296,18 +295,13 @@ def test_a_wish_for_a_checkpoint(fit: Fit, tmp_path: Path) -> None:
     assert any(event["event"] == "checkpoint" and event["step"] == 3 for event in events)
 
 
-FULL_DISK = """
-import os, subprocess, sys
-from pathlib import Path
-from lightning_hub.cli import run
-folder = Path(sys.argv[1])
-(folder / "checkpoints").mkdir(parents=True)
-subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder / "checkpoints")], check=True)
-code = run(sys.argv[2:])
-print("left", sorted(os.listdir(folder / "checkpoints")), file=sys.stderr)
-sys.exit(code)
-"""
-"""A process that trains where there is room for one checkpoint and not for two."""
+def on_a_small_disk(checkpoints: Path) -> None:
+    """Let this process have a disk for checkpoints with room for one and not for two."""
+    checkpoints.mkdir(parents=True)
+    assert ctypes.CDLL(None).unshare(0x00020000) == 0  # CLONE_NEWNS: no other process sees what is mounted
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(checkpoints)], check=True)
+    atexit.register(lambda: print("left", sorted(path.name for path in checkpoints.iterdir()), file=sys.stderr))
 
 
 @pytest.mark.slow
@@ -327,12 +321,12 @@ def test_a_full_disk_ends_the_run_and_leaves_the_old_checkpoint(fit: Fit, tmp_pa
         "auto",
         *EVERY_STEP,
     ]
-    command = ["unshare", "-m", sys.executable, "-c", FULL_DISK, str(folder.path), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
-    assert done.returncode == 1
-    assert "left ['latest', 'step-1']" in done.stderr
-    assert "are needed and" in done.stderr
-    assert "free space and resume" in done.stderr
+    first = partial(on_a_small_disk, folder.checkpoints)
+    code, _, error = Warm(hub(*arguments), tmp_path, first=first).finished()
+    assert code == 1
+    assert "left ['latest', 'step-1']" in error
+    assert "are needed and" in error
+    assert "free space and resume" in error
     assert json.loads(folder.status.read_text())["state"] == "failed"
     record = json.loads((folder.path / json.loads(folder.status.read_text())["error"]).read_text())
     assert record["class"] == "disk"
@@ -350,6 +344,7 @@ def state_of(folder: RunFolder) -> object:
     return json.loads(folder.status.read_text())["state"]
 
 
+@pytest.mark.slow
 def test_a_finished_run_stays_finished_and_remembers_its_extension(
     fit: Fit, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -372,6 +367,7 @@ def test_a_finished_run_stays_finished_and_remembers_its_extension(
     assert json.loads(folder.status.read_text())["step"] == 12
 
 
+@pytest.mark.slow
 def test_an_attempt_that_was_refused_is_not_remembered(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
     _, folder = fit(*CONSTANT, *EVERY_STEP)
     refused = ("--trainer.max_epochs", "2", "--data.effective_batch_size", "16")
@@ -381,6 +377,7 @@ def test_an_attempt_that_was_refused_is_not_remembered(fit: Fit, capsys: pytest.
     assert json.loads(folder.status.read_text())["step"] == 4
 
 
+@pytest.mark.slow
 def test_limits_before_the_checkpoint_are_refused_in_one_sentence(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
     _, folder = fit("--trainer.max_epochs", "3")
     status = json.loads(folder.status.read_text())

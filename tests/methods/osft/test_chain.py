@@ -23,6 +23,7 @@ from tests.methods.osft.test_module import leaks, random_model
 from tests.parallel.test_topology import saved
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("complement", ["full", "thin"])
 def test_a_further_task_leaves_alone_what_the_first_has_learnt(
     train: Callable[..., OSFT], tmp_path: Path, complement: str
@@ -116,6 +117,7 @@ def altered(name: str, change: Callable[[dict[str, torch.Tensor]], object], expo
 QUERY = "model.layers.0.self_attn.q_proj.weight"
 
 
+@pytest.mark.slow
 def test_earlier_changes_of_something_else_are_refused(train: Callable[..., OSFT], tmp_path: Path) -> None:
     first = train(unfreeze_rank_ratio=0.25)
     export = tmp_path / "first"
@@ -141,6 +143,7 @@ def test_earlier_changes_of_something_else_are_refused(train: Callable[..., OSFT
         train(unfreeze_rank_ratio=1.0, model=str(everything), previous=[str(everything)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_that_the_earlier_task_has_not_left_is_noticed(
     train: Callable[..., OSFT], tmp_path: Path, dtype: torch.dtype

@@ -140,6 +140,7 @@ def test_what_computes_less_is_taken(tokens: int, expected: str, tmp_path: Path)
     assert {site.change.forward_as for site in whole} == {"merged"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("forward", ["merged", "factored"])
 @pytest.mark.parametrize("family", ["llama", "phi3"])
 def test_a_block_compiles_in_one_graph_and_copies(family: str, forward: str, tmp_path: Path) -> None:

@@ -61,6 +61,7 @@ def assert_same(resumed: Told, straight: Told) -> None:
     assert all(resumed.weights[name].equal(tensor) for name, tensor in straight.weights.items())
 
 
+@pytest.mark.slow
 def test_one_process_goes_on_without_a_cache(
     tmp_path: Path, write_rows: WriteRows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,6 +106,7 @@ def _in_turn(whole: list[Story], rest: list[Story], empty: Path) -> list[Told]:
         return first + tell_all(rest)
 
 
+@pytest.mark.slow
 def test_altered_bases_are_refused(tmp_path: Path, write_rows: WriteRows, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LIGHTNING_HUB_CACHE", str(tmp_path / "cache"))
     whole = Story("single", write_rows(50), tmp_path / "run", kind=OSFT, trainer={"max_steps": 2})

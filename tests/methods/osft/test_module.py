@@ -192,6 +192,7 @@ def test_the_published_form_is_projected_before_clipping_and_after_the_step(trai
         assert max(leaks(change, exact.u[:, : exact.protected], exact.v[: exact.protected])) < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [{}, {"forward": "factored"}, {"parametrization": "usv"}], ids=str)
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true", "bf16-mixed"])
 def test_what_trains_is_float32_in_every_precision(
@@ -328,6 +329,7 @@ def test_where_no_blocks_are_known_the_layers_there_are_get_listed() -> None:
         OSFT("unused").choose_trainable(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
 def test_merged_weights_are_rounded_once_and_read_again_as_they_are(

@@ -42,6 +42,7 @@ def test_what_is_computed_is_what_is_allocated(family: str, form: str, tmp_path:
     assert computed == pytest.approx(held / 1e9, rel=0.1)
 
 
+@pytest.mark.slow
 def test_the_state_of_a_large_model_is_within_its_bounds() -> None:
     model = MODELS["Llama-3.1-8B"]
     assert state_gb(with_changes(model, FORMS["full"]))[1] < 45
