@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import lightning_hub
-from lightning_hub.config.registry import CLASSES
+from lightning_hub.config.registry import CLASSES, SHOWN_AS
 from lightning_hub.config.schema import SCHEMA_FILE
 
 ROOT = Path(__file__).parents[1]
@@ -52,8 +52,9 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_the_public_classes_are_those_of_recipes() -> None:
+def test_the_public_classes_are_those_of_recipes_and_the_base_of_methods() -> None:
     listed = [named(name) for name in CLASSES if name.startswith("lightning_hub.")]
+    listed += [base for kind in listed for base in kind.__mro__ if base.__name__ in SHOWN_AS]
     for name in lightning_hub.__all__:
         if not name.startswith("__"):
             assert getattr(lightning_hub, name) in listed

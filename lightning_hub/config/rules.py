@@ -166,8 +166,9 @@ def check_processes(recipe: Recipe, tp: int, world_size: int) -> None:
     Raises:
         ConfigError: Its method cannot train in this form.
     """
-    use_dora, quantization = (recipe.get(f"model.init_args.{name}") for name in ("use_dora", "quantization"))
-    check_adapters(use_dora=use_dora is True, quantization=str(quantization or "none"), tp=tp, world_size=world_size)
+    use_dora = recipe.get("model.init_args.use_dora") is True
+    quantization = str(recipe.get("model.init_args.quantization") or "none")
+    check_adapters(use_dora=use_dora, quantization=quantization, tp=tp, world_size=world_size)
 
 
 def check_adapters(*, use_dora: bool, quantization: str, tp: int, world_size: int) -> None:
