@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
+from lightning_hub.checkpoints.plugin import read_state
 from lightning_hub.errors import ConfigError
 
 Facts = dict[str, str]
@@ -37,3 +41,68 @@ def compare(before: Facts, now: Facts, binding: Facts, *, allowed: bool, speak: 
 
 def _said(name: str, change: tuple[str, str]) -> str:
     return f"{name} was {change[0]} and is {change[1]}"
+
+
+KEYS = (
+    "seed_everything",
+    "trainer.precision",
+    "trainer.gradient_clip_val",
+    "trainer.gradient_clip_algorithm",
+    "model.class_path",
+)
+"""What shapes a training beside the method's own options."""
+
+
+def recipe_facts(tree: dict[str, Any]) -> dict[str, str]:
+    """Return the method's options and what else of a recipe shapes the numbers, by their keys."""
+    facts = {}
+    for key in KEYS:
+        value: Any = tree
+        for word in key.split("."):
+            value = (value or {}).get(word)
+        facts[key] = str(value)
+    return facts | {f"model.init_args.{name}": str(value) for name, value in tree["model"]["init_args"].items()}
+
+
+def check_limits(checkpoint: Path, max_epochs: int | None) -> None:
+    """Refuse a limit that lies before the epoch in which a checkpoint was made.
+
+    Args:
+        checkpoint: What the run goes on from.
+        max_epochs: Of the trainer.
+
+    Raises:
+        ConfigError: It does.
+    """
+    progress = read_state(checkpoint).get("loops", {}).get("fit_loop", {}).get("epoch_progress", {})
+    done = progress.get("current", {}).get("processed", 0)
+    if max_epochs not in (None, -1) and done > int(str(max_epochs)):
+        remedy = f"give at least {done}, or go on from an older checkpoint with --resume PATH"
+        message = f"{max_epochs} lies before the checkpoint, which has finished {done} epochs"
+        raise ConfigError(message, where="trainer.max_epochs", remedy=remedy)
+
+
+def check_lasting(checkpoint: Path, facts: dict[str, str], names: Iterable[str]) -> None:
+    """Refuse options of the method that say what the tensors of a checkpoint are, if they are not those it was made by.
+
+    Some would not fit; others would, and mean another model.
+
+    Args:
+        checkpoint: What the run goes on from.
+        facts: Of this run.
+        names: Of these options.
+
+    Raises:
+        ConfigError: One has changed.
+    """
+    before = read_state(checkpoint).get("facts", {})
+    if before.get("model.class_path") != facts["model.class_path"]:
+        return  # another method's options
+    for key in (f"model.init_args.{name}" for name in names):
+        if key in before and before[key] != facts.get(key):
+            raise ConfigError(
+                f"it was {before[key]} when the checkpoint was made and is {facts.get(key)}, and what has been trained "
+                "hangs on it",
+                where=key,
+                remedy="leave it as it was, or start a new run",
+            )

@@ -6,18 +6,14 @@ import time
 from typing import cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, TextColumn
 
 from lightning_hub.callbacks.recorder import Recorder, TrainedModule
 from lightning_hub.ops.rows import Step
-from lightning_hub.runs.terminal import terminal
+from lightning_hub.progress_bar import SECONDS_BETWEEN_LINES, ProgressBar
 
 SECONDS_BETWEEN_LOSSES = 0.5
 """How often the loss is read from the device, which the host waits for."""
-
-SECONDS_BETWEEN_LINES = 10.0
-"""How often a line is printed where there is no terminal to draw on."""
 
 
 class ProgressLine(Callback):
@@ -29,7 +25,7 @@ class ProgressLine(Callback):
 
     def __init__(self, recorder: Recorder) -> None:
         self.recorder = recorder
-        self._bar: Progress | None = None
+        self._bar: ProgressBar | None = None
         self._printed = 0.0
         self._seen = (0, time.monotonic())
         self._speed = 0.0
@@ -42,28 +38,17 @@ class ProgressLine(Callback):
             return
         self._printed = time.monotonic()
         self._seen = (self.recorder.tokens, time.monotonic())
-        console = Console(file=terminal())  # the terminal itself: a bar does not belong in a log
-        if console.is_terminal:
-            columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"))
-            self._bar = Progress(
-                *columns,
-                TimeRemainingColumn(compact=True),
-                console=console,
-                refresh_per_second=5,
-                redirect_stdout=False,
-                redirect_stderr=False,
-            )
-            self._bar.add_task("step", total=_total(trainer), completed=trainer.global_step, numbers="")
-            self._bar.start()
+        columns = (MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"))
+        self._bar = ProgressBar("step", _total(trainer), *columns, completed=trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: Step, batch_idx: int
     ) -> None:
         """Move the bar, or print a line if it is time."""
-        if not trainer.is_global_zero:
+        if self._bar is None:
             return
-        if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=trainer.global_step, numbers=self._numbers(pl_module))
+        if self._bar.is_drawn:
+            self._bar.update(trainer.global_step, self._numbers(pl_module))
         elif time.monotonic() - self._printed >= SECONDS_BETWEEN_LINES:
             self._printed = time.monotonic()
             total = _total(trainer)

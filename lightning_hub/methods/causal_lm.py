@@ -33,9 +33,8 @@ from lightning_hub.ops.loss import LossHead, Traits
 from lightning_hub.ops.rows import IGNORED, Row, Step
 from lightning_hub.parallel.clipping import clip_by_norm, clip_by_value, total_norm
 from lightning_hub.parallel.data_parallel import accumulation, data_parallel
-from lightning_hub.parallel.gathering import full_state
 from lightning_hub.parallel.lightning_internals import trainer_of
-from lightning_hub.parallel.parts import by_mesh
+from lightning_hub.parallel.parts import by_mesh, full_state
 from lightning_hub.parallel.starting import start
 
 Dtype = Literal["auto", "float32", "bfloat16"]

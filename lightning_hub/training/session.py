@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Callback
 
 from lightning_hub.callbacks import live
 from lightning_hub.callbacks.checkpoints import SaveCheckpoints, StopRun, Wish
+from lightning_hub.callbacks.facts import check_lasting, check_limits, recipe_facts
 from lightning_hub.callbacks.memory import KeepMemory
 from lightning_hub.callbacks.progress import ProgressLine
 from lightning_hub.callbacks.recorder import Recorder
@@ -37,7 +38,6 @@ from lightning_hub.runs.samples import SamplesWriter
 from lightning_hub.runs.summary import run_summary
 from lightning_hub.runs.writer import StatusWriter
 from lightning_hub.training.announcement import Announcement
-from lightning_hub.training.facts import check_lasting, check_limits, recipe_facts
 from lightning_hub.training.parser import RecipeCLI
 from lightning_hub.training.wishes import Asked, HardStop, Wishes, requeue
 

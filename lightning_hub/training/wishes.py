@@ -11,7 +11,7 @@ from types import FrameType
 
 from lightning_hub.callbacks.checkpoints import Wish
 from lightning_hub.launch.ranks import PASSED_ON
-from lightning_hub.parallel.agreement import largest
+from lightning_hub.parallel.crew import largest
 from lightning_hub.runs.rank import RankWriter
 from lightning_hub.runs.records import State
 

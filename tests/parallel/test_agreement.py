@@ -12,8 +12,7 @@ from lightning_hub.errors import ConfigError, HubError
 from lightning_hub.launch.place import Place
 from lightning_hub.methods.health import UnfitStepError
 from lightning_hub.methods.lora.health import DeadAdapterError
-from lightning_hub.parallel.agreement import largest, worst
-from lightning_hub.parallel.crew import Crew
+from lightning_hub.parallel.crew import Crew, largest, worst
 from lightning_hub.parallel.joining import join, leave
 from tests.parallel.harness import processes
 

@@ -12,8 +12,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from lightning_hub.callbacks import live
 from lightning_hub.checkpoints.plugin import FolderCheckpointIO
-from lightning_hub.parallel.gathering import full_state
-from lightning_hub.parallel.parts import own_part, part_of
+from lightning_hub.parallel.parts import full_state, own_part, part_of
 from tests.parallel.harness import processes
 
 

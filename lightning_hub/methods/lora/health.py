@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_hub.errors import HubError
-from lightning_hub.parallel.agreement import any_rank
+from lightning_hub.parallel.crew import any_rank
 from lightning_hub.parallel.parts import own_part
 
 LEAST_RATE = 1e-8

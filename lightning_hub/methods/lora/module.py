@@ -38,7 +38,7 @@ from lightning_hub.ops.loss import Traits
 from lightning_hub.ops.rows import Step
 from lightning_hub.parallel.crew import Crew
 from lightning_hub.parallel.data_parallel import Placing, data_parallel
-from lightning_hub.parallel.gathering import full_tensors
+from lightning_hub.parallel.parts import full_tensors
 from lightning_hub.parallel.strategies import MeshStrategy
 
 

@@ -18,8 +18,7 @@ from lightning_hub.methods.osft.chain import Earlier, Spans, protect
 from lightning_hub.methods.osft.change import Change, Piece
 from lightning_hub.methods.osft.split import split
 from lightning_hub.methods.osft.surgery import Site
-from lightning_hub.parallel.agreement import is_several
-from lightning_hub.parallel.crew import Crew
+from lightning_hub.parallel.crew import Crew, is_several
 from lightning_hub.parallel.parts import own_part, part_of
 
 VERSION = 3

@@ -36,8 +36,8 @@ from lightning_hub.methods.osft.telling import by_shape
 from lightning_hub.methods.targets import ALL_LINEAR, Matrix, describe, matrices, resolve
 from lightning_hub.ops.loss import Traits
 from lightning_hub.parallel.crew import Crew
-from lightning_hub.parallel.gathering import full_state
 from lightning_hub.parallel.lightning_internals import trainer_of
+from lightning_hub.parallel.parts import full_state
 from lightning_hub.parallel.sharding import decoder_blocks
 from lightning_hub.parallel.strategies import MeshStrategy
 from lightning_hub.runs.folder import default_cache_dir

@@ -5,12 +5,9 @@ from __future__ import annotations
 import time
 from types import TracebackType
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import TaskProgressColumn
 
-from lightning_hub.runs.terminal import terminal
-
-SECONDS_BETWEEN_LINES = 10.0
+from lightning_hub.progress_bar import SECONDS_BETWEEN_LINES, ProgressBar
 
 WORDS = "decomposing weights"
 
@@ -24,8 +21,7 @@ class Progressing:
 
     def __init__(self, speaks: bool) -> None:
         self.speaks = speaks
-        self._console = Console(file=terminal())  # the terminal itself: a bar does not belong in a log
-        self._bar: Progress | None = None
+        self._bar: ProgressBar | None = None
         self._said = time.monotonic()
 
     def __enter__(self) -> Progressing:
@@ -41,17 +37,10 @@ class Progressing:
         """Tell that this share of the work is behind, 0 to 1."""
         if not self.speaks:
             return
-        if self._console.is_terminal:
-            self._draw(share)
+        if self._bar is None:
+            self._bar = ProgressBar(WORDS, 1.0, TaskProgressColumn(), stays=False)
+        if self._bar.is_drawn:
+            self._bar.update(share)
         elif time.monotonic() - self._said >= SECONDS_BETWEEN_LINES:
             self._said = time.monotonic()
             print(f"osft   {WORDS}: {share:.0%}", flush=True)
-
-    def _draw(self, share: float) -> None:
-        if self._bar is None:
-            columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
-            self._bar = Progress(*columns, TimeRemainingColumn(compact=True), console=self._console, transient=True,
-                                 redirect_stdout=False, redirect_stderr=False)  # fmt: skip
-            self._bar.add_task(WORDS, total=1.0)
-            self._bar.start()
-        self._bar.update(self._bar.task_ids[0], completed=share)
