@@ -28,8 +28,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from benchmarks.records import ONE_THREAD, record, table
 from benchmarks.room import WholeMatrix
 from lightning_hub.cli import run
-from lightning_hub.data.samples import Samples
-from lightning_hub.data.steps import Batching, StepPlan
+from lightning_hub.data.sample_store import Samples
+from lightning_hub.data.step_plan import Batching, StepPlan
 from lightning_hub.demo.methods import METHODS, known_and_new, method_flags, write_facts
 from lightning_hub.demo.tasks import turned_words
 from lightning_hub.models.pretrained import EMBEDDED_FOLDER, ROOM_FOLDER, Pretrained

@@ -28,8 +28,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lightning_hub.data.samples import Samples
-from lightning_hub.data.steps import Batching, StepPlan
+from lightning_hub.data.sample_store import Samples
+from lightning_hub.data.step_plan import Batching, StepPlan
 from lightning_hub.ops.attention import PACKED
 from lightning_hub.ops.attention_proof import proven_head
 from lightning_hub.ops.rows import IGNORED

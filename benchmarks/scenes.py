@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from benchmarks import room
 from benchmarks.keepers import targets
-from lightning_hub.data.samples import Samples
-from lightning_hub.data.steps import Batching, StepPlan
+from lightning_hub.data.sample_store import Samples
+from lightning_hub.data.step_plan import Batching, StepPlan
 from lightning_hub.demo.tasks import PRETRAINING, SHOUT, Conversation, Task, conversations
 from lightning_hub.methods.osft.split import split, trained_rank
 from lightning_hub.models.generation import complete

@@ -16,13 +16,21 @@ from lightning_hub.errors import ConfigError
 
 _T = TypeVar("_T")
 
-_NOT_PREPARATION = {"packing.py", "steps.py", "module.py", "inspection.py", "cache.py", "checks.py", "prompts.py"}
+_NOT_PREPARATION = {
+    "packing.py",
+    "step_plan.py",
+    "datamodule.py",
+    "inspection.py",
+    "cache.py",
+    "checks.py",
+    "prompts.py",
+}
 
 
 def code_version() -> str:
     """A hash of the code that prepares data, and the versions of the libraries that render and tokenise."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
         if path.name not in _NOT_PREPARATION:
             digest.update(path.name.encode() + path.read_bytes())
     libraries = [metadata.version(name) for name in ("transformers", "tokenizers", "jinja2")]

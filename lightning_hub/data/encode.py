@@ -12,13 +12,13 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lightning_hub.data.conversation import BadRowError, Conversation, Document, Example, Role, Tokens
-from lightning_hub.data.fast import FastMasked, FastMasker
-from lightning_hub.data.probe import Backend, backend_of, probe
-from lightning_hub.data.samples import Ids
-from lightning_hub.data.selection import expand
+from lightning_hub.data.masking.chat_template import Renderer, resolve_template
+from lightning_hub.data.masking.pattern_cache import FastMasked, FastMasker
+from lightning_hub.data.masking.reference import Masked, TurnFinder
+from lightning_hub.data.masking.selection import expand
+from lightning_hub.data.masking.template_profile import Backend, backend_of, probe
+from lightning_hub.data.sample_store import Ids
 from lightning_hub.data.settings import DataSettings
-from lightning_hub.data.templates import Renderer, resolve_template
-from lightning_hub.data.turns import Masked, TurnFinder
 from lightning_hub.errors import ConfigError
 from lightning_hub.ops.rows import IGNORED
 

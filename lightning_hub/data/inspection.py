@@ -15,10 +15,10 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_hub.data.encode import Encoder, Sample
 from lightning_hub.data.outcomes import Outcome, RowReader
+from lightning_hub.data.readers.sources import open_source
 from lightning_hub.data.report import DataReport
-from lightning_hub.data.samples import Ids
+from lightning_hub.data.sample_store import Ids
 from lightning_hub.data.settings import DataSettings
-from lightning_hub.data.sources import open_source
 from lightning_hub.errors import DataError
 from lightning_hub.ops.rows import IGNORED
 

@@ -10,9 +10,9 @@ from itertools import chain, islice, repeat
 
 from lightning_hub.data.conversation import BadRowError, Example
 from lightning_hub.data.encode import ROLES, Encoder, Refused, Sample
-from lightning_hub.data.examples import Row
-from lightning_hub.data.formats import normalise, rename
-from lightning_hub.data.layouts import Recognised, recognise
+from lightning_hub.data.readers.examples import Row
+from lightning_hub.data.readers.formats import normalise, rename
+from lightning_hub.data.readers.layouts import Recognised, recognise
 from lightning_hub.data.report import Reason
 from lightning_hub.data.settings import DataSettings
 from lightning_hub.errors import DataError

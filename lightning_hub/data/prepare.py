@@ -15,14 +15,14 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lightning_hub.data.cache import Cache, code_version, key_of
+from lightning_hub.data.collect import Intake
 from lightning_hub.data.encode import Encoder
-from lightning_hub.data.intake import Intake
-from lightning_hub.data.probe import backend_of
+from lightning_hub.data.masking.chat_template import resolve_template
+from lightning_hub.data.masking.template_profile import backend_of
+from lightning_hub.data.readers.sources import Input, open_source
 from lightning_hub.data.report import DataReport
-from lightning_hub.data.samples import Indices, Samples
+from lightning_hub.data.sample_store import Indices, Samples
 from lightning_hub.data.settings import DataSettings
-from lightning_hub.data.sources import Input, open_source
-from lightning_hub.data.templates import resolve_template
 from lightning_hub.errors import DataError
 from lightning_hub.runs.files import write_json
 from lightning_hub.runs.folder import default_cache_dir

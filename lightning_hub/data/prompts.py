@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TypeAlias, cast
 
-from lightning_hub.data.examples import Row
-from lightning_hub.data.json_files import read_jsonl
-from lightning_hub.data.limits import ExampleLimits
+from lightning_hub.data.readers.examples import Row
+from lightning_hub.data.readers.json_files import read_jsonl
+from lightning_hub.data.readers.limits import ExampleLimits
 from lightning_hub.errors import DataError
 
 Prompt: TypeAlias = list[dict[str, str]]

@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from lightning_hub.data.samples import Samples
+from lightning_hub.data.sample_store import Samples
 
 SHOWN = 20
 """How many places of each reason are listed."""

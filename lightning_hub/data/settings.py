@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Literal, TypeAlias, get_args
 
-from lightning_hub.data.limits import ExampleLimits
+from lightning_hub.data.readers.limits import ExampleLimits
 from lightning_hub.errors import ConfigError
 
 Format: TypeAlias = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "document", "tokens"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_hub.data.alignment import align
+from lightning_hub.data.masking.alignment import align
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from lightning_hub.data.readers.sources import open_source
 from lightning_hub.data.settings import Source
-from lightning_hub.data.sources import open_source
 from lightning_hub.errors import ConfigError
 from tests.data.families import TEMPLATES, make_tokenizer
 from tests.data.test_prepare import Prepare, pairs, run, tokenizer, write

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lightning_hub.data.conversation import Conversation, Message
 from lightning_hub.data.encode import Encoder, Refused, to_sample
-from lightning_hub.data.fast import AGREEING_ROWS
+from lightning_hub.data.masking.pattern_cache import AGREEING_ROWS
 from lightning_hub.data.settings import DataSettings
 from tests.data.families import FAMILIES, Family
 

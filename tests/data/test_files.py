@@ -16,8 +16,8 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_hub.data.examples import Row
-from lightning_hub.data.files import read_rows
+from lightning_hub.data.readers.examples import Row
+from lightning_hub.data.readers.files import read_rows
 from lightning_hub.errors import ConfigError
 
 ROWS: list[dict[str, object]] = [

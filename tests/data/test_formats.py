@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_hub.data.conversation import BadRowError, Conversation, Document, Message, Tokens, ToolCall
-from lightning_hub.data.formats import normalise, rename
-from lightning_hub.data.layouts import Layout, recognise
+from lightning_hub.data.readers.formats import normalise, rename
+from lightning_hub.data.readers.layouts import Layout, recognise
 from lightning_hub.data.settings import DataSettings, Format
 from lightning_hub.errors import ConfigError, DataError
 

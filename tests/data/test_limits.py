@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from lightning_hub.data import limits
-from lightning_hub.data.files import read_rows
-from lightning_hub.data.limits import ExampleLimits
 from lightning_hub.data.prepare import prepare
+from lightning_hub.data.readers import limits
+from lightning_hub.data.readers.files import read_rows
+from lightning_hub.data.readers.limits import ExampleLimits
 from lightning_hub.data.settings import DataSettings
 from lightning_hub.errors import DataError
 from tests.data.families import TEMPLATES, make_tokenizer
@@ -58,9 +58,9 @@ BOMBS: dict[str, tuple[Callable[[], bytes], int, int]] = {
 _MEASURE = """
 import json, sys, resource
 from pathlib import Path
-from lightning_hub.data import limits
-from lightning_hub.data.files import read_rows
-from lightning_hub.data.limits import ExampleLimits
+from lightning_hub.data.readers import limits
+from lightning_hub.data.readers.files import read_rows
+from lightning_hub.data.readers.limits import ExampleLimits
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 rows = [(row.where, row.problem, bool(row.data)) for row in read_rows(Path(sys.argv[1]), ExampleLimits(4_000_000))]
 print(json.dumps([rows, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before]))

@@ -17,9 +17,9 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from lightning_hub.data.intake import RowsError
+from lightning_hub.data.collect import RowsError
 from lightning_hub.data.prepare import Prepared, prepare
-from lightning_hub.data.samples import Samples
+from lightning_hub.data.sample_store import Samples
 from lightning_hub.data.settings import DataSettings, OnLong, Source
 from lightning_hub.errors import ConfigError, DataError
 from lightning_hub.ops.rows import IGNORED
@@ -271,7 +271,7 @@ def test_what_is_not_there_is_said(run: Prepare, tmp_path: Path) -> None:
 
 def test_the_hub_offline_is_a_clear_error(tmp_path: Path) -> None:
     code = (
-        "from lightning_hub.data.sources import open_source\n"
+        "from lightning_hub.data.readers.sources import open_source\n"
         "from lightning_hub.data.settings import Source\n"
         "open_source(Source('someone/something'))"
     )

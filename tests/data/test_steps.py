@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_hub.data.samples import Samples
-from lightning_hub.data.steps import Batching, StepLoader, StepPlan
+from lightning_hub.data.sample_store import Samples
+from lightning_hub.data.step_plan import Batching, StepLoader, StepPlan
 from lightning_hub.errors import ConfigError, DataError
 from lightning_hub.ops.rows import Step
 

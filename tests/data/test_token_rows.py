@@ -10,8 +10,8 @@ import torch
 
 from lightning_hub.data.conversation import BadRowError
 from lightning_hub.data.prepare import prepare
+from lightning_hub.data.readers.token_rows import LOSS_MASKS, parse_tokens
 from lightning_hub.data.settings import DataSettings
-from lightning_hub.data.token_rows import LOSS_MASKS, parse_tokens
 from lightning_hub.models.pretrained import Pretrained
 from lightning_hub.ops.rows import IGNORED
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lightning_hub.data.conversation import Conversation, Message, Role, ToolCall
 from lightning_hub.data.encode import Encoder, Refused
-from lightning_hub.data.marks import Marker
+from lightning_hub.data.masking.sentinels import Marker
 from lightning_hub.data.settings import DataSettings
 from tests.data.families import FAMILIES
 from tests.data.test_turns import stretches

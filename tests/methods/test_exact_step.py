@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
-from lightning_hub.data.samples import Samples
-from lightning_hub.data.steps import Batching, StepPlan
+from lightning_hub.data.sample_store import Samples
+from lightning_hub.data.step_plan import Batching, StepPlan
 from lightning_hub.methods.sft import SFT
 from lightning_hub.ops.rows import Step
 from tests.ops.models import VOCABULARY, make

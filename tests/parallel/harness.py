@@ -21,8 +21,8 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
-from lightning_hub.data.samples import Samples
-from lightning_hub.data.steps import Batching, StepLoader, StepPlan
+from lightning_hub.data.sample_store import Samples
+from lightning_hub.data.step_plan import Batching, StepLoader, StepPlan
 from lightning_hub.demo.tasks import REVERSE, SHOUT, SPELL, conversations
 from lightning_hub.methods.sft import SFT
 from lightning_hub.models.pretrained import Pretrained

@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_hub.callbacks.checkpoints import SaveCheckpoints
 from lightning_hub.checkpoints.plugin import FolderCheckpointIO
 from lightning_hub.checkpoints.settings import CheckpointSettings
-from lightning_hub.data.module import ChatData
+from lightning_hub.data.datamodule import ChatData
 from lightning_hub.methods.sft import SFT
 from lightning_hub.ops.rows import IGNORED, Step
 from lightning_hub.parallel.strategies import DDP, FSDP, ModelParallel

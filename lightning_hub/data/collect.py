@@ -10,12 +10,12 @@ from typing import BinaryIO
 import numpy as np
 
 from lightning_hub.data.encode import ROLES, Encoder, Sample
-from lightning_hub.data.losses import CHARACTERS
+from lightning_hub.data.masking.dropped_text import CHARACTERS
 from lightning_hub.data.outcomes import Outcome, RowReader
+from lightning_hub.data.readers.sources import Input
 from lightning_hub.data.report import SHOWN, DataReport, Reason
-from lightning_hub.data.samples import Indices, Samples
+from lightning_hub.data.sample_store import Indices, Samples
 from lightning_hub.data.settings import DataSettings
-from lightning_hub.data.sources import Input
 from lightning_hub.errors import DataError
 
 _REMEDIES: dict[str, str] = {

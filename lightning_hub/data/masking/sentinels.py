@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import Literal, TypeAlias
 
 from lightning_hub.data.conversation import BadRowError, Conversation, Message, ToolCall
-from lightning_hub.data.templates import Turn
+from lightning_hub.data.masking.chat_template import Turn
 
 Kind: TypeAlias = Literal["text", "thoughts", "tool call", "tool definition"]
 

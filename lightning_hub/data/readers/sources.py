@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
 
-from lightning_hub.data.columnar import clean_row
-from lightning_hub.data.examples import Row
-from lightning_hub.data.files import is_data_file, kind_of, read_rows
-from lightning_hub.data.limits import ExampleLimits
+from lightning_hub.data.readers.columnar import clean_row
+from lightning_hub.data.readers.examples import Row
+from lightning_hub.data.readers.files import is_data_file, kind_of, read_rows
+from lightning_hub.data.readers.limits import ExampleLimits
 from lightning_hub.data.settings import Source
 from lightning_hub.errors import ConfigError, DataError
 

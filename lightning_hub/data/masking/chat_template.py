@@ -19,7 +19,7 @@ from lightning_hub.errors import ConfigError
 Turn: TypeAlias = dict[str, object]
 """One message as a template sees it."""
 
-_FOLDER = resources.files("lightning_hub.data") / "templates"
+_FOLDER = resources.files("lightning_hub.data.masking") / "templates"
 
 _CONTROL_TOKENS = re.compile(r"<\|\w+\|>|<(?:start|end)_of_turn>|\[/?INST\]")
 

@@ -1,10 +1,10 @@
 """The fast way to the same masks: compare tokens with a skeleton that the reference way has agreed to.
 
 Conversations of the same roles differ, for most templates, in their texts only: the tokens between the texts are the
-same in every row. The reference way (:mod:`lightning_hub.data.turns`) masks the first rows of each such shape, and what
-it finds between the texts becomes the skeleton of that shape. A later row is masked by its skeleton only if every
-token between its texts equals the skeleton's, no control token stands inside a text, and every text came out; each
-other row takes the reference way. So a wrong guess costs time, never a mask.
+same in every row. The reference way (:mod:`lightning_hub.data.masking.reference`) masks the first rows of each such
+shape, and what it finds between the texts becomes the skeleton of that shape. A later row is masked by its skeleton
+only if every token between its texts equals the skeleton's, no control token stands inside a text, and every text came
+out; each other row takes the reference way. So a wrong guess costs time, never a mask.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from lightning_hub.data.conversation import Conversation
-from lightning_hub.data.marks import plain_turns
-from lightning_hub.data.samples import Ids, Indices
-from lightning_hub.data.turns import Masked, Span, TurnFinder
+from lightning_hub.data.masking.reference import Masked, Span, TurnFinder
+from lightning_hub.data.masking.sentinels import plain_turns
+from lightning_hub.data.sample_store import Ids, Indices
 from lightning_hub.ops.rows import IGNORED
 
 AGREEING_ROWS = 4

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_hub.data.packing import cost, fill, pack, share_out
-from lightning_hub.data.samples import Samples
+from lightning_hub.data.sample_store import Samples
 from lightning_hub.errors import ConfigError, DataError
 from lightning_hub.ops.rows import IGNORED, Row, Step
 

@@ -11,7 +11,7 @@ from typing import BinaryIO, cast
 
 import zstandard
 
-from lightning_hub.data.limits import ExampleLimits
+from lightning_hub.data.readers.limits import ExampleLimits
 
 COMPRESSED = (".gz", ".zst")
 _SKIPPED_LINES = 16

@@ -9,9 +9,9 @@ from typing import Protocol
 from transformers import PreTrainedTokenizerBase
 
 from lightning_hub.data.conversation import Conversation, Message, ToolCall
-from lightning_hub.data.marks import Marker, Shape, Traced, choose_alphabet, trace
-from lightning_hub.data.templates import Renderer, TemplateRefusal
-from lightning_hub.data.turn_end import TurnEnd, end_tokens, first_of, shared, shared_text
+from lightning_hub.data.masking.chat_template import Renderer, TemplateRefusal
+from lightning_hub.data.masking.sentinels import Marker, Shape, Traced, choose_alphabet, trace
+from lightning_hub.data.masking.turn_end import TurnEnd, end_tokens, first_of, shared, shared_text
 from lightning_hub.errors import ConfigError
 
 _TURNS = (

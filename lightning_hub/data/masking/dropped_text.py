@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from lightning_hub.data.conversation import BadRowError, Conversation
-from lightning_hub.data.marks import Segment, Traced
+from lightning_hub.data.masking.sentinels import Segment, Traced
 
 CHARACTERS = ", characters"
 """Ends the name of a count of characters; without it, the count is of texts."""

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
-from lightning_hub.data.columnar import read_parquet
-from lightning_hub.data.examples import Row, not_utf8
-from lightning_hub.data.json_files import has_lone_surrogate, read_json, read_jsonl
-from lightning_hub.data.limits import ExampleLimits, TooLargeError
-from lightning_hub.data.streams import BROKEN_STREAM, COMPRESSED, open_stream
+from lightning_hub.data.readers.columnar import read_parquet
+from lightning_hub.data.readers.examples import Row, not_utf8
+from lightning_hub.data.readers.json_files import has_lone_surrogate, read_json, read_jsonl
+from lightning_hub.data.readers.limits import ExampleLimits, TooLargeError
+from lightning_hub.data.readers.streams import BROKEN_STREAM, COMPRESSED, open_stream
 from lightning_hub.errors import ConfigError
 
 _BOM = "\ufeff"

@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerFast
 from lightning_hub.data.checks import check_positions, check_tokenizer_fits
 from lightning_hub.data.prepare import Prepared, prepare
 from lightning_hub.data.prompts import Prompt, read_prompts
-from lightning_hub.data.samples import Samples
+from lightning_hub.data.sample_store import Samples
 from lightning_hub.data.settings import DataSettings, Format, OnBad, OnLong, Source, TrainOn
-from lightning_hub.data.steps import Batching, Position, StepLoader, StepPlan
+from lightning_hub.data.step_plan import Batching, Position, StepLoader, StepPlan
 from lightning_hub.errors import DataError, HubError
 from lightning_hub.models.pretrained import Pretrained
 from lightning_hub.parallel.data_parallel import data_parallel

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from lightning_hub.data.examples import Row, not_utf8
-from lightning_hub.data.limits import ExampleLimits, TooLargeError, texts_inside
-from lightning_hub.data.streams import BROKEN_STREAM, numbered_lines, open_stream
+from lightning_hub.data.readers.examples import Row, not_utf8
+from lightning_hub.data.readers.limits import ExampleLimits, TooLargeError, texts_inside
+from lightning_hub.data.readers.streams import BROKEN_STREAM, numbered_lines, open_stream
 
 _BOM = "\ufeff"
 _CHUNK = 1 << 20

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_hub.data.examples import Row
-from lightning_hub.data.limits import ExampleLimits
+from lightning_hub.data.readers.examples import Row
+from lightning_hub.data.readers.limits import ExampleLimits
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq

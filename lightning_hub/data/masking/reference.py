@@ -12,14 +12,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from lightning_hub.data.alignment import align
 from lightning_hub.data.conversation import BadRowError, Conversation, Role
-from lightning_hub.data.losses import count_controls, count_losses
-from lightning_hub.data.marks import Marker, Place, Segment, Traced, choose_alphabet, trace
-from lightning_hub.data.probe import Backend, Profile
-from lightning_hub.data.selection import wanted_turns
+from lightning_hub.data.masking.alignment import align
+from lightning_hub.data.masking.chat_template import Renderer, TemplateRefusal
+from lightning_hub.data.masking.dropped_text import count_controls, count_losses
+from lightning_hub.data.masking.selection import wanted_turns
+from lightning_hub.data.masking.sentinels import Marker, Place, Segment, Traced, choose_alphabet, trace
+from lightning_hub.data.masking.template_profile import Backend, Profile
 from lightning_hub.data.settings import TrainOn
-from lightning_hub.data.templates import Renderer, TemplateRefusal
 
 Span = tuple[int, int]
 """Tokens from the first up to, not including, the second."""

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
-from lightning_hub.data import token_rows
 from lightning_hub.data.conversation import BadRowError, Conversation, Document, Example, Message
-from lightning_hub.data.layouts import Fields, Layout
-from lightning_hub.data.messages import is_empty, parse_message
+from lightning_hub.data.readers import token_rows
+from lightning_hub.data.readers.layouts import Fields, Layout
+from lightning_hub.data.readers.messages import is_empty, parse_message
 
 _COLUMNS: dict[Layout, frozenset[str]] = {
     "messages": frozenset(("messages", "conversations", "tools", "system", "unmask")),
