@@ -97,7 +97,7 @@ def equal_to_reference(prepared: Prepared, encoder: Encoder, chats: list[dict[st
     for index, chat in enumerate(chats):
         conversation = normalise(chat, "messages")
         assert isinstance(conversation, Conversation)
-        expected = to_sample(encoder.finder(conversation))
+        expected = to_sample(encoder.reference_masker(conversation))
         ids, labels = prepared.train[index]
         if not (np.array_equal(ids, expected.ids) and np.array_equal(labels, expected.labels)):
             return False

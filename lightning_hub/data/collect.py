@@ -11,10 +11,10 @@ import numpy as np
 
 from lightning_hub.data.encode import ROLES, Encoder, Sample
 from lightning_hub.data.masking.dropped_text import CHARACTERS
-from lightning_hub.data.outcomes import Outcome, RowReader
+from lightning_hub.data.outcomes import EncodedExample, ExampleReader
 from lightning_hub.data.readers.sources import Input
 from lightning_hub.data.report import SHOWN, DataReport, Reason
-from lightning_hub.data.sample_store import Indices, Samples
+from lightning_hub.data.sample_store import Indices, SampleStore
 from lightning_hub.data.settings import DataSettings
 from lightning_hub.errors import DataError
 
@@ -26,7 +26,7 @@ _REMEDIES: dict[str, str] = {
 }
 
 
-class RowsError(DataError):
+class BadExamplesError(DataError):
     """Rows that cannot be used, listed by place."""
 
     def __init__(self, message: str, places: list[str], remedy: str) -> None:
@@ -37,7 +37,7 @@ class RowsError(DataError):
         return "\n".join([f"{self.message}; {self.remedy}:", *(f"  {place}" for place in self.places)])
 
 
-class Intake:
+class SampleCollector:
     """Collects the samples of all inputs of one side, training or validation.
 
     Args:
@@ -71,8 +71,8 @@ class Intake:
             DataError: 20 rows are wrong in a way that the settings do not let pass.
         """
         self.report.inputs.update(given.digest())
-        reader = RowReader(self.settings, self.encoder)
-        for outcome in reader.outcomes(given.rows()):
+        reader = ExampleReader(self.settings, self.encoder)
+        for outcome in reader.encoded_examples(given.examples()):
             self._account(outcome)
         for name in given.digest():
             self.report.formats[name] = reader.layout or "empty"
@@ -82,7 +82,7 @@ class Intake:
             self.report.note_place("files that are no data are not read", name)
         self._inputs += 1
 
-    def _account(self, outcome: Outcome) -> None:
+    def _account(self, outcome: EncodedExample) -> None:
         self.report.rows_read += 1
         if outcome.tokens_lost:
             self.report.truncated += 1
@@ -117,7 +117,7 @@ class Intake:
                 self._refuse(reason, f"{SHOWN} rows or more")
 
     def _refuse(self, reason: Reason, how_many: str) -> None:
-        raise RowsError(f"{how_many} cannot be used ({reason})", self.report.places[reason], _REMEDIES[reason])
+        raise BadExamplesError(f"{how_many} cannot be used ({reason})", self.report.places[reason], _REMEDIES[reason])
 
     def _store(self, sample: Sample) -> None:
         self._ids.write(sample.ids.data)
@@ -154,7 +154,7 @@ class Intake:
             self.report.notes[f"column {name!r} of data.columns is in no row"] += 1
         samples = len(self._lengths)
         offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(np.array(self._lengths, dtype=np.int64))])
-        self._spooled = Samples(
+        self._spooled = SampleStore(
             ids=np.memmap(self._folder / "ids", np.int32, mode="r"),
             labels=np.memmap(self._folder / "labels", np.int32, mode="r"),
             offsets=offsets,
@@ -190,7 +190,7 @@ class Intake:
         self._spooled.save(folder, order=order, fingerprint=fingerprint)
         totals = np.array(self._roles, dtype=np.int64)[order].sum(axis=0)
         by_role = Counter({role: int(count) for role, count in zip(ROLES, totals, strict=True) if count})
-        report.count_stored(Samples.load(folder), by_role)
+        report.count_stored(SampleStore.load(folder), by_role)
         return report.as_dict()
 
     def close(self) -> None:

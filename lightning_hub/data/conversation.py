@@ -80,5 +80,5 @@ class Tokens:
 Example: TypeAlias = Conversation | Document | Tokens
 
 
-class BadRowError(ValueError):
+class BadExampleError(ValueError):
     """A row that cannot be used as it stands; the message says why, without the place."""

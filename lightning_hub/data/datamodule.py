@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerFast
 from lightning_hub.data.checks import check_positions, check_tokenizer_fits
 from lightning_hub.data.prepare import Prepared, prepare
 from lightning_hub.data.prompts import Prompt, read_prompts
-from lightning_hub.data.sample_store import Samples
+from lightning_hub.data.sample_store import SampleStore
 from lightning_hub.data.settings import DataSettings, Format, OnBad, OnLong, Source, TrainOn
-from lightning_hub.data.step_plan import Batching, Position, StepLoader, StepPlan
+from lightning_hub.data.step_plan import BatchSettings, ResumePosition, StepLoader, StepPlan
 from lightning_hub.errors import DataError, HubError
 from lightning_hub.models.pretrained import Pretrained
 from lightning_hub.parallel.data_parallel import data_parallel
@@ -47,11 +47,11 @@ class ChatData(LightningDataModule):
         columns: Where the input names its columns differently: our name to theirs, {prompt: question}.
         max_seq_len: The longest sample, in tokens.
         max_tokens_per_gpu: The most tokens of a packed row, which is one forward of one device; max_seq_len if null.
-        effective_batch_size: Samples of an optimizer step over all devices; 32 if tokens_per_step is null too.
+        effective_batch_size: SampleStore of an optimizer step over all devices; 32 if tokens_per_step is null too.
         tokens_per_step: Token slots of an optimizer step over all devices, instead of effective_batch_size.
         train_on: assistant trains on every assistant turn, last on the last one, completion on what follows the
             last user turn, all on every token.
-        on_long: Samples over max_seq_len: refuse to start, cut them, or leave them out and count them.
+        on_long: SampleStore over max_seq_len: refuse to start, cut them, or leave them out and count them.
         on_bad: Rows that cannot be used: refuse to start, or leave them out and count them.
         expand_turns: One sample for each assistant turn, so that thoughts of earlier turns are trained too.
         chat_template: A template file or the name of a built-in one; the tokenizer's own if null.
@@ -109,7 +109,7 @@ class ChatData(LightningDataModule):
         )
         if effective_batch_size is None and tokens_per_step is None:
             effective_batch_size = SAMPLES_PER_STEP
-        self.batching = Batching(
+        self.batching = BatchSettings(
             max_tokens=max_tokens_per_gpu or max_seq_len,
             effective_batch_size=effective_batch_size,
             tokens_per_step=tokens_per_step,
@@ -177,7 +177,11 @@ class ChatData(LightningDataModule):
 
     def packing_report(self) -> dict[str, float]:
         """Return how full the rows are and how many steps make an epoch, for the data report."""
-        return {"fill": self.plan.fill(), "steps_per_epoch": len(self.plan), "max_tokens": self.batching.max_tokens}
+        return {
+            "fill": self.plan.packing_efficiency(),
+            "steps_per_epoch": len(self.plan),
+            "max_tokens": self.batching.max_tokens,
+        }
 
     # ---- loaders ---------------------------------------------------------------------------------------------------
 
@@ -187,11 +191,11 @@ class ChatData(LightningDataModule):
 
     def val_dataloader(self) -> StepLoader | list[StepLoader]:
         """Return the validation rows of this rank, each as a step of its own; nothing where there is no validation."""
-        return [] if self.prepared.val is None else self._in_order(self.prepared.val)
+        return [] if self.prepared.val is None else self._sequential_loader(self.prepared.val)
 
     test_dataloader = val_dataloader
 
-    def other_steps(self, pretrained: Pretrained, paths: str | list[str], where: str) -> StepLoader:
+    def eval_loader_for(self, pretrained: Pretrained, paths: str | list[str], where: str) -> StepLoader:
         """Return the rows of this rank of data that the run does not learn from, as for validation.
 
         Args:
@@ -209,7 +213,7 @@ class ChatData(LightningDataModule):
             if error.where == "data.train":
                 error.where = where
             raise
-        return self._in_order(other)
+        return self._sequential_loader(other)
 
     def predict_dataloader(self) -> DataLoader[Prompt]:
         """Return the prompts in lists of eight."""
@@ -219,14 +223,14 @@ class ChatData(LightningDataModule):
         prompts = cast("Dataset[Prompt]", read_prompts(Path(self.predict_file), self.settings.limits))
         return DataLoader(prompts, batch_size=8, collate_fn=list)
 
-    def _in_order(self, samples: Samples) -> StepLoader:
+    def _sequential_loader(self, samples: SampleStore) -> StepLoader:
         """Return the rows of this rank of data that is looked at only: the same every time, each row a step."""
         assert self.trainer is not None, "Lightning has attached the trainer"
         slots = self.batching.max_tokens * data_parallel(self.trainer.strategy).size
-        batching = Batching(self.batching.max_tokens, None, slots, shuffle=False, seed=0)
+        batching = BatchSettings(self.batching.max_tokens, None, slots, shuffle=False, seed=0)
         return self._loader(StepPlan(samples, batching), lambda: (0, 0))
 
-    def _loader(self, plan: StepPlan, position: Position) -> StepLoader:
+    def _loader(self, plan: StepPlan, position: ResumePosition) -> StepLoader:
         assert self.trainer is not None, "Lightning has attached the trainer"
         shares = data_parallel(self.trainer.strategy)
         return StepLoader(plan, position, shares.rank, shares.size, self.num_workers)

@@ -11,12 +11,12 @@ from typing import get_args
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lightning_hub.data.conversation import BadRowError, Conversation, Document, Example, Role, Tokens
+from lightning_hub.data.conversation import BadExampleError, Conversation, Document, Example, Role, Tokens
 from lightning_hub.data.masking.chat_template import Renderer, resolve_template
-from lightning_hub.data.masking.pattern_cache import FastMasked, FastMasker
-from lightning_hub.data.masking.reference import Masked, TurnFinder
+from lightning_hub.data.masking.pattern_cache import PatternMasked, PatternMasker
+from lightning_hub.data.masking.reference import MaskedConversation, ReferenceMasker
 from lightning_hub.data.masking.selection import expand
-from lightning_hub.data.masking.template_profile import Backend, backend_of, probe
+from lightning_hub.data.masking.template_profile import Backend, backend_of, profile_template
 from lightning_hub.data.sample_store import Ids
 from lightning_hub.data.settings import DataSettings
 from lightning_hub.errors import ConfigError
@@ -76,16 +76,18 @@ class Encoder:
         self._lock = Lock()
 
     @cached_property
-    def finder(self) -> TurnFinder:
+    def reference_masker(self) -> ReferenceMasker:
         """The reference way to masks, built when the first conversation comes: other rows need no template."""
         template = resolve_template(self.settings.chat_template, self.tokenizer)
         render = Renderer(self.tokenizer, template, self.settings.template_options)
-        return TurnFinder(render, self.backend, probe(render, self.backend, self.stop_ids), self.settings.train_on)
+        return ReferenceMasker(
+            render, self.backend, profile_template(render, self.backend, self.stop_ids), self.settings.train_on
+        )
 
     @cached_property
-    def fast(self) -> FastMasker:
+    def pattern_masker(self) -> PatternMasker:
         """The fast way, which learns from the reference."""
-        return FastMasker(self.finder)
+        return PatternMasker(self.reference_masker)
 
     def encode(self, examples: Sequence[Example]) -> list[list[Sample] | Refused]:
         """Encode rows, each to its samples (one, or several for expanded turns and long documents)."""
@@ -93,26 +95,28 @@ class Encoder:
         with self._lock:
             self._make_ready(examples)
         if not self.settings.expand_turns:
-            self._encode_fast(examples, results)
+            self._encode_by_pattern(examples, results)
         return [self._one(row) if done is None else done for row, done in zip(examples, results, strict=True)]
 
     def _make_ready(self, examples: Sequence[Example]) -> None:
         """Build what these rows need; later calls find it built. Probing must not happen in two threads at once."""
         kinds = set(map(type, examples))
         if Conversation in kinds:
-            _ = self.fast
+            _ = self.pattern_masker
         if Document in kinds:
-            _ = self._borders
+            _ = self._document_ends
 
-    def _encode_fast(self, examples: Sequence[Example], results: list[list[Sample] | Refused | None]) -> None:
+    def _encode_by_pattern(self, examples: Sequence[Example], results: list[list[Sample] | Refused | None]) -> None:
         plain = []
         for number, example in enumerate(examples):
-            if isinstance(example, Conversation) and (shape := self.fast.shape_of(example)):
-                plain.append((number, example, shape))
-        masked = self.fast([example for _, example, _ in plain], [shape for _, _, shape in plain]) if plain else []
+            if isinstance(example, Conversation) and (roles := self.pattern_masker.roles_of(example)):
+                plain.append((number, example, roles))
+        masked = (
+            self.pattern_masker([example for _, example, _ in plain], [roles for _, _, roles in plain]) if plain else []
+        )
         for (number, example, _), row in zip(plain, masked, strict=True):
             if row is not None:
-                results[number] = [_fast_sample(example, row)]
+                results[number] = [_sample_of_pattern(example, row)]
 
     def _one(self, example: Example) -> list[Sample] | Refused:
         try:
@@ -124,15 +128,15 @@ class Encoder:
                     return self._document(example)
                 case Tokens():
                     return [self._tokens(example)]
-        except BadRowError as error:
+        except BadExampleError as error:
             return Refused(str(error))
         except RecursionError:
             return Refused("nested too deeply")
 
     def _conversation(self, conversation: Conversation) -> Sample:
-        masked = self.finder(conversation)
-        if shape := self.fast.shape_of(conversation):
-            self.fast.learn(shape, masked)
+        masked = self.reference_masker(conversation)
+        if roles := self.pattern_masker.roles_of(conversation):
+            self.pattern_masker.learn(roles, masked)
         return to_sample(masked)
 
     def _document(self, document: Document) -> list[Sample]:
@@ -140,7 +144,7 @@ class Encoder:
 
         So every token but the document's first is trained exactly once.
         """
-        bos, eos = self._borders
+        bos, eos = self._document_ends
         ids = np.array([*bos, *self.backend.encode(document.text, add_special_tokens=False).ids, eos], dtype=np.int32)
         size = self.settings.max_seq_len
         starts = range(0, max(1, len(ids) - 1), size - 1)
@@ -151,7 +155,7 @@ class Encoder:
         return samples
 
     @cached_property
-    def _borders(self) -> tuple[list[int], int]:
+    def _document_ends(self) -> tuple[list[int], int]:
         """The tokens before a document (as the tokenizer itself adds them) and the one after it."""
         eos = self.tokenizer.eos_token_id
         if eos is None:
@@ -167,11 +171,13 @@ class Encoder:
     def _tokens(self, tokens: Tokens) -> Sample:
         size = len(self.tokenizer)
         if min(tokens.ids) < 0 or max(tokens.ids) >= size:
-            raise BadRowError(f"input_ids reach from {min(tokens.ids)} to {max(tokens.ids)}; the tokenizer has {size}")
+            raise BadExampleError(
+                f"input_ids reach from {min(tokens.ids)} to {max(tokens.ids)}; the tokenizer has {size}"
+            )
         return _sample(np.array(tokens.ids, dtype=np.int32), np.array(tokens.labels, dtype=np.int32), "tokens")
 
 
-def to_sample(masked: Masked) -> Sample:
+def to_sample(masked: MaskedConversation) -> Sample:
     """A masked conversation as arrays."""
     ids = np.array(masked.ids, dtype=np.int32)
     labels = np.full_like(ids, IGNORED)
@@ -181,14 +187,14 @@ def to_sample(masked: Masked) -> Sample:
     for role, (start, end) in masked.texts:
         sample.by_role[_ROLE_NUMBER[role]] += end - start
         sample.by_role[_ROLE_NUMBER["template"]] -= end - start
-    sample.notes = dict(masked.losses)
+    sample.notes = dict(masked.dropped)
     if masked.appended:
         sample.notes["end tokens appended"] = 1
     sample.text = masked.text
     return sample
 
 
-def _fast_sample(conversation: Conversation, masked: FastMasked) -> Sample:
+def _sample_of_pattern(conversation: Conversation, masked: PatternMasked) -> Sample:
     by_role = [0] * len(ROLES)
     for message, count in zip(conversation.messages, masked.texts, strict=True):
         by_role[_ROLE_NUMBER[message.role]] += count

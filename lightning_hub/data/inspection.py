@@ -14,7 +14,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lightning_hub.data.encode import Encoder, Sample
-from lightning_hub.data.outcomes import Outcome, RowReader
+from lightning_hub.data.outcomes import EncodedExample, ExampleReader
 from lightning_hub.data.readers.sources import open_source
 from lightning_hub.data.report import DataReport
 from lightning_hub.data.sample_store import Ids
@@ -69,29 +69,31 @@ class Inspector:
         outcome, part = self._nth(sample)
         return [self._view(outcome, part)]
 
-    def _samples(self) -> Iterator[tuple[Outcome, Sample | None]]:
+    def _samples(self) -> Iterator[tuple[EncodedExample, Sample | None]]:
         """All samples as read, also dropped ones; None stands for a row that gave none."""
         for source in self.settings.sources:
             yield from _parts(
-                RowReader(self.settings, self.encoder).outcomes(open_source(source, self.settings.limits).rows())
+                ExampleReader(self.settings, self.encoder).encoded_examples(
+                    open_source(source, self.settings.limits).examples()
+                )
             )
 
-    def _nth(self, number: int) -> tuple[Outcome, Sample | None]:
+    def _nth(self, number: int) -> tuple[EncodedExample, Sample | None]:
         if number < 1:
             raise DataError(f"{number} is no sample number", where="--sample", remedy="the first sample is 1")
         left = number - 1
         for source in self.settings.sources:
-            reader = RowReader(self.settings, self.encoder)
-            rows = reader.begin(open_source(source, self.settings.limits).rows())
-            if reader.one_sample_per_row:
+            reader = ExampleReader(self.settings, self.encoder)
+            rows = reader.begin(open_source(source, self.settings.limits).examples())
+            if reader.one_sample_per_example:
                 left -= sum(1 for _ in islice(rows, left))
-            for found in _parts(reader.outcomes(rows)):
+            for found in _parts(reader.encoded_examples(rows)):
                 if not left:
                     return found
                 left -= 1
         raise DataError("the input has fewer samples", where=f"--sample {number}", remedy="give a smaller number")
 
-    def _view(self, outcome: Outcome, part: Sample | None) -> View:
+    def _view(self, outcome: EncodedExample, part: Sample | None) -> View:
         ids = part.ids if part else np.empty(0, np.int32)
         labels = part.labels if part else ids
         reason = outcome.reason_of(part)
@@ -148,7 +150,7 @@ class Inspector:
     @property
     def template(self) -> str | None:
         """The source of the chat template in use; None where no row needed one."""
-        return self.encoder.finder.render.source if "finder" in vars(self.encoder) else None
+        return self.encoder.reference_masker.render.source if "reference_masker" in vars(self.encoder) else None
 
 
 def trained_stretches(labels: Ids) -> list[Ids]:
@@ -158,8 +160,8 @@ def trained_stretches(labels: Ids) -> list[Ids]:
     return [labels[start:end] for start, end in zip(borders[::2], borders[1::2], strict=True)]
 
 
-def _parts(outcomes: Iterable[Outcome]) -> Iterator[tuple[Outcome, Sample | None]]:
-    for outcome in outcomes:
+def _parts(encoded_examples: Iterable[EncodedExample]) -> Iterator[tuple[EncodedExample, Sample | None]]:
+    for outcome in encoded_examples:
         if not outcome.all_samples:
             yield outcome, None
         for part in outcome.all_samples:

@@ -8,9 +8,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, islice, repeat
 
-from lightning_hub.data.conversation import BadRowError, Example
+from lightning_hub.data.conversation import BadExampleError, Example
 from lightning_hub.data.encode import ROLES, Encoder, Refused, Sample
-from lightning_hub.data.readers.examples import Row
+from lightning_hub.data.readers.examples import RawExample
 from lightning_hub.data.readers.formats import normalise, rename
 from lightning_hub.data.readers.layouts import Recognised, recognise
 from lightning_hub.data.report import Reason
@@ -26,7 +26,7 @@ _LOOKED_AT = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class EncodedExample:
     """What one row came to.
 
     Attributes:
@@ -40,7 +40,7 @@ class Outcome:
         remarks: What a person should know of the row.
     """
 
-    row: Row
+    row: RawExample
     layout: str | None
     all_samples: Sequence[Sample] = ()
     samples: Sequence[Sample] = ()
@@ -58,7 +58,7 @@ class Outcome:
         return "no trained token" if not part.num_trained else "too long"
 
 
-def _batches(rows: Iterator[Row]) -> Iterator[list[Row]]:
+def _batches(rows: Iterator[RawExample]) -> Iterator[list[RawExample]]:
     """Small batches first, while the encoder learns a template's habits from rows that it takes slowly."""
     for size in chain((16, 16, 32, 64, 128, 256), repeat(BATCH)):
         batch = list(islice(rows, size))
@@ -67,8 +67,8 @@ def _batches(rows: Iterator[Row]) -> Iterator[list[Row]]:
         yield batch
 
 
-class RowReader:
-    """Rows of one input to outcomes, in order.
+class ExampleReader:
+    """Rows of one input to encoded_examples, in order.
 
     Args:
         settings: What rows must look like.
@@ -89,15 +89,15 @@ class RowReader:
         """How the source is laid out, in words; None before a row was read."""
         return str(self.recognised) if self.recognised else None
 
-    def outcomes(self, rows: Iterator[Row]) -> Iterator[Outcome]:
-        """Encode rows batch by batch, several at a time; outcomes come in the order of the rows.
+    def encoded_examples(self, rows: Iterator[RawExample]) -> Iterator[EncodedExample]:
+        """Encode rows batch by batch, several at a time; encoded_examples come in the order of the rows.
 
         Threads, not processes: the tokenizer works outside the interpreter's lock, and nothing has to be copied.
 
         Raises:
             DataError: The layout of the first row is not recognised.
         """
-        pending: deque[tuple[list[Row], list[Example | Refused], Future[list[list[Sample] | Refused]]]] = deque()
+        pending: deque[tuple[list[RawExample], list[Example | Refused], Future[list[list[Sample] | Refused]]]] = deque()
         with ThreadPoolExecutor(self.settings.num_proc) as pool:
             for batch in _batches(self.begin(rows)):
                 examples = [self._example(row) for row in batch]
@@ -109,8 +109,8 @@ class RowReader:
                 yield from self._finish(*pending.popleft())
 
     def _finish(
-        self, batch: list[Row], examples: list[Example | Refused], encoding: Future[list[list[Sample] | Refused]]
-    ) -> Iterator[Outcome]:
+        self, batch: list[RawExample], examples: list[Example | Refused], encoding: Future[list[list[Sample] | Refused]]
+    ) -> Iterator[EncodedExample]:
         encoded = iter(encoding.result())
         for row, example in zip(batch, examples, strict=True):
             if isinstance(example, Refused):
@@ -118,7 +118,7 @@ class RowReader:
             else:
                 yield self._outcome(row, next(encoded), example.remarks)
 
-    def begin(self, rows: Iterator[Row]) -> Iterator[Row]:
+    def begin(self, rows: Iterator[RawExample]) -> Iterator[RawExample]:
         """Recognise the layout by the first row that shows it; the rows come back whole.
 
         Raises:
@@ -140,12 +140,12 @@ class RowReader:
         return chain(first, rows)
 
     @property
-    def one_sample_per_row(self) -> bool:
+    def one_sample_per_example(self) -> bool:
         """Whether counting rows is counting samples."""
         known = self.recognised is not None and self.recognised.layout != "document"
         return known and not self.settings.expand_turns
 
-    def _example(self, row: Row) -> Example | Refused:
+    def _example(self, row: RawExample) -> Example | Refused:
         if row.problem:
             return Refused(row.problem)
         if self.mapped:
@@ -155,15 +155,17 @@ class RowReader:
             self.recognised = recognise(data, self.settings.format, row.where)
         try:
             return normalise(rename(data, self.recognised.columns), self.recognised.layout)
-        except BadRowError as error:
+        except BadExampleError as error:
             return Refused(str(error))
         except RecursionError:
             return Refused("nested too deeply")
 
-    def _outcome(self, row: Row, encoded: list[Sample] | Refused, remarks: tuple[str, ...] = ()) -> Outcome:
+    def _outcome(
+        self, row: RawExample, encoded: list[Sample] | Refused, remarks: tuple[str, ...] = ()
+    ) -> EncodedExample:
         if isinstance(encoded, Refused):
             reason: Reason = "unreadable" if row.problem else "refused"
-            return Outcome(row, self.layout, reason=reason, detail=encoded.why)
+            return EncodedExample(row, self.layout, reason=reason, detail=encoded.why)
         maximum = self.settings.max_seq_len
         longest = max([len(sample.ids) for sample in encoded])
         lost = 0
@@ -173,12 +175,12 @@ class RowReader:
             fitting = any(len(sample.ids) <= maximum for sample in encoded)
             if self.settings.on_long == "error" or not fitting:
                 detail = f"{longest} tokens, the maximum is {maximum}"
-                return Outcome(row, self.layout, encoded, reason="too long", detail=detail)
+                return EncodedExample(row, self.layout, encoded, reason="too long", detail=detail)
         kept = [sample for sample in encoded if sample.num_trained and len(sample.ids) <= maximum]
         if kept:
-            return Outcome(row, self.layout, encoded, kept, tokens_lost=lost, remarks=remarks)
+            return EncodedExample(row, self.layout, encoded, kept, tokens_lost=lost, remarks=remarks)
         detail = "every trained token was cut off" if lost else ""
-        return Outcome(row, self.layout, encoded, reason="no trained token", detail=detail, tokens_lost=lost)
+        return EncodedExample(row, self.layout, encoded, reason="no trained token", detail=detail, tokens_lost=lost)
 
     def _cut(self, sample: Sample) -> int:
         """Cut a sample to the maximum; return how many tokens went."""

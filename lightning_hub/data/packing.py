@@ -63,12 +63,12 @@ def pack(lengths: Lengths, capacity: int) -> list[list[int]]:
     return rows
 
 
-def fill(rows: list[list[int]], lengths: Lengths, capacity: int) -> float:
+def packing_efficiency(rows: list[list[int]], lengths: Lengths, capacity: int) -> float:
     """Return the share of the rows' token slots that hold a token."""
     return float(np.asarray(lengths).sum()) / (len(rows) * capacity) if rows else 0.0
 
 
-def share_out(costs: Sequence[float], ranks: int) -> list[list[int]]:
+def assign_to_ranks(costs: Sequence[float], ranks: int) -> list[list[int]]:
     """Deal rows to ranks: equal counts where possible, then equal cost.
 
     Args:
@@ -89,7 +89,7 @@ def share_out(costs: Sequence[float], ranks: int) -> list[list[int]]:
     return shares
 
 
-def cost(lengths: Lengths, width: int = 4096) -> float:
+def estimate_cost(lengths: Lengths, width: int = 4096) -> float:
     """Return the modelled work of a row: linear layers grow with its tokens, attention with their squares.
 
     Args:

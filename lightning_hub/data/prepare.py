@@ -15,13 +15,13 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lightning_hub.data.cache import Cache, code_version, key_of
-from lightning_hub.data.collect import Intake
+from lightning_hub.data.collect import SampleCollector
 from lightning_hub.data.encode import Encoder
 from lightning_hub.data.masking.chat_template import resolve_template
 from lightning_hub.data.masking.template_profile import backend_of
 from lightning_hub.data.readers.sources import Input, open_source
 from lightning_hub.data.report import DataReport
-from lightning_hub.data.sample_store import Indices, Samples
+from lightning_hub.data.sample_store import Indices, SampleStore
 from lightning_hub.data.settings import DataSettings
 from lightning_hub.errors import DataError
 from lightning_hub.runs.files import write_json
@@ -41,8 +41,8 @@ class Prepared:
         chat_template: The template that replaced the tokenizer's own; an export must carry it. None if none did.
     """
 
-    train: Samples
-    val: Samples | None
+    train: SampleStore
+    val: SampleStore | None
     report: DataReport
     val_report: DataReport | None
     cached: bool
@@ -94,7 +94,7 @@ def prepare(
         }
     )
     cache = Cache(cache_dir or default_cache_dir(), notify)
-    with _undisturbed():
+    with _tokenizer_threads_off():
         (train, val, reports), cached = cache.get_or_make(key, lambda folder: job.make(folder, key), _load)
     report = DataReport.from_dict(reports["train"])
     val_report = DataReport.from_dict(reports["val"]) if val is not None else None
@@ -102,7 +102,7 @@ def prepare(
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
+def _tokenizer_threads_off() -> Iterator[None]:
     """Keep the tokenizer from starting threads of its own (``num_proc`` says how many there are), and collect rarely.
 
     Preparation makes many short-lived objects and hardly a cycle: looking for cycles every 700 objects costs 5 %.
@@ -120,10 +120,10 @@ def _undisturbed() -> Iterator[None]:
             os.environ["TOKENIZERS_PARALLELISM"] = parallelism
 
 
-def _load(folder: Path) -> tuple[Samples, Samples | None, dict[str, dict[str, object]]]:
+def _load(folder: Path) -> tuple[SampleStore, SampleStore | None, dict[str, dict[str, object]]]:
     reports = json.loads((folder / "reports.json").read_text(encoding="utf-8"))
-    val = Samples.load(folder / "val") if reports["val"] else None
-    return Samples.load(folder / "train"), val, reports
+    val = SampleStore.load(folder / "val") if reports["val"] else None
+    return SampleStore.load(folder / "train"), val, reports
 
 
 class _Job:
@@ -143,24 +143,26 @@ class _Job:
         if self.settings.val_share is not None:
             chosen, aside = split_rows(chosen, self.settings.val_share, self.settings.seed)
             intake.report.set_aside = len(aside)
-            reports["val"] = intake.store(folder / "val", intake.samples_of(aside), f"{key}-val", _aside(intake, aside))
+            reports["val"] = intake.store(
+                folder / "val", intake.samples_of(aside), f"{key}-val", _validation_report(intake, aside)
+            )
         elif self.val:
             val = self._take(self.val, folder / "spool-val")
             reports["val"] = val.store(folder / "val", val.samples_of(val.rows), f"{key}-val", val.report)
             val.close()
-        chosen = self._weigh(intake, chosen)
+        chosen = self._apply_source_weights(intake, chosen)
         reports["train"] = intake.store(folder / "train", intake.samples_of(chosen), f"{key}-train", intake.report)
         intake.close()
         write_json(folder / "reports.json", reports, fsync=True)
 
-    def _take(self, inputs: list[Input], spool: Path) -> Intake:
-        intake = Intake(self.settings, self.encoder, spool)
+    def _take(self, inputs: list[Input], spool: Path) -> SampleCollector:
+        intake = SampleCollector(self.settings, self.encoder, spool)
         for given in inputs:
             intake.read(given)
         intake.finish()
         return intake
 
-    def _weigh(self, intake: Intake, rows: Indices) -> Indices:
+    def _apply_source_weights(self, intake: SampleCollector, rows: Indices) -> Indices:
         """Repeat and leave out rows as the weights of their sources say."""
         kept = []
         for number, source in enumerate(self.settings.sources):
@@ -176,7 +178,7 @@ class _Job:
         return chosen
 
 
-def _aside(intake: Intake, rows: Indices) -> DataReport:
+def _validation_report(intake: SampleCollector, rows: Indices) -> DataReport:
     """The report of rows that training gave away: all of them were good."""
     return DataReport(
         rows_read=len(rows), rows_kept=len(rows), formats=intake.report.formats, inputs=intake.report.inputs

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TypeAlias, cast
 
-from lightning_hub.data.readers.examples import Row
+from lightning_hub.data.readers.examples import RawExample
 from lightning_hub.data.readers.json_files import read_jsonl
 from lightning_hub.data.readers.limits import ExampleLimits
 from lightning_hub.errors import DataError
@@ -32,7 +32,7 @@ def read_prompts(path: Path, limits: ExampleLimits | None = None) -> list[Prompt
     return prompts
 
 
-def _prompt(row: Row) -> Prompt:
+def _prompt(row: RawExample) -> Prompt:
     remedy = 'write {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}'
     if row.problem:
         raise DataError(f"no prompt ({row.problem})", where=row.where, remedy=remedy)

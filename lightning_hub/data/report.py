@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from lightning_hub.data.sample_store import Samples
+from lightning_hub.data.sample_store import SampleStore
 
 SHOWN = 20
 """How many places of each reason are listed."""
@@ -27,14 +27,14 @@ class DataReport:
         rows_kept: Rows that gave at least one sample.
         dropped: Rows left out, by reason.
         places: ``file:line`` and detail of the first rows of each reason, and of truncated ones.
-        samples: Samples stored, repeats by weight included.
+        samples: SampleStore stored, repeats by weight included.
         truncated: Rows cut to ``max_seq_len``.
         tokens_lost: Tokens cut off.
         fully_masked: Rows in which no token is trained.
         tokens: Stored tokens.
         trained_tokens: Those of them that are trained.
         tokens_by_role: Tokens of the texts of each role; ``template`` is everything between them.
-        length_histogram: Samples by length; the key is the smallest power of two that holds them, 16 or more.
+        length_histogram: SampleStore by length; the key is the smallest power of two that holds them, 16 or more.
         set_aside: Kept rows that went to validation.
         notes: What templates dropped or added, by name.
         formats: The layout of each source.
@@ -69,7 +69,7 @@ class DataReport:
         if len(listed) < SHOWN:
             listed.append(f"{where}: {detail}" if detail else where)
 
-    def count_stored(self, samples: Samples, by_role: Counter[str]) -> None:
+    def count_stored(self, samples: SampleStore, by_role: Counter[str]) -> None:
         """Account for what ended up in the store."""
         self.samples = len(samples)
         self.tokens = int(samples.offsets[-1])

@@ -22,7 +22,7 @@ _CHUNK = 16_384  # samples copied at a time, so that writing needs little memory
 
 
 @dataclass(frozen=True, eq=False)
-class Samples:
+class SampleStore:
     """Token ids and labels of all samples, end to end in two flat arrays.
 
     Labels are aligned with the ids (``labels[t]`` is ``ids[t]`` where token ``t`` is trained, else
@@ -57,7 +57,7 @@ class Samples:
         return self.ids[start:end], self.labels[start:end]
 
     @classmethod
-    def from_pairs(cls, pairs: Iterable[tuple[list[int], list[int]]], fingerprint: str) -> Samples:
+    def from_pairs(cls, pairs: Iterable[tuple[list[int], list[int]]], fingerprint: str) -> SampleStore:
         """Build a store in memory from ``(ids, labels)`` lists.
 
         Args:
@@ -104,7 +104,7 @@ class Samples:
         return np.repeat(self.offsets[chosen] - begins, lengths) + np.arange(lengths.sum(), dtype=np.int64)
 
     @classmethod
-    def load(cls, folder: Path) -> Samples:
+    def load(cls, folder: Path) -> SampleStore:
         """Map a saved store into memory, read-only.
 
         Raises:

@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_hub.data.packing import cost, fill, pack, share_out
-from lightning_hub.data.sample_store import Samples
+from lightning_hub.data.packing import assign_to_ranks, estimate_cost, pack, packing_efficiency
+from lightning_hub.data.sample_store import SampleStore
 from lightning_hub.errors import ConfigError, DataError
 from lightning_hub.ops.rows import IGNORED, Row, Step
 
 
 @dataclass(frozen=True)
-class Batching:
+class BatchSettings:
     """How samples become steps.
 
     Attributes:
@@ -62,7 +62,7 @@ class StepPlan:
         batching: How they become steps.
     """
 
-    def __init__(self, samples: Samples, batching: Batching) -> None:
+    def __init__(self, samples: SampleStore, batching: BatchSettings) -> None:
         self.samples = samples
         self.batching = batching
         self._lengths = samples.lengths
@@ -73,11 +73,11 @@ class StepPlan:
                 remedy="raise it to max_seq_len or more",
             )
         self._epoch = -1
-        self._members: list[list[int]] = []
+        self._sample_indices: list[list[int]] = []
         self._load(0)
 
     def __len__(self) -> int:
-        return len(self._members)
+        return len(self._sample_indices)
 
     def _load(self, epoch: int) -> None:
         """Make the order of an epoch; it is kept until another epoch is asked for."""
@@ -88,7 +88,7 @@ class StepPlan:
         order = generator.permutation(count) if batching.shuffle else np.arange(count)
         if batching.effective_batch_size is not None:
             size = batching.effective_batch_size
-            self._members = [order[start : start + size].tolist() for start in range(0, count, size)]
+            self._sample_indices = [order[start : start + size].tolist() for start in range(0, count, size)]
             self._rows: list[list[list[int]]] | None = None
         else:
             rows = [[int(order[place]) for place in row] for row in pack(self._lengths[order], batching.max_tokens)]
@@ -96,20 +96,20 @@ class StepPlan:
                 rows = [rows[place] for place in generator.permutation(len(rows))]
             per_step = (batching.tokens_per_step or 0) // batching.max_tokens
             self._rows = [rows[start : start + per_step] for start in range(0, len(rows), per_step)]
-            self._members = [[index for row in step for index in row] for step in self._rows]
+            self._sample_indices = [[index for row in step for index in row] for step in self._rows]
         self._epoch = epoch
 
-    def members(self, epoch: int, index: int) -> list[int]:
+    def sample_indices(self, epoch: int, index: int) -> list[int]:
         """Return the samples of a step."""
         self._load(epoch)
-        return self._members[index]
+        return self._sample_indices[index]
 
     def rows(self, epoch: int, index: int) -> list[list[int]]:
         """Return the rows of a step over all ranks, each a list of samples."""
         self._load(epoch)
         if self._rows is not None:
             return self._rows[index]
-        members = self._members[index]
+        members = self._sample_indices[index]
         return [[members[place] for place in row] for row in pack(self._lengths[members], self.batching.max_tokens)]
 
     def step(self, epoch: int, index: int, rank: int = 0, world_size: int = 1) -> Step:
@@ -123,7 +123,7 @@ class StepPlan:
         """
         rows = self.rows(epoch, index)
         members = [sample for row in rows for sample in row]
-        shares = share_out([cost(self._lengths[row]) for row in rows], world_size)
+        shares = assign_to_ranks([estimate_cost(self._lengths[row]) for row in rows], world_size)
         mine = [self._row(rows[place]) for place in shares[rank]]
         missing = max(map(len, shares)) - len(mine)
         filler = [self._row(rows[0][:1], trained=False)] * missing
@@ -141,13 +141,13 @@ class StepPlan:
             documents.append((torch.from_numpy(ids.astype(np.int64)), torch.from_numpy(shown.astype(np.int64))))
         return Row.pack(documents, tuple(members))
 
-    def fill(self) -> float:
+    def packing_efficiency(self) -> float:
         """Return the share of token slots of the first epoch that hold a token."""
         rows = [row for index in range(len(self)) for row in self.rows(0, index)]
-        return fill(rows, self._lengths, self.batching.max_tokens)
+        return packing_efficiency(rows, self._lengths, self.batching.max_tokens)
 
 
-Position = Callable[[], tuple[int, int]]
+ResumePosition = Callable[[], tuple[int, int]]
 """Tells the epoch and the number of its steps that are finished."""
 
 
@@ -165,7 +165,9 @@ class StepLoader:
         num_workers: Processes that prepare steps ahead; 0 prepares them in the training process.
     """
 
-    def __init__(self, plan: StepPlan, position: Position, rank: int, world_size: int, num_workers: int = 0) -> None:
+    def __init__(
+        self, plan: StepPlan, position: ResumePosition, rank: int, world_size: int, num_workers: int = 0
+    ) -> None:
         self.plan = plan
         self.position = position
         self.rank = rank

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_hub.data.conversation import BadRowError, Conversation, Document, Message, Tokens, ToolCall
+from lightning_hub.data.conversation import BadExampleError, Conversation, Document, Message, Tokens, ToolCall
 from lightning_hub.data.readers.formats import normalise, rename
 from lightning_hub.data.readers.layouts import Layout, recognise
 from lightning_hub.data.settings import DataSettings, Format
@@ -136,7 +136,7 @@ def test_common_pairs_of_columns_are_known(
     recognised = recognise(row, "auto", "file:1")
     assert str(recognised) == said
     if messages is None:
-        with pytest.raises(BadRowError, match="null or missing"):
+        with pytest.raises(BadExampleError, match="null or missing"):
             normalise(rename(row, recognised.columns), recognised.layout)
         return
     found = normalise(rename(row, recognised.columns), recognised.layout)
@@ -310,7 +310,7 @@ def test_an_unknown_layout_lists_its_columns_and_the_ways_out() -> None:
     ],
 )  # fmt: skip
 def test_rows_without_shape_are_refused_by_name(layout: Layout, row: dict[str, object], said: str) -> None:
-    with pytest.raises(BadRowError, match=said):
+    with pytest.raises(BadExampleError, match=said):
         normalise(row, layout)
 
 
@@ -337,7 +337,7 @@ JSON = st.recursive(
     ),
 )  # fmt: skip
 def test_nested_wrong_types_are_refused_never_raised(layout: Layout, row: dict[str, object]) -> None:
-    with suppress(BadRowError):
+    with suppress(BadExampleError):
         assert isinstance(normalise(row, layout), Conversation | Document | Tokens)
 
 

@@ -17,9 +17,9 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from lightning_hub.data.collect import RowsError
+from lightning_hub.data.collect import BadExamplesError
 from lightning_hub.data.prepare import Prepared, prepare
-from lightning_hub.data.sample_store import Samples
+from lightning_hub.data.sample_store import SampleStore
 from lightning_hub.data.settings import DataSettings, OnLong, Source
 from lightning_hub.errors import ConfigError, DataError
 from lightning_hub.ops.rows import IGNORED
@@ -59,11 +59,11 @@ def run(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Prepare:
     return call
 
 
-def texts(samples: Samples, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+def texts(samples: SampleStore, tokenizer: PreTrainedTokenizerFast) -> list[str]:
     return [str(tokenizer.decode(samples[index][0])) for index in range(len(samples))]
 
 
-def pairs(samples: Samples) -> list[tuple[list[int], list[int]]]:
+def pairs(samples: SampleStore) -> list[tuple[list[int], list[int]]]:
     return [(samples[i][0].tolist(), samples[i][1].tolist()) for i in range(len(samples))]
 
 
@@ -325,7 +325,7 @@ def test_every_row_is_accounted_for(
     )
     try:
         prepared = prepare(settings, tokenizer, cache_dir=folder / "cache")
-    except RowsError:
+    except BadExamplesError:
         raise  # skip and drop are set: no single row may stop it
     except DataError:
         return  # nothing was left of this input

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_hub.data.conversation import BadRowError
+from lightning_hub.data.conversation import BadExampleError
 from lightning_hub.data.prepare import prepare
 from lightning_hub.data.readers.token_rows import LOSS_MASKS, parse_tokens
 from lightning_hub.data.settings import DataSettings
@@ -103,7 +103,7 @@ def test_positions_of_padding_are_padding(positions: list[int]) -> None:
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(row: dict[str, object], said: str) -> None:
-    with pytest.raises(BadRowError, match=said):
+    with pytest.raises(BadExampleError, match=said):
         parse_tokens(IDS | row)
 
 

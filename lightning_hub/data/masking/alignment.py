@@ -1,10 +1,10 @@
-"""Laying a generation prompt over what a whole rendering has in its place."""
+"""Compares a generation prompt with the text that the full rendering has at the same position."""
 
 from __future__ import annotations
 
 
-def align(tail: str, gap: str) -> tuple[int, list[int]]:
-    """Walk two texts side by side as long as they agree but for the amount of white space.
+def align_ignoring_whitespace(tail: str, gap: str) -> tuple[int, list[int]]:
+    """Follow two texts side by side while they are equal except for the amount of white space.
 
     Returns:
         How far ``tail`` was followed, and for each of its characters (and its end) the position in ``gap``.

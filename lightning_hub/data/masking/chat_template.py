@@ -1,4 +1,4 @@
-"""Which chat template is used, and rendering with it.
+"""Chooses the chat template, and renders with it.
 
 Rendering is transformers' own (``apply_chat_template``), which runs templates in a sandbox.
 """

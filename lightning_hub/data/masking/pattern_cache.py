@@ -1,9 +1,9 @@
-"""The fast way to the same masks: compare tokens with a skeleton that the reference way has agreed to.
+"""The fast way to the same masks: compare tokens with a pattern that the reference way has agreed to.
 
 Conversations of the same roles differ, for most templates, in their texts only: the tokens between the texts are the
 same in every row. The reference way (:mod:`lightning_hub.data.masking.reference`) masks the first rows of each such
-shape, and what it finds between the texts becomes the skeleton of that shape. A later row is masked by its skeleton
-only if every token between its texts equals the skeleton's, no control token stands inside a text, and every text came
+roles, and what it finds between the texts becomes the pattern of that roles. A later row is masked by its pattern
+only if every token between its texts equals the pattern's, no control token stands inside a text, and every text came
 out; each other row takes the reference way. So a wrong guess costs time, never a mask.
 """
 
@@ -17,24 +17,24 @@ import numpy as np
 import numpy.typing as npt
 
 from lightning_hub.data.conversation import Conversation
-from lightning_hub.data.masking.reference import Masked, Span, TurnFinder
+from lightning_hub.data.masking.reference import MaskedConversation, ReferenceMasker, TokenSpan
 from lightning_hub.data.masking.sentinels import plain_turns
 from lightning_hub.data.sample_store import Ids, Indices
 from lightning_hub.ops.rows import IGNORED
 
-AGREEING_ROWS = 4
-"""Rows of a shape that the reference way masks with the same skeleton before the skeleton is used."""
+AGREEING_EXAMPLES = 4
+"""Rows of a roles that the reference way masks with the same pattern before the pattern is used."""
 
 _CANDIDATES = 64
-"""Skeletons of a shape that are kept in mind; texts that grow together with their surroundings make odd ones."""
+"""Skeletons of a roles that are kept in mind; texts that grow together with their surroundings make odd ones."""
 
-Shape: TypeAlias = tuple[int | None, tuple[str, ...]]
+RolePattern: TypeAlias = tuple[int | None, tuple[str, ...]]
 """Where the completion begins, and the roles."""
 
 
 @dataclass(frozen=True)
-class Skeleton:
-    """What surrounds the texts in every row of one shape.
+class TokenPattern:
+    """What surrounds the texts in every row of one roles.
 
     Attributes:
         gaps: The tokens before the first text, between texts, and after the last.
@@ -42,32 +42,32 @@ class Skeleton:
     """
 
     gaps: tuple[tuple[int, ...], ...]
-    trained: tuple[tuple[Span, Span], ...]
+    trained: tuple[tuple[TokenSpan, TokenSpan], ...]
 
 
-class _Habits:
-    """What has been seen of one shape."""
+class _PatternCandidates:
+    """What has been seen of one roles."""
 
     def __init__(self) -> None:
-        self.ready: Skeleton | None = None
-        self._seen: dict[tuple[tuple[int, ...], ...], tuple[Skeleton, int]] = {}
+        self.ready: TokenPattern | None = None
+        self._seen: dict[tuple[tuple[int, ...], ...], tuple[TokenPattern, int]] = {}
         self._ambiguous = False
 
-    def note(self, skeleton: Skeleton) -> None:
-        """Count a skeleton; the same surroundings with another mask end the fast way for this shape."""
-        known, times = self._seen.get(skeleton.gaps, (skeleton, 0))
-        self._ambiguous |= known != skeleton
+    def note(self, pattern: TokenPattern) -> None:
+        """Count a pattern; the same surroundings with another mask end the fast way for this roles."""
+        known, times = self._seen.get(pattern.gaps, (pattern, 0))
+        self._ambiguous |= known != pattern
         if times or len(self._seen) < _CANDIDATES:
-            self._seen[skeleton.gaps] = known, times + 1
+            self._seen[pattern.gaps] = known, times + 1
         if self._ambiguous:
             self.ready = None
-        elif self.ready is None and times + 1 >= AGREEING_ROWS:
-            self.ready = skeleton
+        elif self.ready is None and times + 1 >= AGREEING_EXAMPLES:
+            self.ready = pattern
 
 
 @dataclass(slots=True)
-class FastMasked:
-    """One row masked by a skeleton; the arrays are views of its batch."""
+class PatternMasked:
+    """One row masked by a pattern; the arrays are views of its batch."""
 
     ids: Ids
     labels: Ids
@@ -76,28 +76,28 @@ class FastMasked:
     """Tokens of each message's text."""
 
 
-class FastMasker:
+class PatternMasker:
     """Masks whole batches of plain conversations, and learns from the reference how.
 
     Args:
-        finder: The reference.
+        reference: The reference.
     """
 
-    def __init__(self, finder: TurnFinder) -> None:
-        self.finder = finder
-        self._learned: dict[Shape, _Habits] = {}
-        self._is_off = finder.train_on == "all" or finder.profile.turn_end.appends
-        added = list(finder.render.tokenizer.added_tokens_decoder)
-        self._is_control = np.zeros(max([len(finder.render.tokenizer), *(index + 1 for index in added)]), dtype=bool)
-        self._is_control[[*added, *finder.profile.controls]] = True
+    def __init__(self, reference: ReferenceMasker) -> None:
+        self.reference = reference
+        self._learned: dict[RolePattern, _PatternCandidates] = {}
+        self._is_off = reference.train_on == "all" or reference.profile.turn_end.appends
+        added = list(reference.render.tokenizer.added_tokens_decoder)
+        self._is_control = np.zeros(max([len(reference.render.tokenizer), *(index + 1 for index in added)]), dtype=bool)
+        self._is_control[[*added, *reference.profile.controls]] = True
 
-    def shape_of(self, conversation: Conversation) -> Shape | None:
-        """The shape of a plain conversation; None for one that needs the reference whatever its tokens are."""
+    def roles_of(self, conversation: Conversation) -> RolePattern | None:
+        """The roles of a plain conversation; None for one that needs the reference whatever its tokens are."""
         if (
             conversation.tools
             or conversation.unmask
-            or self.finder.train_on == "all"
-            or self.finder.profile.turn_end.appends
+            or self.reference.train_on == "all"
+            or self.reference.profile.turn_end.appends
         ):
             return None
         for message in conversation.messages:
@@ -108,12 +108,12 @@ class FastMasker:
                 return None
         return conversation.completion_from, tuple(message.role for message in conversation.messages)
 
-    def learn(self, shape: Shape, masked: Masked) -> None:
-        """Take note of what the reference found in one row of a shape."""
-        if not masked.losses and not masked.appended and (skeleton := self._skeleton(masked)):
-            self._learned.setdefault(shape, _Habits()).note(skeleton)
+    def learn(self, roles: RolePattern, masked: MaskedConversation) -> None:
+        """Take note of what the reference found in one row of a roles."""
+        if not masked.dropped and not masked.appended and (pattern := self._pattern_of(masked)):
+            self._learned.setdefault(roles, _PatternCandidates()).note(pattern)
 
-    def _skeleton(self, masked: Masked) -> Skeleton | None:
+    def _pattern_of(self, masked: MaskedConversation) -> TokenPattern | None:
         spans = [span for _, span in masked.texts]
         borders = [0, *(border for span in spans for border in span), len(masked.ids)]
         gaps = tuple(tuple(masked.ids[start:end]) for start, end in zip(borders[::2], borders[1::2], strict=True))
@@ -124,40 +124,44 @@ class FastMasker:
             if first is None or last is None:
                 return None
             trained.append((first, last))
-        return Skeleton(gaps, tuple(trained)) if usable and self._is_control[list(gaps[0])].any() else None
+        return TokenPattern(gaps, tuple(trained)) if usable and self._is_control[list(gaps[0])].any() else None
 
-    def __call__(self, conversations: Sequence[Conversation], shapes: Sequence[Shape]) -> list[FastMasked | None]:
+    def __call__(
+        self, conversations: Sequence[Conversation], patterns: Sequence[RolePattern]
+    ) -> list[PatternMasked | None]:
         """Mask a batch; None for each row that must take the reference way."""
-        results: list[FastMasked | None] = [None] * len(conversations)
-        known = [number for number, shape in enumerate(shapes) if shape in self._learned and self._learned[shape].ready]
+        results: list[PatternMasked | None] = [None] * len(conversations)
+        known = [
+            number for number, roles in enumerate(patterns) if roles in self._learned and self._learned[roles].ready
+        ]
         texts = self._render([conversations[number] for number in known])
         kept = [
             (number, text) for number, text in zip(known, texts, strict=True) if _all_in(conversations[number], text)
         ]
         if not kept:
             return results
-        encoded = self.finder.backend.encode_batch_fast([text for _, text in kept], add_special_tokens=False)
+        encoded = self.reference.backend.encode_batch_fast([text for _, text in kept], add_special_tokens=False)
         batch = _Batch([encoding.ids for encoding in encoded], self._is_control)
-        by_shape: dict[Shape, list[int]] = {}
+        by_shape: dict[RolePattern, list[int]] = {}
         for place, (number, _) in enumerate(kept):
-            by_shape.setdefault(shapes[number], []).append(place)
-        for shape, places in by_shape.items():
-            if skeleton := self._learned[shape].ready:
-                batch.mask(np.array(places), skeleton)
+            by_shape.setdefault(patterns[number], []).append(place)
+        for roles, places in by_shape.items():
+            if pattern := self._learned[roles].ready:
+                batch.mask(np.array(places), pattern)
         for (number, text), row in zip(kept, batch.rows(), strict=True):
             if row is not None:
-                results[number] = FastMasked(*row[:2], text, row[2])
+                results[number] = PatternMasked(*row[:2], text, row[2])
         return results
 
     def _render(self, conversations: Sequence[Conversation]) -> list[str]:
         """Render all; "" for all where the template raises on one, so that the reference finds out which."""
         if not conversations:
             return []
-        turns = [plain_turns(conversation, self.finder.profile.shape) for conversation in conversations]
-        return self.finder.render.many(turns) or [""] * len(turns)
+        turns = [plain_turns(conversation, self.reference.profile.dialect) for conversation in conversations]
+        return self.reference.render.many(turns) or [""] * len(turns)
 
 
-def _in_gap(token: int, borders: list[int]) -> Span | None:
+def _in_gap(token: int, borders: list[int]) -> TokenSpan | None:
     """Which gap a border of a trained stretch lies in, and how far."""
     for gap, (start, end) in enumerate(zip(borders[::2], borders[1::2], strict=True)):
         if start <= token <= end:
@@ -190,33 +194,33 @@ class _Batch:
         self.edges = np.zeros(len(self.ids) + 1, dtype=np.int8)
         self.texts: list[list[int] | None] = [None] * len(rows)
 
-    def mask(self, rows: Indices, skeleton: Skeleton) -> None:
-        """Mask those of these rows whose tokens between the texts are the skeleton's."""
-        inside = [np.flatnonzero(self.is_control[list(gap)]) for gap in skeleton.gaps]
+    def mask(self, rows: Indices, pattern: TokenPattern) -> None:
+        """Mask those of these rows whose tokens between the texts are the pattern's."""
+        inside = [np.flatnonzero(self.is_control[list(gap)]) for gap in pattern.gaps]
         total = sum(map(len, inside))
         rows = rows[np.diff(self.first_control)[rows] == total]
         if not len(rows):
             return
         anchors = self.first_control[rows]
-        begins = np.empty((len(rows), len(skeleton.gaps)), dtype=np.int64)
+        begins = np.empty((len(rows), len(pattern.gaps)), dtype=np.int64)
         for gap, controls in enumerate(inside):
             begins[:, gap] = self.controls[anchors] - controls[0]
             anchors = anchors + len(controls)
-        agreed = self._agree(rows, begins, skeleton)
+        agreed = self._agree(rows, begins, pattern)
         rows, begins = rows[agreed], begins[agreed]
-        for (gap, token), (last_gap, last_token) in skeleton.trained:
+        for (gap, token), (last_gap, last_token) in pattern.trained:
             self.edges[begins[:, gap] + token] += 1
             self.edges[begins[:, last_gap] + last_token] -= 1
-        ends = begins + np.array([len(gap) for gap in skeleton.gaps])
+        ends = begins + np.array([len(gap) for gap in pattern.gaps])
         for row, lengths in zip(rows, (begins[:, 1:] - ends[:, :-1]).tolist(), strict=True):
             self.texts[row] = lengths
 
-    def _agree(self, rows: Indices, begins: Indices, skeleton: Skeleton) -> npt.NDArray[np.bool_]:
+    def _agree(self, rows: Indices, begins: Indices, pattern: TokenPattern) -> npt.NDArray[np.bool_]:
         """Compare all tokens between the texts; rows must begin with the first gap and end with the last."""
         agreed: npt.NDArray[np.bool_] = begins[:, 0] == self.offsets[rows]
-        agreed &= begins[:, -1] + len(skeleton.gaps[-1]) == self.offsets[rows + 1]
-        previous = begins[:, 0] + len(skeleton.gaps[0])
-        for gap, tokens in enumerate(skeleton.gaps):
+        agreed &= begins[:, -1] + len(pattern.gaps[-1]) == self.offsets[rows + 1]
+        previous = begins[:, 0] + len(pattern.gaps[0])
+        for gap, tokens in enumerate(pattern.gaps):
             places = np.clip(begins[:, gap, None] + np.arange(len(tokens)), 0, len(self.ids) - 1)
             agreed &= (self.ids[places] == np.array(tokens, dtype=np.int32)).all(axis=1)
             if gap:

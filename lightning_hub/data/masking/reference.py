@@ -1,8 +1,9 @@
-"""The reference way to a mask: find, in the rendered text itself, what the model would have said in each turn.
+"""Finds the assistant tokens of a rendered conversation, for any chat template: the reference for all masks.
 
-Trained is what the model itself would have produced after the generation prompt, up to and including the token at
-which it would stop, and nothing else. Nothing is inferred from prefixes of the conversation unless it is found again
-in the rendering of the whole one.
+Trained are the tokens that the model itself would have produced after the generation prompt, up to and including the
+token at which it would stop, and nothing else. Prefixes of the conversation are not enough: templates change earlier
+turns when later ones follow (they remove reasoning, for example). So what a prefix shows counts only where it is found
+again in the rendering of the full conversation.
 """
 
 from __future__ import annotations
@@ -12,41 +13,48 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from lightning_hub.data.conversation import BadRowError, Conversation, Role
-from lightning_hub.data.masking.alignment import align
+from lightning_hub.data.conversation import BadExampleError, Conversation, Role
+from lightning_hub.data.masking.alignment import align_ignoring_whitespace
 from lightning_hub.data.masking.chat_template import Renderer, TemplateRefusal
-from lightning_hub.data.masking.dropped_text import count_controls, count_losses
-from lightning_hub.data.masking.selection import wanted_turns
-from lightning_hub.data.masking.sentinels import Marker, Place, Segment, Traced, choose_alphabet, trace
-from lightning_hub.data.masking.template_profile import Backend, Profile
+from lightning_hub.data.masking.dropped_text import count_controls, count_dropped_text
+from lightning_hub.data.masking.selection import trained_turn_indices
+from lightning_hub.data.masking.sentinels import (
+    LocatedTexts,
+    MarkedText,
+    SentinelInserter,
+    TextSpan,
+    choose_block,
+    locate_texts,
+)
+from lightning_hub.data.masking.template_profile import Backend, TemplateProfile
 from lightning_hub.data.settings import TrainOn
 
-Span = tuple[int, int]
-"""Tokens from the first up to, not including, the second."""
+TokenSpan = tuple[int, int]
+"""The first token, and the token after the last."""
 
 
 @dataclass(slots=True)
-class Masked:
+class MaskedConversation:
     """A conversation as tokens.
 
     Attributes:
         text: The rendering.
         ids: Its tokens.
-        trained: Stretches of trained tokens, in order.
+        trained: Spans of trained tokens, in order.
         texts: The tokens of each message's texts with its role.
-        losses: What the template dropped or rewrote, by name.
+        dropped: What the template dropped or rewrote, by name.
         appended: Whether an end token was added that the template does not write.
     """
 
     text: str
     ids: list[int]
-    trained: list[Span]
-    texts: list[tuple[Role, Span]]
-    losses: Counter[str] = field(default_factory=Counter)
+    trained: list[TokenSpan]
+    texts: list[tuple[Role, TokenSpan]]
+    dropped: Counter[str] = field(default_factory=Counter)
     appended: bool = False
 
 
-class TurnFinder:
+class ReferenceMasker:
     """Masks conversations one by one, for any template.
 
     Args:
@@ -56,91 +64,94 @@ class TurnFinder:
         train_on: Which turns are trained.
     """
 
-    def __init__(self, render: Renderer, backend: Backend, profile: Profile, train_on: TrainOn) -> None:
+    def __init__(self, render: Renderer, backend: Backend, profile: TemplateProfile, train_on: TrainOn) -> None:
         self.render = render
         self.backend = backend
         self.profile = profile
         self.train_on = train_on
 
-    def __call__(self, conversation: Conversation) -> Masked:
+    def __call__(self, conversation: Conversation) -> MaskedConversation:
         """Render, encode and mask one conversation.
 
         Raises:
-            BadRowError: The template refuses it, loses its turns or its calls, or a turn cannot be found for certain.
+            BadExampleError: The template refuses it or drops its turns or calls, or a turn cannot be found for certain.
         """
         try:
-            return _Search(self, conversation).masked()
+            return _ConversationMasker(self, conversation).mask()
         except TemplateRefusal as error:
-            raise BadRowError(f"the chat template refuses this conversation: {error}") from error
+            raise BadExampleError(f"the chat template refuses this conversation: {error}") from error
 
 
-class _Search:
-    """The work on one conversation."""
+class _ConversationMasker:
+    """Masks one conversation."""
 
-    def __init__(self, finder: TurnFinder, conversation: Conversation) -> None:
-        self.render, self.profile, self.train_on = finder.render, finder.profile, finder.train_on
-        self.backend = finder.backend
+    def __init__(self, masker: ReferenceMasker, conversation: Conversation) -> None:
+        self.render, self.profile, self.train_on = masker.render, masker.profile, masker.train_on
+        self.backend = masker.backend
         self.conversation = conversation
-        self.plain_turns, self.plain_tools = Marker(self.profile.shape).conversation(conversation)
+        self.plain_turns, self.plain_tools = SentinelInserter(self.profile.dialect).conversation(conversation)
         text = self.render(self.plain_turns, self.plain_tools)
-        self.alphabet = choose_alphabet(text)
-        self.traced = self._trace(text)
-        self.places = self.traced.places
+        self.block = choose_block(text)
+        self.located = self._locate_texts(text)
+        self.spans = self.located.spans
         encoding = self.backend.encode(text, add_special_tokens=False)
         self.ids = list(encoding.ids)
         if not self.ids:
-            raise BadRowError("the chat template writes nothing for this conversation")
+            raise BadExampleError("the chat template writes nothing for this conversation")
         self.starts = [start for start, _ in encoding.offsets]
 
-    def _trace(self, text: str) -> Traced:
+    def _locate_texts(self, text: str) -> LocatedTexts:
         for only_ends in (False, True):
-            marker = Marker(self.profile.shape, self.alphabet, only_ends=only_ends)
-            self.turns, self.tools = marker.conversation(self.conversation)
-            self.segments = marker.segments
+            inserter = SentinelInserter(self.profile.dialect, self.block, only_ends=only_ends)
+            self.turns, self.tools = inserter.conversation(self.conversation)
+            self.marked_texts = inserter.marked_texts
             try:
-                traced = trace(self.render(self.turns, self.tools), self.segments, self.alphabet)
+                located = locate_texts(self.render(self.turns, self.tools), self.marked_texts, self.block)
             except TemplateRefusal:
                 continue
-            if traced.text == text:
-                return traced
-        raise BadRowError("the chat template changes the texts of this conversation, so that its turns cannot be found")
+            if located.text == text:
+                return located
+        raise BadExampleError(
+            "the chat template changes the texts of this conversation, so that its turns cannot be found"
+        )
 
-    def masked(self) -> Masked:
-        losses = count_losses(self.conversation, self.traced)
-        texts: list[tuple[Place, Span]] = []
-        for place in self.places:
-            start, end = self._text_span(place)
+    def mask(self) -> MaskedConversation:
+        """Find the spans of all texts, end the last turn, and choose the trained tokens."""
+        dropped = count_dropped_text(self.conversation, self.located)
+        texts: list[tuple[TextSpan, TokenSpan]] = []
+        for span in self.spans:
+            start, end = self._text_span(span)
             before = texts[-1][1][1] if texts else 0
-            texts.append((place, (max(start, before), max(end, before))))
+            texts.append((span, (max(start, before), max(end, before))))
         controls = self.profile.controls
-        inside = [(p.segment, sum(id in controls for id in self.ids[slice(*span)])) for p, span in texts]
-        losses += count_controls(self.conversation, inside, self.profile.turn_end.text)
+        inside = [(text.marked_text, sum(id in controls for id in self.ids[slice(*span)])) for text, span in texts]
+        dropped += count_controls(self.conversation, inside, self.profile.turn_end.text)
         self._check_calls()
         appended = self._append_end()
-        trained = self._trained(losses)
+        trained = self._trained(dropped)
         roles = [
-            (self.conversation.messages[place.segment.turn].role, span)
-            for place, span in texts
-            if place.segment.turn >= 0
+            (self.conversation.messages[text.marked_text.turn].role, span)
+            for text, span in texts
+            if text.marked_text.turn >= 0
         ]
-        return Masked(self.traced.text, self.ids, _merged(trained), roles, losses, appended)
+        return MaskedConversation(self.located.text, self.ids, _merged(trained), roles, dropped, appended)
 
     def _check_calls(self) -> None:
-        """Refuse a call that is written twice; only after the end of its turn may its name stand once more.
+        """Refuse a call that is written twice; only its name may be repeated, and only after the end of its turn.
 
         Raises:
-            BadRowError: A part of a call is repeated in its own turn, or a part other than the name anywhere.
+            BadExampleError: A part of a call is repeated in its own turn, or a part other than the name anywhere.
         """
-        for place in self.places:
-            turn = place.segment.turn
-            if not place.again:
+        for span in self.spans:
+            turn = span.marked_text.turn
+            if not span.again:
                 continue
             names = [call.name.strip() for call in self.conversation.messages[turn].tool_calls] if turn >= 0 else []
-            ended = max(self._last_character(turn), place.end)
+            ended = max(self._last_character(turn), span.end)
             stop = self._stop(turn) or self._open_end(turn)
             ended = max(ended, self.starts[stop - 1] if stop else 0)
-            if place.segment.text not in names or min(place.again) <= ended:
-                raise BadRowError(f"the chat template repeats the tool call of turn {turn + 1}")
+            if span.marked_text.text not in names or min(span.again) <= ended:
+                raise BadExampleError(f"the chat template repeats the tool call of turn {turn + 1}")
 
     def _append_end(self) -> bool:
         """End a last turn that the template leaves open, so that the model learns to stop."""
@@ -150,41 +161,41 @@ class _Search:
         turn_end = self.profile.turn_end
         token = turn_end.after_call if message.tool_calls else turn_end.token
         if token is None:
-            raise BadRowError("no end token is known: the tokenizer has no eos token and the template writes none")
-        keep = self._token(len(self.traced.text.rstrip()))
+            raise BadExampleError("no end token is known: the tokenizer has no eos token and the template writes none")
+        keep = self._token(len(self.located.text.rstrip()))
         self.ids[keep:] = [token]
-        self.starts[keep:] = [len(self.traced.text)]
+        self.starts[keep:] = [len(self.located.text)]
         return True
 
-    def _trained(self, losses: Counter[str]) -> list[Span]:
+    def _trained(self, dropped: Counter[str]) -> list[TokenSpan]:
         messages = self.conversation.messages
         everything = self.train_on == "all" or self.conversation.unmask
         if not everything:
-            return [self._turn(index, losses) for index in wanted_turns(self.conversation, self.train_on)]
-        hidden = [self._turn(i, losses) for i, m in enumerate(messages) if m.train is False and m.role == "assistant"]
-        for place in self.places:
-            message = messages[place.segment.turn] if place.segment.turn >= 0 else None
+            return [self._turn(index, dropped) for index in trained_turn_indices(self.conversation, self.train_on)]
+        hidden = [self._turn(i, dropped) for i, m in enumerate(messages) if m.train is False and m.role == "assistant"]
+        for span in self.spans:
+            message = messages[span.marked_text.turn] if span.marked_text.turn >= 0 else None
             silent = message is not None and message.train is False and message.role != "assistant"
             system = message is not None and message.role in ("system", "developer") and self.train_on != "all"
             if silent or system:
-                hidden.append((self._token(place.start), self._token(place.end)))
+                hidden.append((self._token(span.start), self._token(span.end)))
         return _without((0 if self.train_on == "all" else self._after_system(), len(self.ids)), hidden)
 
     def _after_system(self) -> int:
-        """The first token that is not the system's: where the header of the first other turn begins."""
-        for place in self.places:
-            turn = place.segment.turn
+        """The first token after the system text: where the header of the first other turn begins."""
+        for span in self.spans:
+            turn = span.marked_text.turn
             if turn >= 0 and self.conversation.messages[turn].role not in ("system", "developer"):
                 header = self.profile.user_header
-                opened = self.traced.text.endswith(header, 0, place.start)
-                return self._token(place.start - len(header) if opened else place.start)
+                opened = self.located.text.endswith(header, 0, span.start)
+                return self._token(span.start - len(header) if opened else span.start)
         return 0
 
-    def _turn(self, index: int, losses: Counter[str]) -> Span:
+    def _turn(self, index: int, dropped: Counter[str]) -> TokenSpan:
         """The trained tokens of one assistant turn."""
-        start, stop = self._first_said(self._start(index)), self._stop(index)
+        start, stop = self._first_generated_token(self._start(index)), self._stop(index)
         if stop is None:
-            losses["turns that the template ends with no stop token"] += 1
+            dropped["turns that the template ends with no stop token"] += 1
             stop = self._open_end(index)
         return start, max(start, stop)
 
@@ -192,16 +203,16 @@ class _Search:
         """The first token that begins at this character or later."""
         return bisect_left(self.starts, character)
 
-    def _first_said(self, character: int) -> int:
-        """The first token of a text; one that begins with the blank before the text carries its first word too."""
+    def _first_generated_token(self, character: int) -> int:
+        """The first token of a text; a token that begins with the blank before the text belongs to the text."""
         token = self._token(character)
-        blank = self.traced.text[self.starts[token - 1] : character] if token else ""
+        blank = self.located.text[self.starts[token - 1] : character] if token else ""
         straddles = token == len(self.ids) or self.starts[token] > character
         return token - 1 if straddles and blank and not blank.strip(" ") else token
 
-    def _text_span(self, place: Place) -> Span:
-        """The tokens of a text, for counting: blanks beside it count with it, however they were cut into tokens."""
-        start, end = self._first_said(place.start), self._token(place.end)
+    def _text_span(self, span: TextSpan) -> TokenSpan:
+        """The tokens of a text, for counting: blanks next to it are counted with it, however they are tokenised."""
+        start, end = self._first_generated_token(span.start), self._token(span.end)
         while start and self._is_blank(start - 1):
             start -= 1
         while end < len(self.ids) and self._is_blank(end):
@@ -209,21 +220,21 @@ class _Search:
         return start, end
 
     def _is_blank(self, token: int) -> bool:
-        next_start = self.starts[token + 1] if token + 1 < len(self.ids) else len(self.traced.text)
-        text = self.traced.text[self.starts[token] : next_start]
+        next_start = self.starts[token + 1] if token + 1 < len(self.ids) else len(self.located.text)
+        text = self.located.text[self.starts[token] : next_start]
         return bool(text) and not text.strip(" ")
 
-    def _own(self, index: int) -> list[Place]:
-        return [place for place in self.places if place.segment.turn == index]
+    def _own(self, index: int) -> list[TextSpan]:
+        return [span for span in self.spans if span.marked_text.turn == index]
 
     def _next(self, index: int, after: int) -> int:
         """Where the text of a later turn begins."""
-        later = (place.start for place in self.places if place.segment.turn > index and place.start >= after)
-        return min(later, default=len(self.traced.text) + 1)
+        later = (span.start for span in self.spans if span.marked_text.turn > index and span.start >= after)
+        return min(later, default=len(self.located.text) + 1)
 
     def _last_character(self, index: int) -> int:
         own = self._own(index)
-        return max(place.end for place in own) if own else self._start(index)
+        return max(span.end for span in own) if own else self._start(index)
 
     def _stop(self, index: int) -> int | None:
         """One past the first token after the turn's texts at which generation stops."""
@@ -237,35 +248,35 @@ class _Search:
         return None
 
     def _open_end(self, index: int) -> int:
-        """Where a turn ends that no stop token closes: after its marker, else before the next special token."""
+        """Where a turn without a stop token ends: after its end marker, else before the next special token."""
         after = self._last_character(index)
         first = self._token(after)
         turn_end = self.profile.turn_end
         if self.conversation.messages[index].tool_calls and turn_end.call_text:
-            begins = self.traced.text.rfind(turn_end.call_text, after, self._next(index, after))
+            begins = self.located.text.rfind(turn_end.call_text, after, self._next(index, after))
             if begins >= 0:
                 return self._token(begins + len(turn_end.call_text))
-        if turn_end.text and self.traced.text.startswith(turn_end.text, after):
+        if turn_end.text and self.located.text.startswith(turn_end.text, after):
             return self._token(after + len(turn_end.text))
         limit = self._token(self._next(index, self._last_character(index)))
         special = (token for token in range(first, limit) if self.ids[token] in self.profile.specials)
         return next(special, first)
 
     def _start(self, index: int) -> int:
-        """The character at which the model takes over from the generation prompt."""
+        """The character at which the generation prompt ends and the model's own text begins."""
         own = self._own(index)
-        limit = min(place.start for place in own) if own else self._next(index, 0)
-        earlier = [place for place in self.places if place.segment.turn < index and place.end <= limit]
-        previous = max(earlier, key=lambda place: place.end, default=None)
+        limit = min(span.start for span in own) if own else self._next(index, 0)
+        earlier = [span for span in self.spans if span.marked_text.turn < index and span.end <= limit]
+        previous = max(earlier, key=lambda span: span.end, default=None)
         gap_start = previous.end if previous else 0
-        gap = self.traced.text[gap_start : min(limit, len(self.traced.text))]
-        tail = self._prompt_tail(index, previous.segment if previous else None)
+        gap = self.located.text[gap_start : min(limit, len(self.located.text))]
+        tail = self._prompt_tail(index, previous.marked_text if previous else None)
         begun = self._find_prompt(gap) if tail is None else self._align(tail, gap)
         if begun is None:
-            raise BadRowError(f"turn {index + 1} does not begin as the template's generation prompt does")
+            raise BadExampleError(f"turn {index + 1} does not begin as the template's generation prompt does")
         return gap_start + begun
 
-    def _prompt_tail(self, index: int, previous: Segment | None) -> str | None:
+    def _prompt_tail(self, index: int, previous: MarkedText | None) -> str | None:
         """What the template writes between the last text before a turn and the model's first token."""
         if index == 0:
             return None
@@ -273,12 +284,12 @@ class _Search:
             prompt = self.render(self.turns[:index], self.tools, add_generation_prompt=True)
         except TemplateRefusal:
             return None
-        traced = trace(prompt, self.segments, self.alphabet)
-        last = max(traced.places, key=lambda place: place.end, default=None)
-        return traced.tail() if (last.segment if last else None) is previous else None
+        located = locate_texts(prompt, self.marked_texts, self.block)
+        last = max(located.spans, key=lambda span: span.end, default=None)
+        return located.tail() if (last.marked_text if last else None) is previous else None
 
     def _find_prompt(self, gap: str) -> int | None:
-        """Look for the longest beginning of the generation prompt, cut between its tokens."""
+        """Look for the longest beginning of the generation prompt that ends between two of its tokens."""
         if not self.profile.prompt:
             return len(gap)
         for cut in reversed(self.profile.prompt_cuts):
@@ -288,8 +299,8 @@ class _Search:
         return None
 
     def _align(self, tail: str, gap: str) -> int | None:
-        """Lay the generation prompt over what the whole rendering has in its place."""
-        reached, matched = align(tail, gap)
+        """Compare the generation prompt with the text that the full rendering has at its position."""
+        reached, matched = align_ignoring_whitespace(tail, gap)
         if reached == len(tail):
             return matched[reached]
         begin = len(tail) - len(self.profile.prompt)
@@ -299,11 +310,11 @@ class _Search:
         return matched[cuts[-1]] if cuts else None
 
 
-def _merged(spans: Sequence[Span]) -> list[Span]:
+def _merged(spans: Sequence[TokenSpan]) -> list[TokenSpan]:
     return [span for span in sorted(spans) if span[0] < span[1]]
 
 
-def _without(whole: Span, holes: Sequence[Span]) -> list[Span]:
+def _without(whole: TokenSpan, holes: Sequence[TokenSpan]) -> list[TokenSpan]:
     """A span minus others."""
     kept, position = [], whole[0]
     for start, end in sorted(holes):

@@ -1,9 +1,9 @@
-"""Marks: how the place of every text is found in what a template made of it.
+"""Wraps each message in two rare characters (sentinels), renders, and reads the positions back.
 
-Each text of a conversation (contents, thoughts, tool names and arguments) is wrapped in two characters that occur
-nowhere else, and the conversation is rendered again. Where the marked rendering without its marks equals the plain
-one, the marks stand exactly at the edges of the texts, whatever the template is; where a mark is gone, the template
-dropped that text. Marks go inside surrounding white space, so that a template that strips texts keeps them.
+Every text of a conversation (contents, reasoning, tool names and arguments) is wrapped, and the conversation is
+rendered again. If this rendering without its sentinels equals the plain rendering, the sentinels are exactly at the
+edges of the texts, whatever the template does. If a sentinel is missing, the template dropped that text. Sentinels are
+placed inside the white space around a text, so that a template that strips texts keeps them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, TypeAlias
 
-from lightning_hub.data.conversation import BadRowError, Conversation, Message, ToolCall
+from lightning_hub.data.conversation import BadExampleError, Conversation, Message, ToolCall
 from lightning_hub.data.masking.chat_template import Turn
 
 Kind: TypeAlias = Literal["text", "thoughts", "tool call", "tool definition"]
@@ -24,8 +24,8 @@ _INLINE_THOUGHTS = re.compile(r"(\s*(?:<think>)?)(.*?)(</think>)(.*)", re.DOTALL
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
-    """The dialect of a template, found by probing it once.
+class TemplateDialect:
+    """The form in which a template takes contents and arguments, found once by `template_profile`.
 
     Attributes:
         parts: Contents are lists of text parts.
@@ -37,8 +37,8 @@ class Shape:
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
-    """A marked text, and the white space that was left outside its marks; ``turn`` is -1 for tool definitions."""
+class MarkedText:
+    """A text between sentinels, and the white space left outside of them; ``turn`` is -1 for tool definitions."""
 
     turn: int
     kind: Kind
@@ -48,65 +48,69 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where a segment's text stands in a rendering: characters ``start`` to ``end``.
+class TextSpan:
+    """The position of a marked text in a rendering: from character ``start`` up to, not including, ``end``.
 
     Attributes:
-        again: Where a part of a tool call stands once more, as the name in the tool's turn of some templates.
+        again: Ends of further copies of a part of a tool call; some templates repeat the name in the tool's turn.
     """
 
-    segment: Segment
+    marked_text: MarkedText
     start: int
     end: int
     again: tuple[int, ...] = ()
 
 
-def plain_turns(conversation: Conversation, shape: Shape) -> list[Turn]:
-    """The turns of a conversation of which every message is a role and a text, unmarked, at little cost."""
-    if shape.parts:
+def plain_turns(conversation: Conversation, dialect: TemplateDialect) -> list[Turn]:
+    """The turns of a conversation whose messages have a role and a text only, without sentinels."""
+    if dialect.parts:
         return [{"role": m.role, "content": [{"type": "text", "text": m.content}]} for m in conversation.messages]
     return [{"role": m.role, "content": m.content} for m in conversation.messages]
 
 
 @dataclass(frozen=True)
-class Alphabet:
-    """A block of characters to mark with: rare scripts, printable, so that no filter escapes or strips them."""
+class SentinelBlock:
+    """A block of rare, printable characters to use as sentinels: no template filter escapes or strips them."""
 
     first: int
     last: int
 
     @cached_property
     def pattern(self) -> re.Pattern[str]:
-        """Matches any one mark."""
+        """Matches one sentinel."""
         return re.compile(f"[{chr(self.first)}-{chr(self.last)}]")
 
 
-_ALPHABETS = (Alphabet(0x20000, 0x2A6DF), Alphabet(0x17000, 0x187F7), Alphabet(0x12000, 0x12399))
+_BLOCKS = (SentinelBlock(0x20000, 0x2A6DF), SentinelBlock(0x17000, 0x187F7), SentinelBlock(0x12000, 0x12399))
 """CJK extension B, Tangut, cuneiform."""
 
 
-def choose_alphabet(text: str) -> Alphabet:
-    """A block of which the text has no character."""
-    for alphabet in _ALPHABETS:
-        if text.isascii() or not alphabet.pattern.search(text):
-            return alphabet
-    raise BadRowError("the text mixes rare Chinese, Tangut and cuneiform signs, and none is left to find turns with")
+def choose_block(text: str) -> SentinelBlock:
+    """A block of which the text contains no character."""
+    for block in _BLOCKS:
+        if text.isascii() or not block.pattern.search(text):
+            return block
+    raise BadExampleError(
+        "the text mixes rare Chinese, Tangut and cuneiform signs, and no block is left to find turns with"
+    )
 
 
-class Marker:
-    """Turns a conversation into template input, with each text marked or left as it is.
+class SentinelInserter:
+    """Makes template input from a conversation, with sentinels around each text or without.
 
     Args:
-        shape: The dialect of the template.
-        alphabet: What to mark with; None leaves the texts as they are.
-        only_ends: Mark only the end of each text, for templates that look at how a text begins.
+        dialect: The dialect of the template.
+        block: The sentinels; None leaves the texts as they are.
+        only_ends: Insert only the sentinel at the end of each text, for templates that read how a text begins.
     """
 
-    def __init__(self, shape: Shape, alphabet: Alphabet | None = None, *, only_ends: bool = False) -> None:
-        self.shape = shape
-        self.alphabet = alphabet
+    def __init__(
+        self, dialect: TemplateDialect, block: SentinelBlock | None = None, *, only_ends: bool = False
+    ) -> None:
+        self.dialect = dialect
+        self.block = block
         self.only_ends = only_ends
-        self.segments: list[Segment] = []
+        self.marked_texts: list[MarkedText] = []
         self._turn = -1
 
     def conversation(self, conversation: Conversation) -> tuple[list[Turn], list[Turn] | None]:
@@ -123,7 +127,7 @@ class Marker:
             thoughts = self._wrap(message.reasoning, "thoughts")
             turn |= {"reasoning_content": thoughts, "thinking": thoughts}
         content = self._content(message)
-        turn["content"] = [{"type": "text", "text": content}] if self.shape.parts else content
+        turn["content"] = [{"type": "text", "text": content}] if self.dialect.parts else content
         if message.tool_calls:
             turn["tool_calls"] = [
                 {"type": "function", "function": self._call(call)} | ({"id": call.id} if call.id else {})
@@ -148,7 +152,7 @@ class Marker:
         marked = {self._wrap(key, "tool call"): self._value(value) for key, value in call.arguments.items()}
         return {
             "name": name,
-            "arguments": json.dumps(marked, ensure_ascii=False) if self.shape.arguments_as_text else marked,
+            "arguments": json.dumps(marked, ensure_ascii=False) if self.dialect.arguments_as_text else marked,
         }
 
     def _value(self, value: object) -> object:
@@ -160,82 +164,82 @@ class Marker:
 
     def _tool(self, tool: Mapping[str, object]) -> Turn:
         function = tool.get("function")
-        if self.alphabet is None or not isinstance(function, dict):
+        if self.block is None or not isinstance(function, dict):
             return dict(tool)
         key = "description" if isinstance(function.get("description"), str) else "name"
         return {**tool, "function": {**function, key: self._wrap(str(function.get(key, "")), "tool definition")}}
 
     def _wrap(self, text: str, kind: Kind) -> str:
-        if self.alphabet is None or not (core := text.strip()):
+        if self.block is None or not (core := text.strip()):
             return text
-        opening = self.alphabet.first + 2 * len(self.segments)
-        if opening + 1 > self.alphabet.last:
-            raise BadRowError("the conversation has too many texts to find them all")
+        opening = self.block.first + 2 * len(self.marked_texts)
+        if opening + 1 > self.block.last:
+            raise BadExampleError("the conversation has too many texts to find them all")
         start = text.index(core)
         end = start + len(core)
-        self.segments.append(Segment(self._turn, kind, core, text[:start], text[end:]))
+        self.marked_texts.append(MarkedText(self._turn, kind, core, text[:start], text[end:]))
         return text[:start] + ("" if self.only_ends else chr(opening)) + core + chr(opening + 1) + text[end:]
 
 
 @dataclass(frozen=True)
-class Traced:
+class LocatedTexts:
     """A rendering whose texts have been found.
 
     Attributes:
-        text: The rendering, without marks.
-        segments: All texts that went in.
-        places: Those that came out, in the order of the rendering.
+        text: The rendering, without sentinels.
+        marked_texts: All texts that were given to the template.
+        spans: Those that are in the rendering, in its order.
     """
 
     text: str
-    segments: tuple[Segment, ...]
-    places: tuple[Place, ...]
+    marked_texts: tuple[MarkedText, ...]
+    spans: tuple[TextSpan, ...]
 
-    def lost(self) -> list[Segment]:
-        """Texts that went in and did not come out."""
-        found = {id(place.segment) for place in self.places}
-        return [segment for segment in self.segments if id(segment) not in found]
+    def missing(self) -> list[MarkedText]:
+        """Texts that are not in the rendering."""
+        found = {id(span.marked_text) for span in self.spans}
+        return [marked_text for marked_text in self.marked_texts if id(marked_text) not in found]
 
-    def rewritten(self) -> list[Segment]:
-        """Texts that came out in other words; JSON escapes count as the same."""
-        return [place.segment for place in self.places if not _same(place, self.text)]
+    def rewritten(self) -> list[MarkedText]:
+        """Texts that the template changed; JSON escapes are not a change."""
+        return [span.marked_text for span in self.spans if not _same(span, self.text)]
 
     def tail(self) -> str:
-        """What follows the last text."""
-        return self.text[max((place.end for place in self.places), default=0) :]
+        """The rendering after the last text."""
+        return self.text[max((span.end for span in self.spans), default=0) :]
 
 
-def _same(place: Place, text: str) -> bool:
-    came_out, went_in = text[place.start : place.end].strip(), place.segment.text
-    return came_out in (went_in, json.dumps(went_in, ensure_ascii=False)[1:-1])
+def _same(span: TextSpan, text: str) -> bool:
+    rendered, given = text[span.start : span.end].strip(), span.marked_text.text
+    return rendered in (given, json.dumps(given, ensure_ascii=False)[1:-1])
 
 
-def trace(rendered: str, segments: Sequence[Segment], alphabet: Alphabet) -> Traced:
-    """Read the marks of a rendering.
+def locate_texts(rendered: str, marked_texts: Sequence[MarkedText], block: SentinelBlock) -> LocatedTexts:
+    """Read the positions of the sentinels in a rendering.
 
-    Where a text stands more than once, its place reaches from the first to the last; that of a part of a tool call is
-    the first. Where only its end is marked, its start is counted back if the text stands there unchanged.
+    If a text is rendered several times, its span is from the first copy to the last; for a part of a tool call it is
+    the first copy. If only the end has a sentinel, the start is counted back, provided that the text is unchanged.
     """
-    text = alphabet.pattern.sub("", rendered)
+    text = block.pattern.sub("", rendered)
     edges: dict[int, list[tuple[int, bool]]] = {}
-    for count, found in enumerate(alphabet.pattern.finditer(rendered)):
-        number, closes = divmod(ord(found[0]) - alphabet.first, 2)
+    for count, found in enumerate(block.pattern.finditer(rendered)):
+        number, closes = divmod(ord(found[0]) - block.first, 2)
         edges.setdefault(number, []).append((found.start() - count, bool(closes)))
-    places = [_place(segments[number], positions, text) for number, positions in edges.items()]
-    return Traced(text, tuple(segments), tuple(sorted(places, key=lambda place: (place.start, place.end))))
+    spans = [_span_of(marked_texts[number], positions, text) for number, positions in edges.items()]
+    return LocatedTexts(text, tuple(marked_texts), tuple(sorted(spans, key=lambda span: (span.start, span.end))))
 
 
-def _place(segment: Segment, edges: list[tuple[int, bool]], text: str) -> Place:
+def _span_of(marked_text: MarkedText, edges: list[tuple[int, bool]], text: str) -> TextSpan:
     again: tuple[int, ...] = ()
     closings = [number for number, (_, closes) in enumerate(edges) if closes]
-    if segment.kind == "tool call" and len(closings) > 1:
+    if marked_text.kind == "tool call" and len(closings) > 1:
         again = tuple(position for position, closes in edges[closings[0] + 1 :] if closes)
         edges = edges[: closings[0] + 1]
     start, end = edges[0][0], edges[-1][0]
-    if start == end and text.endswith(segment.text, 0, end):
-        start = end - len(segment.text)
-    if text.endswith(segment.before, 0, start):
-        start -= len(segment.before)
-    if text.startswith(segment.after, end):
-        end += len(segment.after)
-    return Place(segment, start, end, again)
+    if start == end and text.endswith(marked_text.text, 0, end):
+        start = end - len(marked_text.text)
+    if text.endswith(marked_text.before, 0, start):
+        start -= len(marked_text.before)
+    if text.startswith(marked_text.after, end):
+        end += len(marked_text.after)
+    return TextSpan(marked_text, start, end, again)

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_hub.data.readers.examples import Row
+from lightning_hub.data.readers.examples import RawExample
 from lightning_hub.data.readers.limits import ExampleLimits
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
-_ROWS = 1024
+_BATCH_SIZE = 1024
 _DICTIONARY_BUDGET = 256_000_000
 _MAX_RATIO = 200
 """How much larger a large column may be than it is in the file; more is an attack, not compression."""
@@ -37,7 +37,7 @@ def without_struct_nulls(value: object) -> object:
     return value
 
 
-def clean_row(data: dict[str, object], kept: frozenset[str] = frozenset()) -> dict[str, object]:
+def restore_example(data: dict[str, object], kept: frozenset[str] = frozenset()) -> dict[str, object]:
     """A row of a columnar file as it was before it was stored.
 
     Args:
@@ -50,7 +50,7 @@ def clean_row(data: dict[str, object], kept: frozenset[str] = frozenset()) -> di
     }
 
 
-def read_parquet(path: Path, limits: ExampleLimits) -> Iterator[Row]:
+def read_parquet(path: Path, limits: ExampleLimits) -> Iterator[RawExample]:
     """Rows of a Parquet file; a row's place is its number, counted from 1."""
     import pyarrow as pa  # 0.2 s and 60 MB, for Parquet only
     import pyarrow.parquet as pq
@@ -60,15 +60,15 @@ def read_parquet(path: Path, limits: ExampleLimits) -> Iterator[Row]:
         with pq.ParquetFile(path) as file:
             for group in range(file.metadata.num_row_groups):
                 if problem := _unpacks_to_too_much(file, group, limits):
-                    yield Row(f"{path}:{number + 1}", {}, problem)
+                    yield RawExample(f"{path}:{number + 1}", {}, problem)
                     return
                 for batch in file.iter_batches(batch_size=_batch_size(file, group), row_groups=[group]):
-                    for row in _batch_rows(batch, limits):
+                    for row in _batch_examples(batch, limits):
                         number += 1
-                        yield Row(f"{path}:{number}", *row)
+                        yield RawExample(f"{path}:{number}", *row)
     except (pa.ArrowException, OSError, ValueError, MemoryError, RecursionError) as error:
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        yield Row(f"{path}:{number + 1}", {}, f"not Parquet: {said}")
+        yield RawExample(f"{path}:{number + 1}", {}, f"not Parquet: {said}")
 
 
 def _unpacks_to_too_much(file: pq.ParquetFile, group: int, limits: ExampleLimits) -> str:
@@ -87,18 +87,18 @@ def _batch_size(file: pq.ParquetFile, group: int) -> int:
     about = file.metadata.row_group(group)
     columns = [about.column(index) for index in range(about.num_columns)]
     largest = max((column.total_uncompressed_size for column in columns if column.has_dictionary_page), default=0)
-    return max(1, min(_ROWS, _DICTIONARY_BUDGET // max(1, largest)))
+    return max(1, min(_BATCH_SIZE, _DICTIONARY_BUDGET // max(1, largest)))
 
 
-def _batch_rows(batch: object, limits: ExampleLimits) -> Iterator[tuple[dict[str, object], str]]:
+def _batch_examples(batch: object, limits: ExampleLimits) -> Iterator[tuple[dict[str, object], str]]:
     """The rows of a batch, each with "" or why it cannot be used."""
     if batch.nbytes <= limits.max_bytes:  # type: ignore[attr-defined]
         for data in batch.to_pylist():  # type: ignore[attr-defined]
-            yield clean_row(data), ""
+            yield restore_example(data), ""
         return
     for index in range(batch.num_rows):  # type: ignore[attr-defined]
         row = batch.slice(index, 1)  # type: ignore[attr-defined]
         if row.nbytes > limits.max_bytes:
             yield {}, f"the row is {limits.too_large}"
         else:
-            yield clean_row(row.to_pylist()[0]), ""
+            yield restore_example(row.to_pylist()[0]), ""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(slots=True)
-class Row:
+class RawExample:
     """One row as read: where it stands, and its columns or why it has none."""
 
     where: str

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 from lightning_hub.data.readers.columnar import read_parquet
-from lightning_hub.data.readers.examples import Row, not_utf8
+from lightning_hub.data.readers.examples import RawExample, not_utf8
 from lightning_hub.data.readers.json_files import has_lone_surrogate, read_json, read_jsonl
 from lightning_hub.data.readers.limits import ExampleLimits, TooLargeError
 from lightning_hub.data.readers.streams import BROKEN_STREAM, COMPRESSED, open_stream
@@ -22,7 +22,7 @@ from lightning_hub.errors import ConfigError
 _BOM = "\ufeff"
 
 
-def read_rows(path: Path, limits: ExampleLimits | None = None) -> Iterator[Row]:
+def read_examples(path: Path, limits: ExampleLimits | None = None) -> Iterator[RawExample]:
     """Read a file row by row.
 
     Args:
@@ -59,7 +59,7 @@ _ABOUT_DATA = re.compile(
 
 
 def is_data_file(path: Path) -> bool:
-    """Whether :func:`read_rows` has a reader for this name, and the name is none that stands for no data."""
+    """Whether :func:`read_examples` has a reader for this name, and the name is none that stands for no data."""
     suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in COMPRESSED]
     readable = bool(suffixes) and suffixes[-1] in _READERS
     about = _ABOUT_DATA.fullmatch(path.name) and not path.name.lower().endswith((".jsonl", ".parquet", ".csv", ".tsv"))
@@ -70,7 +70,7 @@ MAX_COLUMNS = 10_000
 """Columns of a CSV file."""
 
 
-def read_csv(path: Path, limits: ExampleLimits) -> Iterator[Row]:
+def read_csv(path: Path, limits: ExampleLimits) -> Iterator[RawExample]:
     """Rows under a header line; a row's place is the line on which it ends."""
     csv.field_size_limit(limits.max_bytes)
     delimiter = "\t" if kind_of(path) == ".tsv" else ","
@@ -82,20 +82,22 @@ def read_csv(path: Path, limits: ExampleLimits) -> Iterator[Row]:
             header = next(reader, [])
             number = reader.line_num
             if len(header) > MAX_COLUMNS:
-                yield Row(f"{path}:{number}", {}, f"a header of {len(header):,} columns; {MAX_COLUMNS:,} are allowed")
+                yield RawExample(
+                    f"{path}:{number}", {}, f"a header of {len(header):,} columns; {MAX_COLUMNS:,} are allowed"
+                )
                 return
             lines.read = 0
             for cells in reader:
                 number = reader.line_num
                 lines.read = 0
                 if cells:
-                    yield _csv_row(f"{path}:{number}", header, cells)
+                    yield _csv_example(f"{path}:{number}", header, cells)
     except TooLargeError as error:
-        yield Row(f"{path}:{number + 1}", {}, f"the row is {error}; the file is not read beyond it")
+        yield RawExample(f"{path}:{number + 1}", {}, f"the row is {error}; the file is not read beyond it")
     except csv.Error as error:
-        yield Row(f"{path}:{number + 1}", {}, f"not CSV: {error}")
+        yield RawExample(f"{path}:{number + 1}", {}, f"not CSV: {error}")
     except BROKEN_STREAM as error:
-        yield Row(f"{path}:{number + 1}", {}, f"the file is damaged or cut off ({error})")
+        yield RawExample(f"{path}:{number + 1}", {}, f"the file is damaged or cut off ({error})")
 
 
 class _BoundedLines:
@@ -123,35 +125,35 @@ class _BoundedLines:
         return line
 
 
-def _csv_row(where: str, header: list[str], cells: list[str]) -> Row:
+def _csv_example(where: str, header: list[str], cells: list[str]) -> RawExample:
     if len(cells) != len(header):
-        return Row(where, {}, f"{len(cells)} cells under a header of {len(header)}")
+        return RawExample(where, {}, f"{len(cells)} cells under a header of {len(header)}")
     data: dict[str, object] = dict(zip(header, cells, strict=True))
-    return Row(where, {}, "not UTF-8") if any(map(has_lone_surrogate, cells)) else Row(where, data)
+    return RawExample(where, {}, "not UTF-8") if any(map(has_lone_surrogate, cells)) else RawExample(where, data)
 
 
-def read_text(path: Path, limits: ExampleLimits) -> Iterator[Row]:
+def read_text(path: Path, limits: ExampleLimits) -> Iterator[RawExample]:
     """The whole file as one document: a line end inside a book is no end of text."""
     try:
         with open_stream(path) as stream:
             raw = stream.read(limits.max_bytes + 1)
     except BROKEN_STREAM as error:
-        yield Row(f"{path}:1", {}, f"the file is damaged or cut off ({error})")
+        yield RawExample(f"{path}:1", {}, f"the file is damaged or cut off ({error})")
         return
     if len(raw) > limits.max_bytes:
-        yield Row(f"{path}:1", {}, f"the document is {limits.too_large}")
+        yield RawExample(f"{path}:1", {}, f"the document is {limits.too_large}")
         return
     try:
         text = raw.decode("utf-8").removeprefix(_BOM)
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        yield Row(f"{path}:{line}", {}, not_utf8(raw[:4], error))
+        yield RawExample(f"{path}:{line}", {}, not_utf8(raw[:4], error))
         return
     if text.strip():
-        yield Row(f"{path}:1", {"text": text})
+        yield RawExample(f"{path}:1", {"text": text})
 
 
-_READERS: dict[str, Callable[[Path, ExampleLimits], Iterator[Row]]] = {
+_READERS: dict[str, Callable[[Path, ExampleLimits], Iterator[RawExample]]] = {
     ".jsonl": read_jsonl,
     ".ndjson": read_jsonl,
     ".json": read_json,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
-from lightning_hub.data.conversation import BadRowError, Conversation, Document, Example, Message
+from lightning_hub.data.conversation import BadExampleError, Conversation, Document, Example, Message
 from lightning_hub.data.readers import token_rows
 from lightning_hub.data.readers.layouts import Fields, Layout
 from lightning_hub.data.readers.messages import is_empty, parse_message
@@ -37,7 +37,7 @@ def normalise(row: Fields, layout: Layout) -> Example:
     """Bring one row into the normal form.
 
     Raises:
-        BadRowError: The row does not have the shape of its layout.
+        BadExampleError: The row does not have the shape of its layout.
     """
     example = _NORMALISERS[layout](row)
     if row.keys() <= _COLUMNS[layout]:
@@ -65,10 +65,10 @@ def _conversation(
     row: Fields, messages: tuple[Message, ...], completion_from: int | None = None, remarks: Sequence[str] = ()
 ) -> Conversation:
     if not messages:
-        raise BadRowError("the conversation is empty")
+        raise BadExampleError("the conversation is empty")
     unmask = row.get("unmask")
     if unmask is not None and not isinstance(unmask, bool):
-        raise BadRowError(f"unmask must be true or false, not {unmask!r}")
+        raise BadExampleError(f"unmask must be true or false, not {unmask!r}")
     empty = [message for message in messages if message.role == "assistant" and is_empty(message)]
     others = [message for message in messages if message.role != "assistant" and message.train and not unmask]
     remarks = (*remarks, *["train on a turn that is not the assistant's is not read"] * len(others))
@@ -93,7 +93,7 @@ def _tools(row: Fields) -> tuple[Mapping[str, object], ...]:
 
 def _tool(tool: object) -> Mapping[str, object]:
     if not isinstance(tool, dict):
-        raise BadRowError("each of tools must be an object")
+        raise BadExampleError("each of tools must be an object")
     return tool if "function" in tool else {"type": "function", "function": tool}
 
 
@@ -111,7 +111,7 @@ def _history(value: object) -> tuple[Message, ...]:
     rounds: list[Message] = []
     for index, pair in enumerate(_json_list(value, "history")):
         if not isinstance(pair, list) or len(pair) != 2:
-            raise BadRowError(f"history[{index}] must be a question with its answer, a list of two texts")
+            raise BadExampleError(f"history[{index}] must be a question with its answer, a list of two texts")
         question, answer = (_text(text, f"history[{index}]") for text in pair)
         rounds += [Message("user", question), Message("assistant", answer)]
     return tuple(rounds)
@@ -128,7 +128,7 @@ def _turns(value: object, column: str, role: Literal["user", "assistant"], remar
     if isinstance(value, str):
         return (Message(role, value),)
     if value is None:
-        raise BadRowError(f"{column} must be a text or a list of turns, not null or missing")
+        raise BadExampleError(f"{column} must be a text or a list of turns, not null or missing")
     return tuple(parse_message(turn, f"{column}[{index}]", remarks) for index, turn in enumerate(_list(value, column)))
 
 
@@ -136,19 +136,19 @@ def _document(row: Fields) -> Document:
     text = _text(row.get("text") if row.get("text") is not None else row.get("document"), "text")
     both = row.get("text") is not None and row.get("document") not in (None, "", row.get("text"))
     if not text.strip():
-        raise BadRowError("the document is empty")
+        raise BadExampleError("the document is empty")
     return Document(text, ("column document is not read",) * both)
 
 
 def _text(value: object, column: str) -> str:
     if not isinstance(value, str):
-        raise BadRowError(f"{column} must be a text, not {_kind(value)}")
+        raise BadExampleError(f"{column} must be a text, not {_kind(value)}")
     return value
 
 
 def _list(value: object, column: str) -> list[object]:
     if not isinstance(value, list):
-        raise BadRowError(f"{column} must be a list, not {_kind(value)}")
+        raise BadExampleError(f"{column} must be a list, not {_kind(value)}")
     return value
 
 
@@ -158,7 +158,7 @@ def _json_list(value: object, column: str) -> list[object]:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
-            raise BadRowError(f"{column} is a text that is not JSON") from error
+            raise BadExampleError(f"{column} is a text that is not JSON") from error
     return _list(value, column)
 
 

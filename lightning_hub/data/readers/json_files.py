@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from lightning_hub.data.readers.examples import Row, not_utf8
+from lightning_hub.data.readers.examples import RawExample, not_utf8
 from lightning_hub.data.readers.limits import ExampleLimits, TooLargeError, texts_inside
 from lightning_hub.data.readers.streams import BROKEN_STREAM, numbered_lines, open_stream
 
@@ -18,12 +18,12 @@ _CHUNK = 1 << 20
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
-def read_jsonl(path: Path, limits: ExampleLimits) -> Iterator[Row]:
+def read_jsonl(path: Path, limits: ExampleLimits) -> Iterator[RawExample]:
     """One object per line; blank lines are no rows; a byte order mark at the start is skipped."""
     for number, line in numbered_lines(path, limits):
         where = f"{path}:{number}"
         if isinstance(line, str):
-            yield Row(where, {}, line)
+            yield RawExample(where, {}, line)
             continue
         if number == 1:
             line = line.removeprefix(_BOM.encode())
@@ -31,13 +31,13 @@ def read_jsonl(path: Path, limits: ExampleLimits) -> Iterator[Row]:
             yield _parse_line(where, line, limits)
 
 
-def _parse_line(where: str, line: bytes, limits: ExampleLimits) -> Row:
+def _parse_line(where: str, line: bytes, limits: ExampleLimits) -> RawExample:
     try:
         value = limits.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        return Row(where, {}, not_utf8(line, error))
+        return RawExample(where, {}, not_utf8(line, error))
     except ValueError as error:
-        return Row(where, {}, _not_json(line, error))
+        return RawExample(where, {}, _not_json(line, error))
     return _object(where, value, escaped=b"\\u" in line)
 
 
@@ -51,15 +51,15 @@ def _not_json(line: bytes, error: Exception) -> str:
     return f"not JSON: {error}"
 
 
-def _object(where: str, value: object, *, escaped: bool) -> Row:
+def _object(where: str, value: object, *, escaped: bool) -> RawExample:
     """A row from a parsed value; ``escaped`` tells that it may hold half of a surrogate pair."""
     if not isinstance(value, dict):
-        return Row(where, {}, f"a row must be an object, this is {_json_type(value)}")
+        return RawExample(where, {}, f"a row must be an object, this is {_json_type(value)}")
     if escaped and any(map(has_lone_surrogate, texts_inside(value))):
-        return Row(
+        return RawExample(
             where, {}, "a text holds half of a surrogate pair (\\ud800 to \\udfff), which no tokenizer can encode"
         )
-    return Row(where, value)
+    return RawExample(where, value)
 
 
 def has_lone_surrogate(text: str) -> bool:
@@ -76,7 +76,7 @@ def _json_type(value: object) -> str:
     return names.get(type(value), "a number")
 
 
-def read_json(path: Path, limits: ExampleLimits) -> Iterator[Row]:
+def read_json(path: Path, limits: ExampleLimits) -> Iterator[RawExample]:
     """A list of objects, one object, or lines of objects under the name of ``.json``."""
     window = None
     try:
@@ -84,15 +84,15 @@ def read_json(path: Path, limits: ExampleLimits) -> Iterator[Row]:
             window = _Window(stream)
             if window.peek() == "[":
                 window.position += 1
-                yield from _list_rows(path, window, limits)
+                yield from _list_examples(path, window, limits)
                 return
             whole = _only_object(path, window, limits)
     except UnicodeDecodeError as error:
         line, column = window.place_of(error) if window else (1, 1)
-        yield Row(f"{path}:{line}", {}, f"not UTF-8: {error.reason} at byte {column} of the line")
+        yield RawExample(f"{path}:{line}", {}, f"not UTF-8: {error.reason} at byte {column} of the line")
         return
     except BROKEN_STREAM as error:
-        yield Row(f"{path}:{window.line if window else 1}", {}, f"the file is damaged or cut off ({error})")
+        yield RawExample(f"{path}:{window.line if window else 1}", {}, f"the file is damaged or cut off ({error})")
         return
     if whole is not None:
         yield whole
@@ -151,7 +151,7 @@ class _Window:
         return self.line + raw.count(b"\n"), len(raw) - raw.rfind(b"\n")
 
 
-def _list_rows(path: Path, window: _Window, limits: ExampleLimits) -> Iterator[Row]:
+def _list_examples(path: Path, window: _Window, limits: ExampleLimits) -> Iterator[RawExample]:
     """Parse the elements one by one, so that each has its line and a fault does not hide the rows before it."""
     while window.peek() != "]":
         where = f"{path}:{window.line}"
@@ -160,7 +160,7 @@ def _list_rows(path: Path, window: _Window, limits: ExampleLimits) -> Iterator[R
         except ValueError as error:
             if isinstance(error, UnicodeDecodeError):
                 raise
-            yield Row(where, {}, _list_fault(window, error))
+            yield RawExample(where, {}, _list_fault(window, error))
             return
         escaped = "\\u" in window.text[window.position : end]
         window.position = end
@@ -169,7 +169,7 @@ def _list_rows(path: Path, window: _Window, limits: ExampleLimits) -> Iterator[R
         if following == ",":
             window.position += 1
         elif following != "]":
-            yield Row(where, {}, "not JSON: the list is cut off or a comma is missing after this row")
+            yield RawExample(where, {}, "not JSON: the list is cut off or a comma is missing after this row")
             return
 
 
@@ -212,7 +212,7 @@ def _list_fault(window: _Window, error: Exception) -> str:
     return f"not JSON: {error.msg}" if isinstance(error, json.JSONDecodeError) else _not_json(b"", error)
 
 
-def _only_object(path: Path, window: _Window, limits: ExampleLimits) -> Row | None:
+def _only_object(path: Path, window: _Window, limits: ExampleLimits) -> RawExample | None:
     """The one value that fills the file; None where there is more or less than one."""
     if not window.peek():
         return None
@@ -220,7 +220,7 @@ def _only_object(path: Path, window: _Window, limits: ExampleLimits) -> Row | No
     try:
         value, end = _next_value(window, limits)
     except TooLargeError as error:
-        return Row(where, {}, str(error))
+        return RawExample(where, {}, str(error))
     except ValueError:
         return None
     escaped = "\\u" in window.text[window.position : end]

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
 
-from lightning_hub.data.readers.columnar import clean_row
-from lightning_hub.data.readers.examples import Row
-from lightning_hub.data.readers.files import is_data_file, kind_of, read_rows
+from lightning_hub.data.readers.columnar import restore_example
+from lightning_hub.data.readers.examples import RawExample
+from lightning_hub.data.readers.files import is_data_file, kind_of, read_examples
 from lightning_hub.data.readers.limits import ExampleLimits
 from lightning_hub.data.settings import Source
 from lightning_hub.errors import ConfigError, DataError
@@ -29,7 +29,7 @@ class Input(Protocol):
     def not_read(self) -> tuple[str, ...]:
         """What lies in the source and is not read."""
 
-    def rows(self) -> Iterator[Row]:
+    def examples(self) -> Iterator[RawExample]:
         """All rows in their order."""
 
     def digest(self) -> dict[str, str]:
@@ -50,17 +50,17 @@ class FileInput:
     limits: ExampleLimits
     not_read: tuple[str, ...] = ()
 
-    def rows(self) -> Iterator[Row]:
+    def examples(self) -> Iterator[RawExample]:
         """All rows of all files in their order."""
         for path in self.paths:
-            yield from read_rows(path, self.limits)
+            yield from read_examples(path, self.limits)
 
     def digest(self) -> dict[str, str]:
         """The sha256 of the bytes of each file."""
         return {str(path): _sha256(path) for path in self.paths}
 
 
-class _ArrowRows(Protocol):
+class _ArrowDataset(Protocol):
     """What is used of a ``datasets.Dataset`` (the package ships no types)."""
 
     _fingerprint: str
@@ -74,19 +74,19 @@ class DatasetInput:
     """A ``datasets`` object: from a saved folder or from the hub."""
 
     name: str
-    dataset: _ArrowRows
+    dataset: _ArrowDataset
     limits: ExampleLimits
     not_read: tuple[str, ...] = ()
 
-    def rows(self) -> Iterator[Row]:
+    def examples(self) -> Iterator[RawExample]:
         """All rows; a row's place is its number, counted from 1."""
         own_nulls = frozenset(name for name, kind in self.dataset.features.items() if type(kind).__name__ == "Json")
         for number, data in enumerate(self.dataset, 1):
             where = f"{self.name}:{number}"
             if self.limits.is_too_large(data):
-                yield Row(where, {}, f"the row is {self.limits.too_large}")
+                yield RawExample(where, {}, f"the row is {self.limits.too_large}")
             else:
-                yield Row(where, clean_row(data, own_nulls))
+                yield RawExample(where, restore_example(data, own_nulls))
 
     def digest(self) -> dict[str, str]:
         """The fingerprint that ``datasets`` keeps of content and history."""
@@ -154,9 +154,9 @@ def _open_saved(path: Path, source: Source, limits: ExampleLimits) -> Input:
     return DatasetInput(source.path, _pick_split(loaded, source), limits)
 
 
-def _pick_split(loaded: object, source: Source) -> _ArrowRows:
+def _pick_split(loaded: object, source: Source) -> _ArrowDataset:
     if not isinstance(loaded, dict):
-        return cast(_ArrowRows, loaded)
+        return cast(_ArrowDataset, loaded)
     wanted = source.split or "train"
     if wanted not in loaded:
         raise ConfigError(
@@ -164,7 +164,7 @@ def _pick_split(loaded: object, source: Source) -> _ArrowRows:
             where=source.path,
             remedy="name one: {path: ..., split: ...}",
         )
-    return cast(_ArrowRows, loaded[wanted])
+    return cast(_ArrowDataset, loaded[wanted])
 
 
 def _looks_like_hub_id(name: str) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lightning_hub.data.conversation import BadRowError, Tokens
+from lightning_hub.data.conversation import BadExampleError, Tokens
 from lightning_hub.ops.rows import IGNORED
 
 LOSS_MASKS = ("loss_mask", "completion_mask", "assistant_masks", "assistant_mask")
@@ -27,11 +27,11 @@ def parse_tokens(row: Mapping[str, object]) -> Tokens:
     """Read one row of token ids.
 
     Raises:
-        BadRowError: The columns do not fit together.
+        BadExampleError: The columns do not fit together.
     """
     ids = _integers(row.get("input_ids"), "input_ids")
     if not ids:
-        raise BadRowError("input_ids is empty")
+        raise BadExampleError("input_ids is empty")
     labels = _labels(row, ids)
     remarks = []
     for name in LOSS_MASKS:
@@ -57,20 +57,20 @@ def _labels(row: Mapping[str, object], ids: tuple[int, ...]) -> tuple[int, ...]:
         return ids
     labels = _integers(row["labels"], "labels")
     if len(ids) != len(labels):
-        raise BadRowError(f"{len(ids)} input_ids but {len(labels)} labels")
+        raise BadExampleError(f"{len(ids)} input_ids but {len(labels)} labels")
     if any(label not in (IGNORED, token) for token, label in zip(ids, labels, strict=True)):
-        raise BadRowError(f"each label must be {IGNORED} or the token at its own place (labels are not shifted)")
+        raise BadExampleError(f"each label must be {IGNORED} or the token at its own place (labels are not shifted)")
     return labels
 
 
 def _without_padding(mask: tuple[int, ...]) -> tuple[int, int]:
     """Where the tokens that are no padding begin and end."""
     if 1 not in mask:
-        raise BadRowError("attention_mask is 0 everywhere: the row holds padding only")
+        raise BadExampleError("attention_mask is 0 everywhere: the row holds padding only")
     start, end = mask.index(1), len(mask) - mask[::-1].index(1)
     if 0 in mask[start:end]:
         hole = mask.index(0, start)
-        raise BadRowError(f"attention_mask has 0 between 1s (at {hole}); only padding at the ends can be removed")
+        raise BadExampleError(f"attention_mask has 0 between 1s (at {hole}); only padding at the ends can be removed")
     return start, end
 
 
@@ -81,29 +81,29 @@ def _check_one_document(row: Mapping[str, object], start: int, end: int) -> None
             given = _integers(row[name], name)
             counted = given[start:end]
             if counted != tuple(range(end - start)) and given != tuple(range(len(given))):
-                raise BadRowError(f"{name} do not count up from 0; give each document as a row of its own")
+                raise BadExampleError(f"{name} do not count up from 0; give each document as a row of its own")
     for name in LENGTH_COLUMNS:
         if row.get(name) is not None and len(_integers(row[name], name)) > 1 + name.startswith("cu_"):
-            raise BadRowError(f"{name} tells of several documents; give each as a row of its own")
+            raise BadExampleError(f"{name} tells of several documents; give each as a row of its own")
     for name in SEGMENT_COLUMNS:
         if row.get(name) is not None and len(set(_integers(row[name], name)[start:end])) > 1:
-            raise BadRowError(f"{name} tells of several documents; give each as a row of its own")
+            raise BadExampleError(f"{name} tells of several documents; give each as a row of its own")
 
 
 def _bits(value: object, column: str, length: int) -> tuple[int, ...]:
     if not isinstance(value, list):
-        raise BadRowError(f"{column} must be a list, not {type(value).__name__}")
+        raise BadExampleError(f"{column} must be a list, not {type(value).__name__}")
     if len(value) != length:
-        raise BadRowError(f"{length} input_ids but {len(value)} of {column}")
+        raise BadExampleError(f"{length} input_ids but {len(value)} of {column}")
     if not all(type(bit) in (int, bool) and bit in (0, 1) for bit in value):
-        raise BadRowError(f"{column} must hold 0 and 1 only")
+        raise BadExampleError(f"{column} must hold 0 and 1 only")
     return tuple(map(int, value))
 
 
 def _integers(value: object, column: str) -> tuple[int, ...]:
     if not isinstance(value, list):
         said = "missing" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
-        raise BadRowError(f"{column} must be a list, not {said}")
+        raise BadExampleError(f"{column} must be a list, not {said}")
     if not all(type(number) is int for number in value):
-        raise BadRowError(f"{column} must hold whole numbers only")
+        raise BadExampleError(f"{column} must hold whole numbers only")
     return tuple(value)
