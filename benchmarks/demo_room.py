@@ -79,9 +79,7 @@ def lesson(seed: int, steps: int, tokenizer: PreTrainedTokenizerBase) -> StepPla
         asked = tokenizer.apply_chat_template([question], add_generation_prompt=True, return_dict=False)
         said = [*tokenizer(answer["content"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         pairs.append(([*asked, *said], [IGNORED] * len(asked) + said))
-    return StepPlan(
-        SampleStore.from_pairs(pairs, f"seed {seed}"), BatchSettings(512, BATCH, None, shuffle=True, seed=seed)
-    )
+    return StepPlan(SampleStore.from_pairs(pairs), BatchSettings(512, BATCH, None, shuffle=True, seed=seed))
 
 
 def trained(seed: int, steps: int = STEPS) -> LlamaForCausalLM:

@@ -84,9 +84,7 @@ def plan(task: Task, count: int, seed: int, batch: int, row: int) -> StepPlan:
     source = random.Random(seed)
     asked = [task(source) for _ in range(count)]
     pairs = [([*q, SEPARATOR, *a], [IGNORED] * (len(q) + 1) + a) for q, a in asked]
-    return StepPlan(
-        SampleStore.from_pairs(pairs, f"seed {seed}"), BatchSettings(row, batch, None, shuffle=True, seed=seed)
-    )
+    return StepPlan(SampleStore.from_pairs(pairs), BatchSettings(row, batch, None, shuffle=True, seed=seed))
 
 
 @dataclass(frozen=True)

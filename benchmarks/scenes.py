@@ -123,9 +123,7 @@ class Embedded:
             )
             whole = cast("list[int]", tokenizer.apply_chat_template(turns, return_dict=False))
             pairs.append((whole, [IGNORED] * len(asked) + whole[len(asked) :]))
-        return StepPlan(
-            SampleStore.from_pairs(pairs, f"seed {seed}"), BatchSettings(ROW, self.batch, None, shuffle=True, seed=seed)
-        )
+        return StepPlan(SampleStore.from_pairs(pairs), BatchSettings(ROW, self.batch, None, shuffle=True, seed=seed))
 
     def test(self, model: PreTrainedModel, place: int, seed: int) -> float:
         """Return the share of held-out words for which the answer is written exactly, greedily."""

@@ -1,4 +1,4 @@
-"""The LightningDataModule: conversations in, optimizer steps out."""
+"""The LightningDataModule: from conversations to optimizer steps."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from lightning_hub.data.checks import check_positions, check_tokenizer_fits
 from lightning_hub.data.prepare import Prepared, prepare
 from lightning_hub.data.prompts import Prompt, read_prompts
 from lightning_hub.data.sample_store import SampleStore
-from lightning_hub.data.settings import DataSettings, Format, OnBad, OnLong, Source, TrainOn
+from lightning_hub.data.settings import DataSettings, Format, InputError, OnBad, OnLong, Source, TrainOn
 from lightning_hub.data.step_plan import BatchSettings, ResumePosition, StepLoader, StepPlan
-from lightning_hub.errors import DataError, HubError
+from lightning_hub.errors import DataError
 from lightning_hub.models.pretrained import Pretrained
 from lightning_hub.parallel.data_parallel import data_parallel
 
 RECIPE_NAMES = {"max_tokens": "max_tokens_per_gpu"}
-"""What a recipe calls batch settings, where it calls them otherwise."""
+"""Batch settings that have another name in a recipe."""
 
 SAMPLES_PER_STEP = 32
-"""The effective batch size where a recipe names neither it nor ``tokens_per_step``."""
+"""The effective batch size if a recipe has neither it nor ``tokens_per_step``."""
 
 
 class HasPretrained(Protocol):
-    """A module that knows the pretrained model it trains."""
+    """A module that knows its pretrained model."""
 
     @property
     def pretrained(self) -> Pretrained:
-        """The model as it lies on disk or on the hub."""
+        """The model on disk or on the hub."""
 
 
 class ChatData(LightningDataModule):
@@ -47,11 +47,11 @@ class ChatData(LightningDataModule):
         columns: Where the input names its columns differently: our name to theirs, {prompt: question}.
         max_seq_len: The longest sample, in tokens.
         max_tokens_per_gpu: The most tokens of a packed row, which is one forward of one device; max_seq_len if null.
-        effective_batch_size: SampleStore of an optimizer step over all devices; 32 if tokens_per_step is null too.
+        effective_batch_size: Samples of an optimizer step over all devices; 32 if tokens_per_step is null too.
         tokens_per_step: Token slots of an optimizer step over all devices, instead of effective_batch_size.
         train_on: assistant trains on every assistant turn, last on the last one, completion on what follows the
             last user turn, all on every token.
-        on_long: SampleStore over max_seq_len: refuse to start, cut them, or leave them out and count them.
+        on_long: Samples over max_seq_len: refuse to start, cut them, or leave them out and count them.
         on_bad: Rows that cannot be used: refuse to start, or leave them out and count them.
         expand_turns: One sample for each assistant turn, so that thoughts of earlier turns are trained too.
         chat_template: A template file or the name of a built-in one; the tokenizer's own if null.
@@ -126,7 +126,7 @@ class ChatData(LightningDataModule):
 
     @property
     def prepared(self) -> Prepared:
-        """The tokenised samples and the report of how they came about."""
+        """The tokenised samples and their report."""
         assert self._prepared is not None, "setup has run"
         return self._prepared
 
@@ -146,8 +146,8 @@ class ChatData(LightningDataModule):
     def open(self, pretrained: Pretrained) -> Prepared:
         """Prepare the samples for a model, or read them from the cache.
 
-        Nothing here is a collective: ranks share the preparation through the file system, so a long one cannot run
-        into a time-out.
+        This is not a collective operation: ranks share the preparation through the file system, so a long preparation
+        cannot run into a time-out.
         """
         if self._prepared is None:
             config = pretrained.config
@@ -167,16 +167,20 @@ class ChatData(LightningDataModule):
             self.open(module.pretrained)
 
     def facts(self) -> dict[str, str]:
-        """Return what decides the order and content of the steps: a resumed run must have the same."""
+        """Return what decides the order and content of the steps: a resumed run must have the same.
+
+        Samples count by their content (ids, labels, lengths, order), not by the path of their files or the version of
+        the code that made them.
+        """
         batching = asdict(self.batching)
         return {
-            "data": self.prepared.train.fingerprint,
+            "samples": self.prepared.train.fingerprint,
             "tokenizer": tokenizer_hash(self.tokenizer),
             **{f"data.init_args.{RECIPE_NAMES.get(name, name)}": str(value) for name, value in batching.items()},
         }
 
     def packing_report(self) -> dict[str, float]:
-        """Return how full the rows are and how many steps make an epoch, for the data report."""
+        """Return how full the packed rows are and the number of steps in an epoch, for the data report."""
         return {
             "fill": self.plan.packing_efficiency(),
             "steps_per_epoch": len(self.plan),
@@ -190,13 +194,13 @@ class ChatData(LightningDataModule):
         return self._loader(self.plan, self._position)
 
     def val_dataloader(self) -> StepLoader | list[StepLoader]:
-        """Return the validation rows of this rank, each as a step of its own; nothing where there is no validation."""
+        """Return the packed rows of this rank for validation, each as its own step; [] without validation data."""
         return [] if self.prepared.val is None else self._sequential_loader(self.prepared.val)
 
     test_dataloader = val_dataloader
 
     def eval_loader_for(self, pretrained: Pretrained, paths: str | list[str], where: str) -> StepLoader:
-        """Return the rows of this rank of data that the run does not learn from, as for validation.
+        """Return the packed rows of this rank for data that is evaluated only, as for validation.
 
         Args:
             pretrained: The model that the data is for.
@@ -206,12 +210,11 @@ class ChatData(LightningDataModule):
         Raises:
             HubError: They cannot be used.
         """
-        settings = replace(self.settings, train=paths, val=None)
         try:
+            settings = replace(self.settings, train=paths, val=None)
             other = prepare(settings, self.tokenizer, stop_ids=pretrained.stop_ids).train
-        except HubError as error:
-            if error.where == "data.train":
-                error.where = where
+        except InputError as error:
+            error.where = where
             raise
         return self._sequential_loader(other)
 
@@ -224,7 +227,7 @@ class ChatData(LightningDataModule):
         return DataLoader(prompts, batch_size=8, collate_fn=list)
 
     def _sequential_loader(self, samples: SampleStore) -> StepLoader:
-        """Return the rows of this rank of data that is looked at only: the same every time, each row a step."""
+        """Return the packed rows of this rank in a fixed order, each as its own step."""
         assert self.trainer is not None, "Lightning has attached the trainer"
         slots = self.batching.max_tokens * data_parallel(self.trainer.strategy).size
         batching = BatchSettings(self.batching.max_tokens, None, slots, shuffle=False, seed=0)
@@ -244,7 +247,7 @@ class ChatData(LightningDataModule):
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
-    """Return a hash of what a tokenizer makes of a text; how it was last asked to cut and pad is no part of that."""
+    """Return a hash of how a tokenizer encodes a text; its current truncation and padding do not count."""
     parts = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
     words = json.dumps([parts, tokenizer.chat_template], sort_keys=True)
     return hashlib.sha256(words.encode()).hexdigest()

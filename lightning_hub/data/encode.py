@@ -1,4 +1,4 @@
-"""Normal form to token ids and labels."""
+"""Encodes examples in the normal form as token ids and labels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import get_args
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lightning_hub.data.conversation import BadExampleError, Conversation, Document, Example, Role, Tokens
+from lightning_hub.data.conversation import BadExampleError, Conversation, Document, Example, Refused, Role, Tokens
 from lightning_hub.data.masking.chat_template import Renderer, resolve_template
 from lightning_hub.data.masking.pattern_cache import PatternMasked, PatternMasker
 from lightning_hub.data.masking.reference import MaskedConversation, ReferenceMasker
@@ -23,7 +23,7 @@ from lightning_hub.errors import ConfigError
 from lightning_hub.ops.rows import IGNORED
 
 ROLES: tuple[str, ...] = (*get_args(Role), "template", "document", "tokens")
-"""What tokens are counted by: texts of a role, everything that a template writes between them, rows without roles."""
+"""Tokens are counted by role; ``template`` is what a template writes between texts, the last two have no roles."""
 
 
 _ROLE_NUMBER = {role: number for number, role in enumerate(ROLES)}
@@ -34,12 +34,12 @@ class Sample:
     """One sample before it is stored.
 
     Attributes:
-        ids: Token ids.
-        labels: The same where a token is trained, else ``IGNORED``.
+        ids: Token ids, int32, shape ``(tokens,)``.
+        labels: The id where a token is trained, else ``IGNORED``, int32, the same shape.
         num_trained: Trained tokens.
         by_role: Tokens of each of ``ROLES``.
         notes: Counted remarks, such as what the template dropped.
-        text: The rendering, for people; "" where there is none.
+        text: The rendering, for people; "" if there is none.
     """
 
     ids: Ids
@@ -50,15 +50,8 @@ class Sample:
     text: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """A row that gives no sample."""
-
-    why: str
-
-
 class Encoder:
-    """Encodes rows of every layout with one tokenizer.
+    """Encodes examples with one tokenizer.
 
     Args:
         settings: What is trained on, and how long samples may be.
@@ -77,7 +70,7 @@ class Encoder:
 
     @cached_property
     def reference_masker(self) -> ReferenceMasker:
-        """The reference way to masks, built when the first conversation comes: other rows need no template."""
+        """Masks any conversation; made for the first conversation, because other examples need no template."""
         template = resolve_template(self.settings.chat_template, self.tokenizer)
         render = Renderer(self.tokenizer, template, self.settings.template_options)
         return ReferenceMasker(
@@ -86,20 +79,20 @@ class Encoder:
 
     @cached_property
     def pattern_masker(self) -> PatternMasker:
-        """The fast way, which learns from the reference."""
+        """Masks conversations by token patterns that it learns from the reference."""
         return PatternMasker(self.reference_masker)
 
     def encode(self, examples: Sequence[Example]) -> list[list[Sample] | Refused]:
-        """Encode rows, each to its samples (one, or several for expanded turns and long documents)."""
+        """Encode each example as its samples: one, or several for expanded turns and long documents."""
         results: list[list[Sample] | Refused | None] = [None] * len(examples)
         with self._lock:
             self._make_ready(examples)
         if not self.settings.expand_turns:
             self._encode_by_pattern(examples, results)
-        return [self._one(row) if done is None else done for row, done in zip(examples, results, strict=True)]
+        return [self._one(example) if done is None else done for example, done in zip(examples, results, strict=True)]
 
     def _make_ready(self, examples: Sequence[Example]) -> None:
-        """Build what these rows need; later calls find it built. Probing must not happen in two threads at once."""
+        """Make what these examples need, in one thread only; later calls find it made."""
         kinds = set(map(type, examples))
         if Conversation in kinds:
             _ = self.pattern_masker
@@ -114,9 +107,9 @@ class Encoder:
         masked = (
             self.pattern_masker([example for _, example, _ in plain], [roles for _, _, roles in plain]) if plain else []
         )
-        for (number, example, _), row in zip(plain, masked, strict=True):
-            if row is not None:
-                results[number] = [_sample_of_pattern(example, row)]
+        for (number, example, _), found in zip(plain, masked, strict=True):
+            if found is not None:
+                results[number] = [_sample_of_pattern(example, found)]
 
     def _one(self, example: Example) -> list[Sample] | Refused:
         try:
@@ -140,7 +133,7 @@ class Encoder:
         return to_sample(masked)
 
     def _document(self, document: Document) -> list[Sample]:
-        """Bos where the tokenizer has it, the text, eos; pieces of a long one overlap by one token of context.
+        """Encode bos (if the tokenizer writes it), the text and eos; pieces of a long document overlap by one token.
 
         So every token but the document's first is trained exactly once.
         """
@@ -204,5 +197,5 @@ def _sample_of_pattern(conversation: Conversation, masked: PatternMasked) -> Sam
 
 
 def _sample(ids: Ids, labels: Ids, role: str) -> Sample:
-    labels[0] = IGNORED  # nothing stands before it that could predict it
+    labels[0] = IGNORED  # no token before it predicts it
     return Sample(ids, labels, int((labels != IGNORED).sum()), [len(ids) if name == role else 0 for name in ROLES])

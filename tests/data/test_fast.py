@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_hub.data.conversation import Conversation, Message
-from lightning_hub.data.encode import Encoder, Refused, to_sample
+from lightning_hub.data.conversation import Conversation, Message, Refused
+from lightning_hub.data.encode import Encoder, to_sample
 from lightning_hub.data.masking.pattern_cache import AGREEING_EXAMPLES
 from lightning_hub.data.settings import DataSettings
 from tests.data.families import FAMILIES, Family

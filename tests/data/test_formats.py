@@ -259,7 +259,7 @@ def test_columns_give_a_row_our_names() -> None:
 
 
 def test_an_unknown_layout_lists_its_columns_and_the_ways_out() -> None:
-    with pytest.raises(DataError, match=r"file:1: .*columns present: ask, tell; .*data\.columns"):
+    with pytest.raises(DataError, match=r"file:1: .*columns present: ask, tell; .*data\.init_args\.columns"):
         recognise({"ask": "q", "tell": "a"}, "auto", "file:1")
 
 
@@ -344,15 +344,15 @@ def test_nested_wrong_types_are_refused_never_raised(layout: Layout, row: dict[s
 @pytest.mark.parametrize(
     ("key", "settings"),
     [
-        ("data.format", {"format": "xml"}),
-        ("data.train_on", {"train_on": "user"}),
-        ("data.on_long", {"on_long": "cut"}),
-        ("data.max_seq_len", {"max_seq_len": 0}),
-        ("data.num_proc", {"num_proc": 0}),
-        ("data.columns", {"columns": {"question": "prompt"}}),
-        ("data.val", {"val": 1.5}),
-        ("data.train", {"train": []}),
-        ("data.expand_turns", {"expand_turns": True, "train_on": "all"}),
+        ("data.init_args.format", {"format": "xml"}),
+        ("data.init_args.train_on", {"train_on": "user"}),
+        ("data.init_args.on_long", {"on_long": "cut"}),
+        ("data.init_args.max_seq_len", {"max_seq_len": 0}),
+        ("data.init_args.num_proc", {"num_proc": 0}),
+        ("data.init_args.columns", {"columns": {"question": "prompt"}}),
+        ("data.init_args.val", {"val": 1.5}),
+        ("data.init_args.train", {"train": []}),
+        ("data.init_args.expand_turns", {"expand_turns": True, "train_on": "all"}),
     ],
 )
 def test_wrong_settings_name_their_key(key: str, settings: dict[str, object]) -> None:

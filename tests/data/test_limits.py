@@ -100,7 +100,9 @@ def test_a_long_line_is_skipped_and_the_rest_is_read(tmp_path: Path) -> None:
     assert [bool(row.problem) for row in rows] == [False, True, False]
     assert rows[2].where == f"{path}:3"
     tokenizer = make_tokenizer((TEMPLATES / "chatml.jinja").read_text(encoding="utf-8"))
-    with pytest.raises(DataError, match=r"a\.jsonl:2: the line is larger than 4 MB \(data\.max_example_mb\)"):
+    with pytest.raises(
+        DataError, match=r"a\.jsonl:2: the line is larger than 4 MB \(data\.init_args\.max_example_mb\)"
+    ):
         prepare(DataSettings(str(path), max_example_mb=4), tokenizer, cache_dir=tmp_path / "cache")
     skip = DataSettings(str(path), max_example_mb=4, on_bad="skip")
     report = prepare(skip, tokenizer, cache_dir=tmp_path / "cache").report

@@ -17,7 +17,7 @@ LENGTHS = [5, 9, 30, 2, 17, 8, 8, 12, 3, 25, 6]
 
 def make(lengths: list[int] = LENGTHS) -> SampleStore:
     pairs = [([index + 1] * length, [-100, *[index + 1] * (length - 1)]) for index, length in enumerate(lengths)]
-    return SampleStore.from_pairs(pairs, "test")
+    return SampleStore.from_pairs(pairs)
 
 
 def plan(samples_per_step: int | None = 4, tokens: int | None = None, shuffle: bool = True, seed: int = 1) -> StepPlan:

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lightning_hub.data.conversation import Conversation, Message, Role, ToolCall
-from lightning_hub.data.encode import Encoder, Refused
+from lightning_hub.data.conversation import Conversation, Message, Refused, Role, ToolCall
+from lightning_hub.data.encode import Encoder
 from lightning_hub.data.masking.sentinels import SentinelInserter
 from lightning_hub.data.settings import DataSettings
 from tests.data.families import FAMILIES

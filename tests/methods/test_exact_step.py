@@ -74,7 +74,7 @@ def samples(lengths: list[int], seed: int = 0) -> SampleStore:
         ids = source.integers(3, VOCABULARY, length).tolist()
         labels = [token if source.random() < 0.5 else -100 for token in ids]
         pairs.append((ids, [-100, *labels[1:-1], ids[-1]]))
-    return SampleStore.from_pairs(pairs, "test")
+    return SampleStore.from_pairs(pairs)
 
 
 def reference(data: SampleStore, members: list[int]) -> tuple[float, dict[str, torch.Tensor]]:

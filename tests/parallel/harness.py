@@ -106,7 +106,7 @@ def plan() -> StepPlan:
         whole = _ids(tokenizer.apply_chat_template(turns, return_dict=False))
         labels, more = [-100] * len(asked) + whole[len(asked) :], -len(whole) % 8
         pairs.append((whole + whole[-1:] * more, labels + [-100] * more))
-    return StepPlan(SampleStore.from_pairs(pairs, "test"), BatchSettings(96, 8, None, shuffle=False, seed=0))
+    return StepPlan(SampleStore.from_pairs(pairs), BatchSettings(96, 8, None, shuffle=False, seed=0))
 
 
 @cache

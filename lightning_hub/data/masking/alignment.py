@@ -1,6 +1,48 @@
-"""Compares a generation prompt with the text that the full rendering has at the same position."""
+"""Finds the end of the generation prompt in a full rendering."""
 
 from __future__ import annotations
+
+from lightning_hub.data.masking.template_profile import TemplateProfile
+
+
+def find_prompt(profile: TemplateProfile, gap: str) -> int | None:
+    """Look for the longest beginning of the generation prompt that ends between two of its tokens.
+
+    Args:
+        profile: Has the prompt.
+        gap: The rendering between the text before a turn and the turn's own text.
+
+    Returns:
+        The end of the prompt in ``gap``, or None.
+    """
+    if not profile.prompt:
+        return len(gap)
+    for cut in reversed(profile.prompt_cuts):
+        found = gap.rfind(profile.prompt[:cut])
+        if found >= 0:
+            return found + cut
+    return None
+
+
+def match_prompt(profile: TemplateProfile, tail: str, gap: str) -> int | None:
+    """Compare what a template writes before a generation with the text that the full rendering has there.
+
+    Args:
+        profile: Has the prompt.
+        tail: What the template writes between the last text before a turn and the first generated token.
+        gap: The rendering between the same text and the turn's own text.
+
+    Returns:
+        The position in ``gap`` at which the model's own text begins, or None.
+    """
+    reached, matched = align_ignoring_whitespace(tail, gap)
+    if reached == len(tail):
+        return matched[reached]
+    begin = len(tail) - len(profile.prompt)
+    if not profile.prompt or not tail.endswith(profile.prompt):
+        return None
+    cuts = [begin + cut for cut in profile.prompt_cuts if begin + cut <= reached]
+    return matched[cuts[-1]] if cuts else None
 
 
 def align_ignoring_whitespace(tail: str, gap: str) -> tuple[int, list[int]]:

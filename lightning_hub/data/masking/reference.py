@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lightning_hub.data.conversation import BadExampleError, Conversation, Role
-from lightning_hub.data.masking.alignment import align_ignoring_whitespace
+from lightning_hub.data.masking.alignment import find_prompt, match_prompt
 from lightning_hub.data.masking.chat_template import Renderer, TemplateRefusal
 from lightning_hub.data.masking.dropped_text import count_controls, count_dropped_text
 from lightning_hub.data.masking.selection import trained_turn_indices
@@ -128,13 +128,13 @@ class _ConversationMasker:
         dropped += count_controls(self.conversation, inside, self.profile.turn_end.text)
         self._check_calls()
         appended = self._append_end()
-        trained = self._trained(dropped)
+        trained = [span for span in sorted(self._trained(dropped)) if span[0] < span[1]]
         roles = [
             (self.conversation.messages[text.marked_text.turn].role, span)
             for text, span in texts
             if text.marked_text.turn >= 0
         ]
-        return MaskedConversation(self.located.text, self.ids, _merged(trained), roles, dropped, appended)
+        return MaskedConversation(self.located.text, self.ids, trained, roles, dropped, appended)
 
     def _check_calls(self) -> None:
         """Refuse a call that is written twice; only its name may be repeated, and only after the end of its turn.
@@ -175,9 +175,9 @@ class _ConversationMasker:
         hidden = [self._turn(i, dropped) for i, m in enumerate(messages) if m.train is False and m.role == "assistant"]
         for span in self.spans:
             message = messages[span.marked_text.turn] if span.marked_text.turn >= 0 else None
-            silent = message is not None and message.train is False and message.role != "assistant"
+            untrained = message is not None and message.train is False and message.role != "assistant"
             system = message is not None and message.role in ("system", "developer") and self.train_on != "all"
-            if silent or system:
+            if untrained or system:
                 hidden.append((self._token(span.start), self._token(span.end)))
         return _without((0 if self.train_on == "all" else self._after_system(), len(self.ids)), hidden)
 
@@ -271,7 +271,7 @@ class _ConversationMasker:
         gap_start = previous.end if previous else 0
         gap = self.located.text[gap_start : min(limit, len(self.located.text))]
         tail = self._prompt_tail(index, previous.marked_text if previous else None)
-        begun = self._find_prompt(gap) if tail is None else self._align(tail, gap)
+        begun = find_prompt(self.profile, gap) if tail is None else match_prompt(self.profile, tail, gap)
         if begun is None:
             raise BadExampleError(f"turn {index + 1} does not begin as the template's generation prompt does")
         return gap_start + begun
@@ -288,37 +288,12 @@ class _ConversationMasker:
         last = max(located.spans, key=lambda span: span.end, default=None)
         return located.tail() if (last.marked_text if last else None) is previous else None
 
-    def _find_prompt(self, gap: str) -> int | None:
-        """Look for the longest beginning of the generation prompt that ends between two of its tokens."""
-        if not self.profile.prompt:
-            return len(gap)
-        for cut in reversed(self.profile.prompt_cuts):
-            found = gap.rfind(self.profile.prompt[:cut])
-            if found >= 0:
-                return found + cut
-        return None
 
-    def _align(self, tail: str, gap: str) -> int | None:
-        """Compare the generation prompt with the text that the full rendering has at its position."""
-        reached, matched = align_ignoring_whitespace(tail, gap)
-        if reached == len(tail):
-            return matched[reached]
-        begin = len(tail) - len(self.profile.prompt)
-        if not self.profile.prompt or not tail.endswith(self.profile.prompt):
-            return None
-        cuts = [begin + cut for cut in self.profile.prompt_cuts if begin + cut <= reached]
-        return matched[cuts[-1]] if cuts else None
-
-
-def _merged(spans: Sequence[TokenSpan]) -> list[TokenSpan]:
-    return [span for span in sorted(spans) if span[0] < span[1]]
-
-
-def _without(whole: TokenSpan, holes: Sequence[TokenSpan]) -> list[TokenSpan]:
+def _without(outer: TokenSpan, holes: Sequence[TokenSpan]) -> list[TokenSpan]:
     """A span minus others."""
-    kept, position = [], whole[0]
+    kept, position = [], outer[0]
     for start, end in sorted(holes):
         if start > position:
             kept.append((position, start))
         position = max(position, end)
-    return [*kept, (position, whole[1])]
+    return [*kept, (position, outer[1])]

@@ -200,7 +200,7 @@ def _find_dialect(render: Renderer) -> tuple[TemplateDialect, LocatedTexts]:
                 return dialect, located
     raise ConfigError(
         f"the chat template cannot render a plain conversation: {refusal}",
-        where="data.chat_template",
+        where="data.init_args.chat_template",
         remedy="give another template",
     )
 

@@ -19,7 +19,7 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def read_jsonl(path: Path, limits: ExampleLimits) -> Iterator[RawExample]:
-    """One object per line; blank lines are no rows; a byte order mark at the start is skipped."""
+    """One object in each line; blank lines and a byte order mark at the start are skipped."""
     for number, line in numbered_lines(path, limits):
         where = f"{path}:{number}"
         if isinstance(line, str):
@@ -52,9 +52,9 @@ def _not_json(line: bytes, error: Exception) -> str:
 
 
 def _object(where: str, value: object, *, escaped: bool) -> RawExample:
-    """A row from a parsed value; ``escaped`` tells that it may hold half of a surrogate pair."""
+    """An example from a parsed value; ``escaped``: it can contain half of a surrogate pair."""
     if not isinstance(value, dict):
-        return RawExample(where, {}, f"a row must be an object, this is {_json_type(value)}")
+        return RawExample(where, {}, f"an example must be an object, this is {_json_type(value)}")
     if escaped and any(map(has_lone_surrogate, texts_inside(value))):
         return RawExample(
             where, {}, "a text holds half of a surrogate pair (\\ud800 to \\udfff), which no tokenizer can encode"
@@ -101,7 +101,7 @@ def read_json(path: Path, limits: ExampleLimits) -> Iterator[RawExample]:
 
 
 class _Window:
-    """The part of a text file that is looked at: what lies before the position is let go of."""
+    """The part of a text file that is in memory: text before the position is freed."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
@@ -122,11 +122,11 @@ class _Window:
 
     @property
     def ahead(self) -> int:
-        """Characters at hand behind the position."""
+        """Characters in memory after the position."""
         return len(self.text) - self.position
 
     def more(self) -> bool:
-        """Read as much again as lies ahead, and at least a chunk; False at the end."""
+        """Read as many characters as are ahead, and at least a chunk; False at the end."""
         _ = self.line
         chunk = self._stream.read(max(_CHUNK, self.ahead))
         self._chunk = chunk
@@ -137,7 +137,7 @@ class _Window:
         return bool(chunk)
 
     def peek(self) -> str:
-        """The next character that is no white space; "" at the end."""
+        """The next character that is not white space; "" at the end."""
         while True:
             self.position = _SPACE.match(self.text, self.position).end()  # type: ignore[union-attr]  # matches nothing too
             if self.ahead:
@@ -152,7 +152,7 @@ class _Window:
 
 
 def _list_examples(path: Path, window: _Window, limits: ExampleLimits) -> Iterator[RawExample]:
-    """Parse the elements one by one, so that each has its line and a fault does not hide the rows before it."""
+    """Parse the elements one by one: each has its line, and an error does not hide the examples before it."""
     while window.peek() != "]":
         where = f"{path}:{window.line}"
         try:
@@ -169,12 +169,12 @@ def _list_examples(path: Path, window: _Window, limits: ExampleLimits) -> Iterat
         if following == ",":
             window.position += 1
         elif following != "]":
-            yield RawExample(where, {}, "not JSON: the list is cut off or a comma is missing after this row")
+            yield RawExample(where, {}, "not JSON: the list is cut off or a comma is missing after this example")
             return
 
 
 def _next_value(window: _Window, limits: ExampleLimits) -> tuple[object, int]:
-    """The value at the position and its end, reading on while it is not whole.
+    """The value at the position and its end; more is read while it is not complete.
 
     Raises:
         ValueError: It is not JSON, or beyond the limits.
@@ -192,11 +192,11 @@ def _next_value(window: _Window, limits: ExampleLimits) -> tuple[object, int]:
             if window.ended or (far and inside and not str(error).startswith("Unterminated")):
                 raise
             if far:
-                raise TooLargeError(f"the row is {limits.too_large}") from error
+                raise TooLargeError(f"the example is {limits.too_large}") from error
         else:
             if end < len(window.text) or window.ended:
                 if end - window.position > limits.max_bytes:
-                    raise TooLargeError(f"the row is {limits.too_large}")
+                    raise TooLargeError(f"the example is {limits.too_large}")
                 limits.check(window.text[window.position : end])
                 return value, end
         window.more()
@@ -213,7 +213,7 @@ def _list_fault(window: _Window, error: Exception) -> str:
 
 
 def _only_object(path: Path, window: _Window, limits: ExampleLimits) -> RawExample | None:
-    """The one value that fills the file; None where there is more or less than one."""
+    """The only value of the file; None if the file has none or several."""
     if not window.peek():
         return None
     where = f"{path}:{window.line}"

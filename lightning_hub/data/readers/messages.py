@@ -1,4 +1,4 @@
-"""One turn in any of the common spellings to a :class:`Message`."""
+"""Reads one turn, in any of the common spellings, as a :class:`Message`."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def parse_message(turn: object, place: str, remarks: list[str] | None = None) ->
 
     Args:
         turn: An object with ``role`` and ``content``, or ``from`` and ``value``.
-        place: How a refusal names it, such as ``messages[2]``.
+        place: Its name in errors, such as ``messages[2]``.
         remarks: Where to note keys that are not read.
 
     Raises:
-        BadExampleError: It has no such shape.
+        BadExampleError: It does not have this form.
     """
     if not isinstance(turn, dict):
         raise BadExampleError(f"{place} must be an object, not {type(turn).__name__}")
@@ -98,7 +98,7 @@ def _full_message(turn: Mapping[str, object], role: Role, value: object, place: 
 
 
 def _note_unread(turn: Mapping[str, object], reasoning: str, thoughts: str, remarks: list[str]) -> None:
-    """Note what of a turn does not reach the sample."""
+    """Note the keys of a turn that are not read."""
     used = next((key for key in _REASONING_KEYS if turn.get(key) is not None), None)
     unread = [key for key, value in turn.items() if key not in _KEYS and key != used and value not in _NOTHING]
     unread = [key for key in unread if key not in _REASONING_KEYS or turn[key] != turn.get(used or "")]
@@ -208,7 +208,7 @@ def _call(call: object, place: str, remarks: list[str]) -> ToolCall:
     if arguments in _NOTHING:
         arguments = {}
     if not isinstance(arguments, dict):
-        raise BadExampleError(f"{place} calls {name} with arguments that are no object")
+        raise BadExampleError(f"{place} calls {name} with arguments that are not an object")
     identity = outer.get("id")
     identity = str(identity) if isinstance(identity, int) else identity
     unread = {**outer, **inner}.keys() - {"id", "type", "function", "name", "index", key}
