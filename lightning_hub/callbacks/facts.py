@@ -12,6 +12,8 @@ Facts = dict[str, str]
 def compare(before: Facts, now: Facts, binding: Facts, *, allowed: bool, speak: bool) -> None:
     """Name everything that has changed since a checkpoint, and refuse what would change the steps.
 
+    A checkpoint of an earlier version can lack a binding fact: then the run resumes, with a note.
+
     Args:
         before: Facts of the run that wrote the checkpoint.
         now: Facts of this one.

@@ -49,7 +49,7 @@ class EncodedExample:
         return "no trained token" if not sample.num_trained else "too long"
 
 
-_Batch = list[tuple[RawExample, Example | Refused]]
+_NormalisedBatch = list[tuple[RawExample, Example | Refused]]
 _Encoding = list[list[Sample] | Refused]
 
 
@@ -64,7 +64,7 @@ def encode_examples(
         DataError: None of the first examples shows a known layout.
     """
     settings = reader.settings
-    pending: deque[tuple[_Batch, Future[_Encoding]]] = deque()
+    pending: deque[tuple[_NormalisedBatch, Future[_Encoding]]] = deque()
     with ThreadPoolExecutor(settings.num_proc) as pool:
         for batch in reader.batches(raw_examples):
             good = [example for _, example in batch if not isinstance(example, Refused)]
@@ -76,7 +76,7 @@ def encode_examples(
             yield from _apply_limits(done, encoding.result(), reader)
 
 
-def _apply_limits(batch: _Batch, encoding: _Encoding, reader: ExampleReader) -> Iterator[EncodedExample]:
+def _apply_limits(batch: _NormalisedBatch, encoding: _Encoding, reader: ExampleReader) -> Iterator[EncodedExample]:
     """Join each raw example with its samples, and apply the limits of the settings."""
     encoded = iter(encoding)
     for raw, example in batch:

@@ -44,7 +44,7 @@ class DataReport:
         tokens: Stored tokens.
         trained_tokens: Those of them that are trained.
         tokens_by_role: Tokens of the texts of each role; ``template`` is everything between them.
-        length_histogram: SampleStore by length; the key is the smallest power of two that holds them, 16 or more.
+        length_histogram: Samples by length; the key is the smallest power of two that holds them, 16 or more.
         set_aside: Kept examples that were moved to validation.
         notes: What templates dropped or added, by name.
         formats: The layout of each source.

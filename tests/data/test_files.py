@@ -82,7 +82,7 @@ def test_a_text_is_one_document(tmp_path: Path) -> None:
         ("a.jsonl", b'{"a": "\x00"}\n', 1, "a NUL byte at byte 8"),
         ("a.jsonl", b'\n{"a": "\xff"}\n', 2, "not UTF-8: invalid start byte at byte 8"),
         ("a.jsonl", '{"a": 1}\n'.encode("utf-16"), 1, "UTF-16"),
-        ("a.jsonl", b"[1, 2]\n", 1, "a row must be an object, this is a list"),
+        ("a.jsonl", b"[1, 2]\n", 1, "an example must be an object, this is a list"),
         ("a.jsonl", b'{"a": "\\ud800"}\n', 1, "half of a surrogate pair"),
         ("a.jsonl", b"[" * 100_000, 1, "nested deeper than 1,000 levels"),
         ("a.jsonl", b"9" * 5000 + b"\n", 1, "not JSON"),

@@ -23,7 +23,7 @@ from lightning_hub.data import cache
 from lightning_hub.data.prepare import Prepared, prepare
 from lightning_hub.data.report import BadExamplesError
 from lightning_hub.data.sample_store import SampleStore
-from lightning_hub.data.settings import DataSettings, OnLong, Source
+from lightning_hub.data.settings import DataSettings, InputError, OnLong, Source
 from lightning_hub.errors import ConfigError, DataError
 from lightning_hub.ops.rows import IGNORED
 from tests.data.families import TEMPLATES, make_tokenizer
@@ -317,6 +317,18 @@ def test_a_saved_dataset_a_folder_and_a_pattern_are_the_same_rows(run: Prepare, 
         assert pairs(run(train).train) == expected
     with pytest.raises(ConfigError, match="no split 'test'; there are train"):
         run([Source(str(tmp_path / "saved"), split="test")])
+
+
+def test_an_input_that_is_missing_is_reported_under_its_own_option(run: Prepare, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [chat(n) for n in range(5)])
+    (tmp_path / "a.xyz").touch()
+    for missing in ("nothing.jsonl", "a.xyz", "*.csv"):
+        with pytest.raises(InputError) as raised:
+            run(tmp_path / missing)
+        assert raised.value.where == "data.init_args.train"
+        with pytest.raises(InputError) as raised:
+            run(path, val=str(tmp_path / missing))
+        assert raised.value.where == "data.init_args.val"
 
 
 def test_what_is_not_there_is_said(run: Prepare, tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_the_position_is_asked_when_the_first_step_is_wanted() -> None:
 def test_contradictions_are_refused() -> None:
     with pytest.raises(ConfigError, match="in samples or in tokens"):
         BatchSettings(30, 4, 60, shuffle=True, seed=0)
-    with pytest.raises(ConfigError, match=r"no multiple.*use 60 or 90"):
+    with pytest.raises(ConfigError, match=r"not a multiple.*use 60 or 90"):
         BatchSettings(30, None, 70, shuffle=True, seed=0)
-    with pytest.raises(DataError, match="a sample has 30 tokens, a row holds 29"):
+    with pytest.raises(DataError, match="a sample has 30 tokens, a packed row holds 29"):
         StepPlan(make(), BatchSettings(29, 4, None, shuffle=True, seed=0))
