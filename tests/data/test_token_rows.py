@@ -85,7 +85,7 @@ def test_positions_of_padding_are_padding(positions: list[int]) -> None:
     ("row", "said"),
     [
         ({"attention_mask": [1, 0, 1, 1]}, r"attention_mask has 0 between 1s \(at 1\)"),
-        ({"attention_mask": [0, 0, 0, 0]}, "holds padding only"),
+        ({"attention_mask": [0, 0, 0, 0]}, "there is padding only"),
         ({"attention_mask": [1, 1, 1]}, "4 input_ids but 3 of attention_mask"),
         ({"attention_mask": [1, 1, 2, 1]}, "attention_mask must hold 0 and 1 only"),
         ({"attention_mask": [1.0, 1.0, 1.0, 1.0]}, "0 and 1 only"),
