@@ -25,8 +25,8 @@ from transformers import PreTrainedModel
 
 from benchmarks.clock import Clock
 from lightning_hub.cli import run
-from lightning_hub.data.module import ChatData
-from lightning_hub.data.steps import StepLoader
+from lightning_hub.data.datamodule import ChatData
+from lightning_hub.data.step_plan import StepLoader
 from lightning_hub.models.pretrained import Pretrained
 from lightning_hub.ops.attention import PACKED, borders_of
 from lightning_hub.ops.attention_proof import proven_head

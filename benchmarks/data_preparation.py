@@ -29,10 +29,10 @@ from transformers import PreTrainedTokenizerFast
 from benchmarks.records import record
 from lightning_hub.data.conversation import Conversation
 from lightning_hub.data.encode import Encoder, to_sample
-from lightning_hub.data.formats import normalise
+from lightning_hub.data.masking.chat_template import resolve_template
 from lightning_hub.data.prepare import Prepared, prepare
+from lightning_hub.data.readers.formats import normalise
 from lightning_hub.data.settings import DataSettings
-from lightning_hub.data.templates import resolve_template
 from lightning_hub.runs.files import Json
 
 MEAN_WORDS = 195  # a little over one token a word gives about 220 tokens a chat
@@ -97,7 +97,7 @@ def equal_to_reference(prepared: Prepared, encoder: Encoder, chats: list[dict[st
     for index, chat in enumerate(chats):
         conversation = normalise(chat, "messages")
         assert isinstance(conversation, Conversation)
-        expected = to_sample(encoder.finder(conversation))
+        expected = to_sample(encoder.reference_masker(conversation))
         ids, labels = prepared.train[index]
         if not (np.array_equal(ids, expected.ids) and np.array_equal(labels, expected.labels)):
             return False

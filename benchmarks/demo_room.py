@@ -28,8 +28,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from benchmarks.records import ONE_THREAD, record, table
 from benchmarks.room import WholeMatrix
 from lightning_hub.cli import run
-from lightning_hub.data.samples import Samples
-from lightning_hub.data.steps import Batching, StepPlan
+from lightning_hub.data.sample_store import SampleStore
+from lightning_hub.data.step_plan import BatchSettings, StepPlan
 from lightning_hub.demo.methods import known_and_new, method_flags, write_facts
 from lightning_hub.demo.tasks import METHODS, turned_words
 from lightning_hub.models.pretrained import EMBEDDED_FOLDER, ROOM_FOLDER, Pretrained
@@ -79,7 +79,7 @@ def lesson(seed: int, steps: int, tokenizer: PreTrainedTokenizerBase) -> StepPla
         asked = tokenizer.apply_chat_template([question], add_generation_prompt=True, return_dict=False)
         said = [*tokenizer(answer["content"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         pairs.append(([*asked, *said], [IGNORED] * len(asked) + said))
-    return StepPlan(Samples.from_pairs(pairs, f"seed {seed}"), Batching(512, BATCH, None, shuffle=True, seed=seed))
+    return StepPlan(SampleStore.from_pairs(pairs), BatchSettings(512, BATCH, None, shuffle=True, seed=seed))
 
 
 def trained(seed: int, steps: int = STEPS) -> LlamaForCausalLM:

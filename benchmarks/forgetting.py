@@ -39,7 +39,7 @@ from transformers import PreTrainedModel
 from benchmarks.keepers import FEWER, NAMES, ORTHOGONAL, PEER, PEERS, Chain, Learner, leak, learner
 from benchmarks.records import ONE_THREAD, record, table
 from benchmarks.scenes import SCENES, Embedded, Room, Scene, room_left
-from lightning_hub.data.steps import StepPlan
+from lightning_hub.data.step_plan import StepPlan
 from lightning_hub.methods.schedule import Schedule
 from lightning_hub.ops.loss import LossHead, Traits
 from lightning_hub.runs.files import Json

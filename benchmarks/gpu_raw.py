@@ -24,8 +24,8 @@ from torch.optim import AdamW
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from benchmarks.contenders import ALPHA, BETAS, CLIP, RANK
-from lightning_hub.data.module import ChatData
-from lightning_hub.data.steps import StepLoader
+from lightning_hub.data.datamodule import ChatData
+from lightning_hub.data.step_plan import StepLoader
 from lightning_hub.models.pretrained import Pretrained
 from lightning_hub.ops.attention import PACKED
 from lightning_hub.ops.attention_proof import proven_head

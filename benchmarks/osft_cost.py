@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from benchmarks.records import ONE_THREAD, alternated, record, table
 from benchmarks.strategy_memory import MODELS
 from benchmarks.work import SHAPES, chat_lengths, make_model, make_rows
-from lightning_hub.data.module import ChatData
+from lightning_hub.data.datamodule import ChatData
 from lightning_hub.methods.causal_lm import CausalLMModule
 from lightning_hub.methods.osft import OSFT
 from lightning_hub.methods.osft.surgery import Form, add_changes

@@ -10,7 +10,7 @@ import time
 
 from benchmarks.records import middle, record, table
 from benchmarks.work import chat_lengths
-from lightning_hub.data.packing import fill, pack
+from lightning_hub.data.packing import pack, packing_efficiency
 from lightning_hub.runs.files import Json
 
 CASES = ((200, 2048, 2048), (200, 2048, 8192), (700, 8192, 8192))
@@ -31,7 +31,7 @@ def measure(mean: int, longest: int, capacity: int, samples: int, rounds: int, s
         "longest": int(lengths.max()),
         "capacity": capacity,
         "rows": len(rows),
-        "fill": round(fill(rows, lengths, capacity), 5),
+        "fill": round(packing_efficiency(rows, lengths, capacity), 5),
         "seconds": round(middle(wall), 3),
         "cpu_seconds": round(middle(cpu), 3),
     }

@@ -28,8 +28,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lightning_hub.data.samples import Samples
-from lightning_hub.data.steps import Batching, StepPlan
+from lightning_hub.data.sample_store import SampleStore
+from lightning_hub.data.step_plan import BatchSettings, StepPlan
 from lightning_hub.ops.attention import PACKED
 from lightning_hub.ops.attention_proof import proven_head
 from lightning_hub.ops.rows import IGNORED
@@ -84,7 +84,7 @@ def plan(task: Task, count: int, seed: int, batch: int, row: int) -> StepPlan:
     source = random.Random(seed)
     asked = [task(source) for _ in range(count)]
     pairs = [([*q, SEPARATOR, *a], [IGNORED] * (len(q) + 1) + a) for q, a in asked]
-    return StepPlan(Samples.from_pairs(pairs, f"seed {seed}"), Batching(row, batch, None, shuffle=True, seed=seed))
+    return StepPlan(SampleStore.from_pairs(pairs), BatchSettings(row, batch, None, shuffle=True, seed=seed))
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from benchmarks import room
 from benchmarks.keepers import targets
-from lightning_hub.data.samples import Samples
-from lightning_hub.data.steps import Batching, StepPlan
+from lightning_hub.data.sample_store import SampleStore
+from lightning_hub.data.step_plan import BatchSettings, StepPlan
 from lightning_hub.demo.tasks import PRETRAINING, SHOUT, Conversation, Task, conversations
 from lightning_hub.methods.osft.split import split, trained_rank
 from lightning_hub.models.generation import complete
@@ -123,9 +123,7 @@ class Embedded:
             )
             whole = cast("list[int]", tokenizer.apply_chat_template(turns, return_dict=False))
             pairs.append((whole, [IGNORED] * len(asked) + whole[len(asked) :]))
-        return StepPlan(
-            Samples.from_pairs(pairs, f"seed {seed}"), Batching(ROW, self.batch, None, shuffle=True, seed=seed)
-        )
+        return StepPlan(SampleStore.from_pairs(pairs), BatchSettings(ROW, self.batch, None, shuffle=True, seed=seed))
 
     def test(self, model: PreTrainedModel, place: int, seed: int) -> float:
         """Return the share of held-out words for which the answer is written exactly, greedily."""

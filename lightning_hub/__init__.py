@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lightning_hub.callbacks.forgetting import Forgetting
     from lightning_hub.callbacks.samples import GenerateSamples
-    from lightning_hub.data.module import ChatData
+    from lightning_hub.data.datamodule import ChatData
     from lightning_hub.methods.causal_lm import CausalLMModule
     from lightning_hub.methods.lora import LoRA
     from lightning_hub.methods.osft import OSFT
@@ -28,7 +28,7 @@ _HOMES = {
     "SFT": "lightning_hub.methods.sft",
     "CausalLMModule": "lightning_hub.methods.causal_lm",
     "LoRA": "lightning_hub.methods.lora",
-    "ChatData": "lightning_hub.data.module",
+    "ChatData": "lightning_hub.data.datamodule",
     "Forgetting": "lightning_hub.callbacks.forgetting",
     "GenerateSamples": "lightning_hub.callbacks.samples",
 }

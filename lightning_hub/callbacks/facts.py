@@ -16,6 +16,8 @@ Facts = dict[str, str]
 def compare(before: Facts, now: Facts, binding: Facts, *, allowed: bool, speak: bool) -> None:
     """Name everything that has changed since a checkpoint, and refuse what would change the steps.
 
+    A checkpoint of an earlier version can lack a binding fact: then the run resumes, with a note.
+
     Args:
         before: Facts of the run that wrote the checkpoint.
         now: Facts of this one.
@@ -34,13 +36,22 @@ def compare(before: Facts, now: Facts, binding: Facts, *, allowed: bool, speak: 
             where="--resume",
             remedy="go on with the same data and batch settings, start a new run, or pass --allow-changed-data",
         )
+    if not speak:
+        return
     for name, change in changed.items():
-        if speak:
-            print(f"note: {_said(name, change)} since the checkpoint", file=sys.stderr)
+        print(f"note: {_said(name, change)} since the checkpoint", file=sys.stderr)
+    if unknown := [_HASHES.get(name, name) for name in binding if name not in before]:
+        note = f"note: {', '.join(unknown)} could not be compared: an earlier version wrote the checkpoint"
+        print(note, file=sys.stderr)
+
+
+_HASHES = {"samples": "the training samples", "tokenizer": "the tokenizer"}
+"""Facts that are hashes of things, and the things in words."""
 
 
 def _said(name: str, change: tuple[str, str]) -> str:
-    return f"{name} was {change[0]} and is {change[1]}"
+    subject = f"the hash of {_HASHES[name]}" if name in _HASHES else name
+    return f"{subject} was {change[0]} and is {change[1]}"
 
 
 KEYS = (

@@ -18,7 +18,7 @@ from lightning_hub.parallel.data_parallel import data_parallel
 class OffersOthers(Protocol):
     """A data module that prepares other data as it prepares its own."""
 
-    def other_steps(self, pretrained: Pretrained, paths: str | list[str], where: str) -> Iterable[Step]:
+    def eval_loader_for(self, pretrained: Pretrained, paths: str | list[str], where: str) -> Iterable[Step]:
         """Return this rank's rows of other data, each as a step of its own."""
 
 
@@ -55,7 +55,7 @@ class Forgetting(Callback):
         pretrained = cast("HasLoss", pl_module).pretrained
         for name, paths in self.eval_also.items():
             place = f"trainer.callbacks.Forgetting.eval_also.{name}"
-            self._steps[name] = data.other_steps(pretrained, paths, place)
+            self._steps[name] = data.eval_loader_for(pretrained, paths, place)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure what a run begins with, unless a validation has done so."""

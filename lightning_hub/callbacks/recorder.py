@@ -173,7 +173,7 @@ class Recorder(Callback):
         """Write down which samples, of all ranks, formed a step."""
         if self.run is not None and step in self._places:
             plan = trainer.datamodule.plan  # type: ignore[attr-defined]  # Lightning types its trainer without one
-            self.run.event(event, step=step, samples=plan.members(*self._places[step]))
+            self.run.event(event, step=step, samples=plan.sample_indices(*self._places[step]))
 
     def _log_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = cast("TrainedModule", pl_module)

@@ -18,7 +18,7 @@ CLASSES: dict[str, str] = {
     "lightning_hub.methods.sft.SFT": "model",
     "lightning_hub.methods.lora.LoRA": "model",
     "lightning_hub.methods.osft.OSFT": "model",
-    "lightning_hub.data.module.ChatData": "data",
+    "lightning_hub.data.datamodule.ChatData": "data",
     "lightning_hub.callbacks.forgetting.Forgetting": "callback",
     "lightning_hub.callbacks.samples.GenerateSamples": "callback",
     _CALLBACKS + "DeviceStatsMonitor": "callback",

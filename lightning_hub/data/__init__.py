@@ -1,1 +1,1 @@
-"""Formats to conversations, token ids and labels, packed rows and optimizer steps."""
+"""Files to examples, samples, packed rows and optimizer steps."""

@@ -1,4 +1,4 @@
-"""Checks of a tokenizer and of lengths against a model, before a device says it less clearly."""
+"""Checks that a tokenizer and the sample lengths fit a model, before a device fails with a less clear error."""
 
 from __future__ import annotations
 
@@ -37,6 +37,6 @@ def check_positions(max_seq_len: int, config: PretrainedConfig) -> None:
     if positions is not None and max_seq_len > positions:
         raise ConfigError(
             f"{max_seq_len} is beyond the {positions} positions of the model",
-            where="data.max_seq_len",
+            where="data.init_args.max_seq_len",
             remedy=f"give {positions} or less, or set rope scaling in the model's config",
         )

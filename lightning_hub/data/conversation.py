@@ -1,4 +1,4 @@
-"""The small normal form that every input format is brought into before a template sees it."""
+"""The normal form: every layout is brought into it before a template renders it."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Message:
     Attributes:
         role: Who speaks.
         content: The text, "" where there is none.
-        reasoning: Thoughts given beside the content (``reasoning_content`` or a reasoning part).
+        reasoning: Reasoning given next to the content (``reasoning_content`` or a reasoning part).
         tool_calls: The calls of an assistant turn.
-        name: The speaker's or the tool's name, if the row gives one.
+        name: The speaker's or the tool's name, if the example gives one.
         tool_call_id: The call that a tool turn answers.
-        train: True or False where the row itself says whether to train on this turn; None leaves it to ``train_on``.
+        train: Whether the turn is trained, if the example itself says so; None leaves it to ``train_on``.
     """
 
     role: Role
@@ -48,9 +48,9 @@ class Conversation:
     Attributes:
         messages: The turns in order.
         tools: Tool definitions offered to the model, in the shape that templates expect.
-        unmask: Train on everything but the system text (a row's own ``unmask: true``).
-        completion_from: Index of the first turn that belongs to the completion; None where the row does not say.
-        remarks: What a person should know of this row, once for each time: parts that are not read, empty answers.
+        unmask: Train on everything but the system text (the example's own ``unmask: true``).
+        completion_from: Index of the first turn that belongs to the completion; None if the example does not say.
+        remarks: What a person should know about this example, one entry each time: unread parts, empty answers.
     """
 
     messages: tuple[Message, ...]
@@ -70,7 +70,7 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """A row that was tokenised elsewhere."""
+    """An example that was tokenised elsewhere."""
 
     ids: tuple[int, ...]
     labels: tuple[int, ...]
@@ -80,5 +80,12 @@ class Tokens:
 Example: TypeAlias = Conversation | Document | Tokens
 
 
-class BadRowError(ValueError):
-    """A row that cannot be used as it stands; the message says why, without the place."""
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """An example that gives no sample."""
+
+    why: str
+
+
+class BadExampleError(ValueError):
+    """An example that cannot be used; the message says why, without the place."""

@@ -1,4 +1,4 @@
-"""Normal form to token ids and labels."""
+"""Encodes examples in the normal form as token ids and labels."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typing import get_args
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lightning_hub.data.conversation import BadRowError, Conversation, Document, Example, Role, Tokens
-from lightning_hub.data.fast import FastMasked, FastMasker
-from lightning_hub.data.probe import Backend, backend_of, probe
-from lightning_hub.data.samples import Ids
-from lightning_hub.data.selection import expand
+from lightning_hub.data.conversation import BadExampleError, Conversation, Document, Example, Refused, Role, Tokens
+from lightning_hub.data.masking.chat_template import Renderer, resolve_template
+from lightning_hub.data.masking.pattern_cache import PatternMasked, PatternMasker
+from lightning_hub.data.masking.reference import MaskedConversation, ReferenceMasker
+from lightning_hub.data.masking.selection import expand
+from lightning_hub.data.masking.template_profile import Backend, backend_of, profile_template
+from lightning_hub.data.sample_store import Ids
 from lightning_hub.data.settings import DataSettings
-from lightning_hub.data.templates import Renderer, resolve_template
-from lightning_hub.data.turns import Masked, TurnFinder
 from lightning_hub.errors import ConfigError
 from lightning_hub.ops.rows import IGNORED
 
 ROLES: tuple[str, ...] = (*get_args(Role), "template", "document", "tokens")
-"""What tokens are counted by: texts of a role, everything that a template writes between them, rows without roles."""
+"""Tokens are counted by role; ``template`` is what a template writes between texts, the last two have no roles."""
 
 
 _ROLE_NUMBER = {role: number for number, role in enumerate(ROLES)}
@@ -34,12 +34,12 @@ class Sample:
     """One sample before it is stored.
 
     Attributes:
-        ids: Token ids.
-        labels: The same where a token is trained, else ``IGNORED``.
+        ids: Token ids, int32, shape ``(tokens,)``.
+        labels: The id where a token is trained, else ``IGNORED``, int32, the same shape.
         num_trained: Trained tokens.
         by_role: Tokens of each of ``ROLES``.
         notes: Counted remarks, such as what the template dropped.
-        text: The rendering, for people; "" where there is none.
+        text: The rendering, for people; "" if there is none.
     """
 
     ids: Ids
@@ -50,15 +50,8 @@ class Sample:
     text: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """A row that gives no sample."""
-
-    why: str
-
-
 class Encoder:
-    """Encodes rows of every layout with one tokenizer.
+    """Encodes examples with one tokenizer.
 
     Args:
         settings: What is trained on, and how long samples may be.
@@ -76,43 +69,47 @@ class Encoder:
         self._lock = Lock()
 
     @cached_property
-    def finder(self) -> TurnFinder:
-        """The reference way to masks, built when the first conversation comes: other rows need no template."""
+    def reference_masker(self) -> ReferenceMasker:
+        """Masks any conversation; made for the first conversation, because other examples need no template."""
         template = resolve_template(self.settings.chat_template, self.tokenizer)
         render = Renderer(self.tokenizer, template, self.settings.template_options)
-        return TurnFinder(render, self.backend, probe(render, self.backend, self.stop_ids), self.settings.train_on)
+        return ReferenceMasker(
+            render, self.backend, profile_template(render, self.backend, self.stop_ids), self.settings.train_on
+        )
 
     @cached_property
-    def fast(self) -> FastMasker:
-        """The fast way, which learns from the reference."""
-        return FastMasker(self.finder)
+    def pattern_masker(self) -> PatternMasker:
+        """Masks conversations by token patterns that it learns from the reference."""
+        return PatternMasker(self.reference_masker)
 
     def encode(self, examples: Sequence[Example]) -> list[list[Sample] | Refused]:
-        """Encode rows, each to its samples (one, or several for expanded turns and long documents)."""
+        """Encode each example as its samples: one, or several for expanded turns and long documents."""
         results: list[list[Sample] | Refused | None] = [None] * len(examples)
         with self._lock:
             self._make_ready(examples)
         if not self.settings.expand_turns:
-            self._encode_fast(examples, results)
-        return [self._one(row) if done is None else done for row, done in zip(examples, results, strict=True)]
+            self._encode_by_pattern(examples, results)
+        return [self._one(example) if done is None else done for example, done in zip(examples, results, strict=True)]
 
     def _make_ready(self, examples: Sequence[Example]) -> None:
-        """Build what these rows need; later calls find it built. Probing must not happen in two threads at once."""
+        """Make what these examples need, in one thread only; later calls find it made."""
         kinds = set(map(type, examples))
         if Conversation in kinds:
-            _ = self.fast
+            _ = self.pattern_masker
         if Document in kinds:
-            _ = self._borders
+            _ = self._document_ends
 
-    def _encode_fast(self, examples: Sequence[Example], results: list[list[Sample] | Refused | None]) -> None:
+    def _encode_by_pattern(self, examples: Sequence[Example], results: list[list[Sample] | Refused | None]) -> None:
         plain = []
         for number, example in enumerate(examples):
-            if isinstance(example, Conversation) and (shape := self.fast.shape_of(example)):
-                plain.append((number, example, shape))
-        masked = self.fast([example for _, example, _ in plain], [shape for _, _, shape in plain]) if plain else []
-        for (number, example, _), row in zip(plain, masked, strict=True):
-            if row is not None:
-                results[number] = [_fast_sample(example, row)]
+            if isinstance(example, Conversation) and (roles := self.pattern_masker.roles_of(example)):
+                plain.append((number, example, roles))
+        masked = (
+            self.pattern_masker([example for _, example, _ in plain], [roles for _, _, roles in plain]) if plain else []
+        )
+        for (number, example, _), found in zip(plain, masked, strict=True):
+            if found is not None:
+                results[number] = [_sample_of_pattern(example, found)]
 
     def _one(self, example: Example) -> list[Sample] | Refused:
         try:
@@ -124,23 +121,23 @@ class Encoder:
                     return self._document(example)
                 case Tokens():
                     return [self._tokens(example)]
-        except BadRowError as error:
+        except BadExampleError as error:
             return Refused(str(error))
         except RecursionError:
             return Refused("nested too deeply")
 
     def _conversation(self, conversation: Conversation) -> Sample:
-        masked = self.finder(conversation)
-        if shape := self.fast.shape_of(conversation):
-            self.fast.learn(shape, masked)
+        masked = self.reference_masker(conversation)
+        if roles := self.pattern_masker.roles_of(conversation):
+            self.pattern_masker.learn(roles, masked)
         return to_sample(masked)
 
     def _document(self, document: Document) -> list[Sample]:
-        """Bos where the tokenizer has it, the text, eos; pieces of a long one overlap by one token of context.
+        """Encode bos (if the tokenizer writes it), the text and eos; pieces of a long document overlap by one token.
 
         So every token but the document's first is trained exactly once.
         """
-        bos, eos = self._borders
+        bos, eos = self._document_ends
         ids = np.array([*bos, *self.backend.encode(document.text, add_special_tokens=False).ids, eos], dtype=np.int32)
         size = self.settings.max_seq_len
         starts = range(0, max(1, len(ids) - 1), size - 1)
@@ -151,7 +148,7 @@ class Encoder:
         return samples
 
     @cached_property
-    def _borders(self) -> tuple[list[int], int]:
+    def _document_ends(self) -> tuple[list[int], int]:
         """The tokens before a document (as the tokenizer itself adds them) and the one after it."""
         eos = self.tokenizer.eos_token_id
         if eos is None:
@@ -167,11 +164,13 @@ class Encoder:
     def _tokens(self, tokens: Tokens) -> Sample:
         size = len(self.tokenizer)
         if min(tokens.ids) < 0 or max(tokens.ids) >= size:
-            raise BadRowError(f"input_ids reach from {min(tokens.ids)} to {max(tokens.ids)}; the tokenizer has {size}")
+            raise BadExampleError(
+                f"input_ids reach from {min(tokens.ids)} to {max(tokens.ids)}; the tokenizer has {size}"
+            )
         return _sample(np.array(tokens.ids, dtype=np.int32), np.array(tokens.labels, dtype=np.int32), "tokens")
 
 
-def to_sample(masked: Masked) -> Sample:
+def to_sample(masked: MaskedConversation) -> Sample:
     """A masked conversation as arrays."""
     ids = np.array(masked.ids, dtype=np.int32)
     labels = np.full_like(ids, IGNORED)
@@ -181,14 +180,14 @@ def to_sample(masked: Masked) -> Sample:
     for role, (start, end) in masked.texts:
         sample.by_role[_ROLE_NUMBER[role]] += end - start
         sample.by_role[_ROLE_NUMBER["template"]] -= end - start
-    sample.notes = dict(masked.losses)
+    sample.notes = dict(masked.dropped)
     if masked.appended:
         sample.notes["end tokens appended"] = 1
     sample.text = masked.text
     return sample
 
 
-def _fast_sample(conversation: Conversation, masked: FastMasked) -> Sample:
+def _sample_of_pattern(conversation: Conversation, masked: PatternMasked) -> Sample:
     by_role = [0] * len(ROLES)
     for message, count in zip(conversation.messages, masked.texts, strict=True):
         by_role[_ROLE_NUMBER[message.role]] += count
@@ -198,5 +197,5 @@ def _fast_sample(conversation: Conversation, masked: FastMasked) -> Sample:
 
 
 def _sample(ids: Ids, labels: Ids, role: str) -> Sample:
-    labels[0] = IGNORED  # nothing stands before it that could predict it
+    labels[0] = IGNORED  # no token before it predicts it
     return Sample(ids, labels, int((labels != IGNORED).sum()), [len(ids) if name == role else 0 for name in ROLES])

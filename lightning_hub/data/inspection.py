@@ -1,6 +1,6 @@
-"""The body of the ``data`` verb: what a model will see of each row, and whether it is trained on.
+"""The ``data`` command: which tokens a model gets from each example, and which of them are trained.
 
-Rows go through the very reader and encoder that preparation uses, so that what is shown is what is stored.
+Examples go through the same reader and encoder as in preparation, so the command shows what is stored.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lightning_hub.data.encode import Encoder, Sample
-from lightning_hub.data.outcomes import Outcome, RowReader
+from lightning_hub.data.encoded_example import EncodedExample, encode_examples
+from lightning_hub.data.readers.example_reader import ExampleReader
+from lightning_hub.data.readers.sources import open_source
 from lightning_hub.data.report import DataReport
-from lightning_hub.data.samples import Ids
+from lightning_hub.data.sample_store import Ids
 from lightning_hub.data.settings import DataSettings
-from lightning_hub.data.sources import open_source
 from lightning_hub.errors import DataError
 from lightning_hub.ops.rows import IGNORED
 
@@ -29,20 +30,20 @@ View: TypeAlias = dict[str, object]
 """One sample as ``data --json`` shows it."""
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
-"""What a tokenizer writes for bytes that are a part of a character."""
+"""A tokenizer decodes bytes that are a part of a character as this."""
 
 _LONGEST = 24
-"""Tokens after which bytes that make no character are given up on."""
+"""The most tokens that are tried as one character."""
 
 _CONTROL = {code: f"\\x{code:02x}" for code in range(32)} | {127: "\\x7f"}
 _SHOWN = _CONTROL | {10: "\\n", 13: "\\r", 9: "\\t"}
 
 
 class Inspector:
-    """Looks at the samples of the training inputs one by one.
+    """Shows the samples of the training inputs one by one.
 
     Args:
-        settings: What a run would be given.
+        settings: The settings of the run.
         tokenizer: A fast tokenizer.
         stop_ids: End-of-text ids of the model's generation config.
     """
@@ -65,42 +66,40 @@ class Inspector:
             DataError: The input has no sample of that number.
         """
         if sample is None:
-            return [self._view(outcome, part) for outcome, part in islice(self._samples(), limit)]
-        outcome, part = self._nth(sample)
-        return [self._view(outcome, part)]
+            return [self._view(*found) for found in islice(self._samples(), limit)]
+        return [self._view(*self._nth(sample))]
 
-    def _samples(self) -> Iterator[tuple[Outcome, Sample | None]]:
-        """All samples as read, also dropped ones; None stands for a row that gave none."""
+    def _samples(self) -> Iterator[tuple[EncodedExample, Sample | None]]:
+        """All samples as read, also dropped ones; None if an example gives no sample."""
         for source in self.settings.sources:
-            yield from _parts(
-                RowReader(self.settings, self.encoder).outcomes(open_source(source, self.settings.limits).rows())
-            )
+            raw_examples = open_source(source, self.settings.limits).examples()
+            yield from _samples_of(encode_examples(ExampleReader(self.settings), raw_examples, self.encoder))
 
-    def _nth(self, number: int) -> tuple[Outcome, Sample | None]:
+    def _nth(self, number: int) -> tuple[EncodedExample, Sample | None]:
         if number < 1:
-            raise DataError(f"{number} is no sample number", where="--sample", remedy="the first sample is 1")
+            raise DataError(f"{number} is not a sample number", where="--sample", remedy="the first sample is 1")
         left = number - 1
         for source in self.settings.sources:
-            reader = RowReader(self.settings, self.encoder)
-            rows = reader.begin(open_source(source, self.settings.limits).rows())
-            if reader.one_sample_per_row:
-                left -= sum(1 for _ in islice(rows, left))
-            for found in _parts(reader.outcomes(rows)):
+            reader = ExampleReader(self.settings)
+            raw_examples = reader.recognise_layout(open_source(source, self.settings.limits).examples())
+            if reader.one_sample_per_example:
+                left -= sum(1 for _ in islice(raw_examples, left))
+            for found in _samples_of(encode_examples(reader, raw_examples, self.encoder)):
                 if not left:
                     return found
                 left -= 1
         raise DataError("the input has fewer samples", where=f"--sample {number}", remedy="give a smaller number")
 
-    def _view(self, outcome: Outcome, part: Sample | None) -> View:
-        ids = part.ids if part else np.empty(0, np.int32)
-        labels = part.labels if part else ids
-        reason = outcome.reason_of(part)
+    def _view(self, example: EncodedExample, sample: Sample | None) -> View:
+        ids = sample.ids if sample else np.empty(0, np.int32)
+        labels = sample.labels if sample else ids
+        reason = example.reason_of(sample)
         return {
-            "source": outcome.row.where,
-            "format": outcome.layout,
+            "source": example.raw.where,
+            "format": example.layout,
             "kept": reason is None,
             "reason": reason,
-            "text": self._decode(ids) if part and not part.text else (part.text if part else ""),
+            "text": (sample.text or self._decode(ids)) if sample else "",
             "input_ids": ids.tolist(),
             "labels": labels.tolist(),
             "trained_text": self._trained_texts(ids, labels),
@@ -113,7 +112,7 @@ class Inspector:
         return text if isinstance(text, str) else "".join(text)
 
     def _characters(self, ids: Ids) -> list[tuple[slice, str]]:
-        """The tokens that belong together because each holds only a part of a character, with their text."""
+        """The text of each token, or of the tokens that are one character together."""
         found: list[tuple[slice, str]] = []
         start = 0
         while start < len(ids):
@@ -122,7 +121,7 @@ class Inspector:
             while text.endswith(_INCOMPLETE) and end < min(len(ids), start + _LONGEST):
                 end += 1
                 text = self._decode(ids[start:end])
-            if text.endswith(_INCOMPLETE) and end > start + 1:  # no character comes of it
+            if text.endswith(_INCOMPLETE) and end > start + 1:  # these bytes are not a character
                 end = start + 1
                 text = self._decode(ids[start:end])
             found.append((slice(start, end), text))
@@ -130,12 +129,12 @@ class Inspector:
         return found
 
     def _trained_texts(self, ids: Ids, labels: Ids) -> list[str]:
-        """The text of each trained stretch; a character that is trained in part is shown whole."""
+        """The text of each trained span; a character that is trained in part is shown completely."""
         shown = labels != IGNORED
-        if any(_INCOMPLETE in self._decode(stretch) for stretch in trained_stretches(labels)):
+        if any(_INCOMPLETE in self._decode(span) for span in trained_spans(labels)):
             for part, _ in self._characters(ids):
                 shown[part] = shown[part].any()
-        return [self._decode(stretch) for stretch in trained_stretches(np.where(shown, ids, IGNORED))]
+        return [self._decode(span) for span in trained_spans(np.where(shown, ids, IGNORED))]
 
     def pieces(self, view: View) -> list[tuple[str, bool]]:
         """The text of each token of a view, or of the tokens of one character, and whether it is trained on."""
@@ -147,23 +146,23 @@ class Inspector:
 
     @property
     def template(self) -> str | None:
-        """The source of the chat template in use; None where no row needed one."""
-        return self.encoder.finder.render.source if "finder" in vars(self.encoder) else None
+        """The source of the chat template in use; None if no example needed one."""
+        return self.encoder.reference_masker.render.source if "reference_masker" in vars(self.encoder) else None
 
 
-def trained_stretches(labels: Ids) -> list[Ids]:
-    """The stretches of trained tokens, in order."""
+def trained_spans(labels: Ids) -> list[Ids]:
+    """The ids of each span of trained tokens, in order."""
     trained = labels != IGNORED
-    borders = np.flatnonzero(np.diff(np.concatenate([[False], trained, [False]]).astype(np.int8)))
-    return [labels[start:end] for start, end in zip(borders[::2], borders[1::2], strict=True)]
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], trained, [False]]).astype(np.int8)))
+    return [labels[start:end] for start, end in zip(edges[::2], edges[1::2], strict=True)]
 
 
-def _parts(outcomes: Iterable[Outcome]) -> Iterator[tuple[Outcome, Sample | None]]:
-    for outcome in outcomes:
-        if not outcome.all_samples:
-            yield outcome, None
-        for part in outcome.all_samples:
-            yield outcome, part
+def _samples_of(examples: Iterable[EncodedExample]) -> Iterator[tuple[EncodedExample, Sample | None]]:
+    for example in examples:
+        if not example.all_samples:
+            yield example, None
+        for sample in example.all_samples:
+            yield example, sample
 
 
 def describe(
@@ -178,11 +177,11 @@ def describe(
     """Print samples: as one JSON list, or for people, with the template's source at the end.
 
     Args:
-        settings: What a run would be given.
+        settings: The settings of the run.
         tokenizer: A fast tokenizer.
         sample: Only the one of this number, counted from 1.
         limit: At most this many samples.
-        as_json: Print what the contract of ``data --json`` says and nothing else.
+        as_json: Print one JSON list and nothing else.
         stop_ids: End-of-text ids of the model's generation config.
     """
     inspector = Inspector(settings, tokenizer, stop_ids)
@@ -200,14 +199,16 @@ def describe(
 
 
 def render_view(inspector: Inspector, view: View) -> Text:
-    """One sample for people: trained tokens in colour and between ⟦ and ⟧, so that the mark survives without colour.
+    """One sample for people: trained tokens in colour and between ⟦ and ⟧, for terminals without colour.
 
-    Control characters are shown by name; nothing in a data set can command the terminal.
+    Control characters are shown by name, so that data cannot control the terminal.
     """
     from rich.text import Text  # 60 ms, for printing only
 
-    fate = "kept" if view["kept"] else f"dropped: {view['reason']}"
-    title = f"{view['source']} · {view['format']} · {fate} · {view['num_tokens']} tokens, {view['num_trained']} trained"
+    outcome = "kept" if view["kept"] else f"dropped: {view['reason']}"
+    title = (
+        f"{view['source']} · {view['format']} · {outcome} · {view['num_tokens']} tokens, {view['num_trained']} trained"
+    )
     text = Text(title, style="bold").append("\n")
     inside = False
     for piece, trained in inspector.pieces(view):
@@ -221,28 +222,28 @@ def render_view(inspector: Inspector, view: View) -> Text:
 
 
 def visible(text: str) -> str:
-    """The text with control characters spelled out."""
+    """The text with control characters written as escapes."""
     return text.translate(_SHOWN)
 
 
 def visible_lines(text: str) -> str:
-    """The same, with line ends left in place."""
+    """The same, but line ends stay."""
     return text.translate(_CONTROL | {10: "\n"})
 
 
 def report_lines(report: DataReport, name: str = "train") -> Sequence[str]:
     """A data report in a few lines."""
-    rows = f"{name}: {report.rows_read} rows read, {report.rows_kept} kept"
+    first = f"{name}: {report.rows_read} examples read, {report.rows_kept} kept"
     if report.set_aside:
-        rows += f" ({report.set_aside} of them set aside for validation)"
-    lines = [rows]
+        first += f" ({report.set_aside} of them held out for validation)"
+    lines = [first]
     lines += [f"  dropped, {reason}: {count}" for reason, count in report.dropped.items() if count]
     for reason, places in report.places.items():
         lines += [f"    {reason}: {visible(place)}" for place in places]
     lines += [f"  format of {source}: {layout}" for source, layout in report.formats.items()]
     lines.append(f"  {report.samples} samples, {report.tokens} tokens, {report.trained_share:.1%} of them trained")
     if report.truncated:
-        lines.append(f"  truncated: {report.truncated} rows, {report.tokens_lost} tokens lost")
+        lines.append(f"  truncated: {report.truncated} examples, {report.tokens_lost} tokens lost")
     lines += [f"  {role} tokens: {count}" for role, count in report.tokens_by_role.items()]
     lines += [f"  up to {size} tokens: {count}" for size, count in report.length_histogram.items()]
     lines += [f"  {note}: {count}" for note, count in report.notes.items()]

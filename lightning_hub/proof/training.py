@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_hub.data.module import ChatData
+from lightning_hub.data.datamodule import ChatData
 from lightning_hub.methods.sft import SFT
 from lightning_hub.models.pretrained import Pretrained
 from lightning_hub.ops.rows import Step

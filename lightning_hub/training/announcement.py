@@ -6,7 +6,7 @@ from typing import cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_hub.data.module import ChatData
+from lightning_hub.data.datamodule import ChatData
 from lightning_hub.methods.causal_lm import CausalLMModule
 
 

@@ -20,7 +20,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning_hub.checkpoints.plugin import FolderCheckpointIO
 from lightning_hub.checkpoints.settings import CheckpointSettings
 from lightning_hub.config.resolve import with_class_paths
-from lightning_hub.data.module import ChatData
+from lightning_hub.data.datamodule import ChatData
 from lightning_hub.errors import ConfigError, HubError
 from lightning_hub.methods.causal_lm import CausalLMModule
 from lightning_hub.parallel.joining import GivenPlace

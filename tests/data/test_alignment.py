@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_hub.data.alignment import align
+from lightning_hub.data.masking.alignment import align_ignoring_whitespace
 
 
 @pytest.mark.parametrize(
@@ -20,5 +20,5 @@ from lightning_hub.data.alignment import align
     ],
 )
 def test_align(tail: str, gap: str, reached: int, place: int) -> None:
-    followed, matched = align(tail, gap)
+    followed, matched = align_ignoring_whitespace(tail, gap)
     assert (followed, matched[followed]) == (reached, place)

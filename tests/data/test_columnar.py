@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from lightning_hub.data.readers.sources import open_source
 from lightning_hub.data.settings import Source
-from lightning_hub.data.sources import open_source
 from lightning_hub.errors import ConfigError
 from tests.data.families import TEMPLATES, make_tokenizer
 from tests.data.test_prepare import Prepare, pairs, run, tokenizer, write
@@ -71,7 +71,7 @@ def stored(tmp_path: Path) -> dict[str, Path]:
 
 def test_rows_of_columnar_files_are_those_of_json_lines(stored: dict[str, Path]) -> None:
     for name, path in stored.items():
-        found = [row.data for row in open_source(Source(str(path))).rows()]
+        found = [row.data for row in open_source(Source(str(path))).examples()]
         assert found == ROWS, name
 
 
@@ -96,7 +96,7 @@ def test_nulls_in_lists_and_maps_stay(tmp_path: Path) -> None:
     kind = pa.struct({"items": pa.list_(pa.int64()), "map": pa.map_(pa.string(), pa.int64()), "gone": pa.string()})
     value = {"items": [1, None], "map": [("a", None), ("b", 1)], "gone": None}
     pq.write_table(pa.table({"text": ["t"], "more": pa.array([value], kind)}), tmp_path / "a.parquet")
-    (row,) = open_source(Source(str(tmp_path / "a.parquet"))).rows()
+    (row,) = open_source(Source(str(tmp_path / "a.parquet"))).examples()
     assert row.data == {"text": "t", "more": {"items": [1, None], "map": {"a": None, "b": 1}}}
 
 
@@ -109,7 +109,7 @@ def test_what_lies_beside_data_is_no_document(tmp_path: Path, run: Prepare) -> N
     for name in [*others, ".gitattributes", ".hidden.jsonl"]:
         (folder / name).write_text('{"text": "the fox"}')
     given = open_source(Source(str(folder)))
-    assert [Path(row.where.rpartition(":")[0]).name for row in given.rows()] == ["notes.md", "train.jsonl"]
+    assert [Path(row.where.rpartition(":")[0]).name for row in given.examples()] == ["notes.md", "train.jsonl"]
     assert given.not_read == tuple(sorted([*others, "images"]))
     assert open_source(Source(str(folder / "*.md"))).not_read == ("README.md", "readme_de.md")
     (folder / "notes.md").unlink()
@@ -122,7 +122,7 @@ def test_what_lies_beside_data_is_no_document(tmp_path: Path, run: Prepare) -> N
     with pytest.raises(ConfigError, match=r"holds no data file; name the folder .*clone/data"):
         open_source(Source(str(tmp_path / "clone")))
     alone = open_source(Source(str(folder / "README.md")))
-    assert len(list(alone.rows())) == 1, "a file that is named is read"
+    assert len(list(alone.examples())) == 1, "a file that is named is read"
 
 
 def test_a_first_row_without_an_answer_is_refused_by_name(tmp_path: Path, run: Prepare) -> None:

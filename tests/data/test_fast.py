@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_hub.data.conversation import Conversation, Message
-from lightning_hub.data.encode import Encoder, Refused, to_sample
-from lightning_hub.data.fast import AGREEING_ROWS
+from lightning_hub.data.conversation import Conversation, Message, Refused
+from lightning_hub.data.encode import Encoder, to_sample
+from lightning_hub.data.masking.pattern_cache import AGREEING_EXAMPLES
 from lightning_hub.data.settings import DataSettings
 from tests.data.families import FAMILIES, Family
 
@@ -56,12 +56,16 @@ def assert_same(encoder: Encoder, rows: list[Conversation]) -> int:
     quick = 0
     for start in range(0, len(rows), 20):
         batch = rows[start : start + 20]
-        shapes = [encoder.fast.shape_of(row) for row in batch]
-        plain = [(row, shape) for row, shape in zip(batch, shapes, strict=True) if shape]
-        quick += sum(found is not None for found in encoder.fast(*map(list, zip(*plain, strict=True)))) if plain else 0
+        patterns = [encoder.pattern_masker.roles_of(row) for row in batch]
+        plain = [(row, roles) for row, roles in zip(batch, patterns, strict=True) if roles]
+        quick += (
+            sum(found is not None for found in encoder.pattern_masker(*map(list, zip(*plain, strict=True))))
+            if plain
+            else 0
+        )
         for row, result in zip(batch, encoder.encode(batch), strict=True):
             assert not isinstance(result, Refused), result
-            expected = to_sample(encoder.finder(row))
+            expected = to_sample(encoder.reference_masker(row))
             assert np.array_equal(result[0].ids, expected.ids)
             assert np.array_equal(result[0].labels, expected.labels)
             assert (result[0].num_trained, result[0].by_role) == (expected.num_trained, expected.by_role)
@@ -92,13 +96,13 @@ CHATML = encoder_of(FAMILIES[0])
 def test_rows_that_disagree_switch_the_fast_way_off_for_their_shape() -> None:
     encoder = encoder_of(FAMILIES[0])
     row = Conversation((Message("user", "the fox"), Message("assistant", "it sleeps")))
-    shape = encoder.fast.shape_of(row)
-    assert shape
-    masked = encoder.finder(row)
-    for _ in range(AGREEING_ROWS):
-        assert encoder.fast([row], [shape]) == [None]
-        encoder.fast.learn(shape, masked)
-    assert encoder.fast([row], [shape]) != [None]
+    roles = encoder.pattern_masker.roles_of(row)
+    assert roles
+    masked = encoder.reference_masker(row)
+    for _ in range(AGREEING_EXAMPLES):
+        assert encoder.pattern_masker([row], [roles]) == [None]
+        encoder.pattern_masker.learn(roles, masked)
+    assert encoder.pattern_masker([row], [roles]) != [None]
     masked.trained = [(masked.trained[0][0] - 1, masked.trained[0][1])]
-    encoder.fast.learn(shape, masked)
-    assert encoder.fast([row], [shape]) == [None]
+    encoder.pattern_masker.learn(roles, masked)
+    assert encoder.pattern_masker([row], [roles]) == [None]

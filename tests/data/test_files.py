@@ -16,8 +16,8 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_hub.data.examples import Row
-from lightning_hub.data.files import read_rows
+from lightning_hub.data.readers.examples import RawExample
+from lightning_hub.data.readers.files import read_examples
 from lightning_hub.errors import ConfigError
 
 ROWS: list[dict[str, object]] = [
@@ -65,13 +65,13 @@ def test_every_kind_gives_the_same_rows_with_their_lines(name: str, tmp_path: Pa
     content, lines = FILES[name]
     path = tmp_path / name
     path.write_bytes(content)
-    assert list(read_rows(path)) == [Row(f"{path}:{n}", row) for n, row in zip(lines, ROWS, strict=True)]
+    assert list(read_examples(path)) == [RawExample(f"{path}:{n}", row) for n, row in zip(lines, ROWS, strict=True)]
 
 
 def test_a_text_is_one_document(tmp_path: Path) -> None:
     path = tmp_path / "book.txt"
     path.write_text("one\ntwo\n")
-    assert list(read_rows(path)) == [Row(f"{path}:1", {"text": "one\ntwo\n"})]
+    assert list(read_examples(path)) == [RawExample(f"{path}:1", {"text": "one\ntwo\n"})]
 
 
 @pytest.mark.fault("F34")
@@ -82,7 +82,7 @@ def test_a_text_is_one_document(tmp_path: Path) -> None:
         ("a.jsonl", b'{"a": "\x00"}\n', 1, "a NUL byte at byte 8"),
         ("a.jsonl", b'\n{"a": "\xff"}\n', 2, "not UTF-8: invalid start byte at byte 8"),
         ("a.jsonl", '{"a": 1}\n'.encode("utf-16"), 1, "UTF-16"),
-        ("a.jsonl", b"[1, 2]\n", 1, "a row must be an object, this is a list"),
+        ("a.jsonl", b"[1, 2]\n", 1, "an example must be an object, this is a list"),
         ("a.jsonl", b'{"a": "\\ud800"}\n', 1, "half of a surrogate pair"),
         ("a.jsonl", b"[" * 100_000, 1, "nested deeper than 1,000 levels"),
         ("a.jsonl", b"9" * 5000 + b"\n", 1, "not JSON"),
@@ -102,7 +102,7 @@ def test_a_text_is_one_document(tmp_path: Path) -> None:
 def test_damage_is_named_with_its_line(tmp_path: Path, name: str, content: bytes, line: int, said: str) -> None:
     path = tmp_path / name
     path.write_bytes(content)
-    problem = next(row for row in read_rows(path) if row.problem)
+    problem = next(row for row in read_examples(path) if row.problem)
     assert said in problem.problem
     assert name.endswith(".zst") or problem.where == f"{path}:{line}"
 
@@ -110,12 +110,12 @@ def test_damage_is_named_with_its_line(tmp_path: Path, name: str, content: bytes
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt", "a.jsonl.zst"])
 def test_an_empty_file_has_no_rows(tmp_path: Path, name: str) -> None:
     (tmp_path / name).touch()
-    assert [row for row in read_rows(tmp_path / name) if not row.problem] == []
+    assert [row for row in read_examples(tmp_path / name) if not row.problem] == []
 
 
 def test_an_unknown_suffix_lists_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"\.jsonl .*\.parquet"):
-        read_rows(tmp_path / "rows.xyz")
+        read_examples(tmp_path / "rows.xyz")
 
 
 def damaged(random_: random.Random, content: bytes) -> bytes:
@@ -156,7 +156,7 @@ def test_no_damage_raises(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     for _ in range(100):
         path.write_bytes(damaged(random_, FILES[name][0]))
-        for row in read_rows(path):
+        for row in read_examples(path):
             assert row.where.startswith(f"{path}:")
             assert row.problem or isinstance(row.data, dict)
 
@@ -166,11 +166,11 @@ def test_any_bytes_are_rows_or_problems(tmp_path_factory: pytest.TempPathFactory
     folder = tmp_path_factory.mktemp("bytes")
     for name in ("a.jsonl", "a.json", "a.csv", "a.jsonl.gz", "a.jsonl.zst"):
         (folder / name).write_bytes(content)
-        assert all(row.problem or isinstance(row.data, dict) for row in read_rows(folder / name))
+        assert all(row.problem or isinstance(row.data, dict) for row in read_examples(folder / name))
 
 
 @pytest.mark.fault("F34")
 def test_a_line_of_50_mb_is_read(tmp_path: Path) -> None:
     path = tmp_path / "long.jsonl"
     path.write_bytes(b'{"text": "' + b"x" * 50_000_000 + b'"}\n{"text": "short"}\n')
-    assert [len(str(row.data["text"])) for row in read_rows(path)] == [50_000_000, 5]
+    assert [len(str(row.data["text"])) for row in read_examples(path)] == [50_000_000, 5]

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_hub.data.conversation import BadRowError, Conversation, Document, Message, Tokens, ToolCall
-from lightning_hub.data.formats import normalise, rename
-from lightning_hub.data.layouts import Layout, recognise
+from lightning_hub.data.conversation import BadExampleError, Conversation, Document, Message, Tokens, ToolCall
+from lightning_hub.data.readers.formats import normalise, rename
+from lightning_hub.data.readers.layouts import Layout, recognise
 from lightning_hub.data.settings import DataSettings, Format
 from lightning_hub.errors import ConfigError, DataError
 
@@ -136,7 +136,7 @@ def test_common_pairs_of_columns_are_known(
     recognised = recognise(row, "auto", "file:1")
     assert str(recognised) == said
     if messages is None:
-        with pytest.raises(BadRowError, match="null or missing"):
+        with pytest.raises(BadExampleError, match="null or missing"):
             normalise(rename(row, recognised.columns), recognised.layout)
         return
     found = normalise(rename(row, recognised.columns), recognised.layout)
@@ -259,7 +259,7 @@ def test_columns_give_a_row_our_names() -> None:
 
 
 def test_an_unknown_layout_lists_its_columns_and_the_ways_out() -> None:
-    with pytest.raises(DataError, match=r"file:1: .*columns present: ask, tell; .*data\.columns"):
+    with pytest.raises(DataError, match=r"file:1: .*columns present: ask, tell; .*data\.init_args\.columns"):
         recognise({"ask": "q", "tell": "a"}, "auto", "file:1")
 
 
@@ -275,7 +275,11 @@ def test_an_unknown_layout_lists_its_columns_and_the_ways_out() -> None:
         ("messages", {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "a part of type 'image'"),
         ("messages", {"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}, "weight is 0.5"),
         ("messages", {"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "a tool call without a name"),
-        ("messages", {"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": 0}]}]}, "no object"),
+        (
+            "messages",
+            {"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": 0}]}]},
+            "not an object",
+        ),
         ("messages", {"messages": [{"role": "user", "content": "a"}], "unmask": "yes"}, "unmask must be"),
         ("alpaca", {"instruction": "q"}, "output must be a text, not null or missing"),
         ("prompt_completion", {"prompt": "q", "completion": 3}, "completion must be a list"),
@@ -310,7 +314,7 @@ def test_an_unknown_layout_lists_its_columns_and_the_ways_out() -> None:
     ],
 )  # fmt: skip
 def test_rows_without_shape_are_refused_by_name(layout: Layout, row: dict[str, object], said: str) -> None:
-    with pytest.raises(BadRowError, match=said):
+    with pytest.raises(BadExampleError, match=said):
         normalise(row, layout)
 
 
@@ -338,22 +342,22 @@ JSON = st.recursive(
     ),
 )  # fmt: skip
 def test_nested_wrong_types_are_refused_never_raised(layout: Layout, row: dict[str, object]) -> None:
-    with suppress(BadRowError):
+    with suppress(BadExampleError):
         assert isinstance(normalise(row, layout), Conversation | Document | Tokens)
 
 
 @pytest.mark.parametrize(
     ("key", "settings"),
     [
-        ("data.format", {"format": "xml"}),
-        ("data.train_on", {"train_on": "user"}),
-        ("data.on_long", {"on_long": "cut"}),
-        ("data.max_seq_len", {"max_seq_len": 0}),
-        ("data.num_proc", {"num_proc": 0}),
-        ("data.columns", {"columns": {"question": "prompt"}}),
-        ("data.val", {"val": 1.5}),
-        ("data.train", {"train": []}),
-        ("data.expand_turns", {"expand_turns": True, "train_on": "all"}),
+        ("data.init_args.format", {"format": "xml"}),
+        ("data.init_args.train_on", {"train_on": "user"}),
+        ("data.init_args.on_long", {"on_long": "cut"}),
+        ("data.init_args.max_seq_len", {"max_seq_len": 0}),
+        ("data.init_args.num_proc", {"num_proc": 0}),
+        ("data.init_args.columns", {"columns": {"question": "prompt"}}),
+        ("data.init_args.val", {"val": 1.5}),
+        ("data.init_args.train", {"train": []}),
+        ("data.init_args.expand_turns", {"expand_turns": True, "train_on": "all"}),
     ],
 )
 def test_wrong_settings_name_their_key(key: str, settings: dict[str, object]) -> None:

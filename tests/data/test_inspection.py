@@ -79,7 +79,7 @@ def test_text_marks_trained_tokens_without_colour_and_shows_the_template(
 
 def test_the_report_in_words(settings: DataSettings, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     lines = "\n".join(report_lines(prepare(settings, tokenizer, cache_dir=tmp_path / "cache").report))
-    assert "5 rows read, 2 kept" in lines
+    assert "5 examples read, 2 kept" in lines
     assert "dropped, too long: 1" in lines
     assert "a.jsonl:2: not JSON" in lines
 

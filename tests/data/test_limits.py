@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from lightning_hub.data import limits
-from lightning_hub.data.files import read_rows
-from lightning_hub.data.limits import ExampleLimits
 from lightning_hub.data.prepare import prepare
+from lightning_hub.data.readers import limits
+from lightning_hub.data.readers.files import read_examples
+from lightning_hub.data.readers.limits import ExampleLimits
 from lightning_hub.data.settings import DataSettings
 from lightning_hub.errors import DataError
 from tests.data.families import TEMPLATES, make_tokenizer
@@ -58,11 +58,11 @@ BOMBS: dict[str, tuple[Callable[[], bytes], int, int]] = {
 _MEASURE = """
 import json, sys, resource
 from pathlib import Path
-from lightning_hub.data import limits
-from lightning_hub.data.files import read_rows
-from lightning_hub.data.limits import ExampleLimits
+from lightning_hub.data.readers import limits
+from lightning_hub.data.readers.files import read_examples
+from lightning_hub.data.readers.limits import ExampleLimits
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-rows = [(row.where, row.problem, bool(row.data)) for row in read_rows(Path(sys.argv[1]), ExampleLimits(4_000_000))]
+rows = [(row.where, row.problem, bool(row.data)) for row in read_examples(Path(sys.argv[1]), ExampleLimits(4_000_000))]
 print(json.dumps([rows, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before]))
 """
 
@@ -97,11 +97,13 @@ def test_a_file_that_unpacks_to_much_is_refused_at_the_bound(name: str, tmp_path
 def test_a_long_line_is_skipped_and_the_rest_is_read(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(_LINE + b'{"text": "' + b"x" * 9_000_000 + b'"}\n' + _LINE)
-    rows = list(read_rows(path, SMALL))
+    rows = list(read_examples(path, SMALL))
     assert [bool(row.problem) for row in rows] == [False, True, False]
     assert rows[2].where == f"{path}:3"
     tokenizer = make_tokenizer((TEMPLATES / "chatml.jinja").read_text(encoding="utf-8"))
-    with pytest.raises(DataError, match=r"a\.jsonl:2: the line is larger than 4 MB \(data\.max_example_mb\)"):
+    with pytest.raises(
+        DataError, match=r"a\.jsonl:2: the line is larger than 4 MB \(data\.init_args\.max_example_mb\)"
+    ):
         prepare(DataSettings(str(path), max_example_mb=4), tokenizer, cache_dir=tmp_path / "cache")
     skip = DataSettings(str(path), max_example_mb=4, on_bad="skip")
     report = prepare(skip, tokenizer, cache_dir=tmp_path / "cache").report
@@ -115,7 +117,7 @@ def test_the_depth_is_bounded(name: str, depth: int, fine: bool, tmp_path: Path)
     path = tmp_path / name
     row = f'{{"text": "x [{{", "deep": {deep}}}'
     path.write_text(f"[{row}]" if name == "a.json" else row)
-    (found,) = read_rows(path, SMALL)
+    (found,) = read_examples(path, SMALL)
     assert bool(found.data) == fine
     assert fine or "1,000 levels" in found.problem
 
@@ -126,10 +128,10 @@ def test_the_number_of_values_is_bounded(name: str, tmp_path: Path, monkeypatch:
     path = tmp_path / name
     row = '{"text": "x", "many": [' + "[]," * (2 * 50_000) + "[]]}"
     path.write_text(f"[{row}]" if name == "a.json" else row)
-    (found,) = read_rows(path)
+    (found,) = read_examples(path)
     assert "more than 50,000 texts, lists and objects" in found.problem
     path.write_text(json.dumps([{"text": "[{" * 3_000_000}])[1:-1])
-    assert [len(str(row.data["text"])) for row in read_rows(path)] == [6_000_000]
+    assert [len(str(row.data["text"])) for row in read_examples(path)] == [6_000_000]
 
 
 def test_lists_larger_than_a_chunk_are_read_as_by_the_library(tmp_path: Path) -> None:
@@ -138,15 +140,15 @@ def test_lists_larger_than_a_chunk_are_read_as_by_the_library(tmp_path: Path) ->
     text = json.dumps(rows, indent=1, ensure_ascii=False)
     path = tmp_path / "a.json"
     path.write_text(text, encoding="utf-8")
-    found = list(read_rows(path, SMALL))
+    found = list(read_examples(path, SMALL))
     assert [row.data for row in found] == json.loads(text)
     lines = text.split("\n")
     assert all(lines[int(row.where.rpartition(":")[2]) - 1] == " {" for row in found)
     path.write_text(text.replace('"n": 650', '"n": x'), encoding="utf-8")
-    *_, last = read_rows(path, SMALL)
+    *_, last = read_examples(path, SMALL)
     assert "not JSON: Expecting value" in last.problem
     path.write_bytes(text.encode().replace(b'"n": 650', b'"\xff": 1'))
-    *_, last = read_rows(path, SMALL)
+    *_, last = read_examples(path, SMALL)
     assert "not UTF-8: invalid start byte" in last.problem
     assert b"\xff" in path.read_bytes().split(b"\n")[int(last.where.rpartition(":")[2]) - 1]
 
@@ -155,12 +157,12 @@ def test_cells_of_parquet_are_bounded(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     texts = ["the fox", "a" * 9_000_000, "b"]
     pq.write_table(pa.table({"text": texts}), path, compression="none")
-    rows = list(read_rows(path, SMALL))
+    rows = list(read_examples(path, SMALL))
     assert [bool(row.problem) for row in rows] == [False, True, False]
     assert "larger than 4 MB" in rows[1].problem
     assert rows[1].where == f"{path}:2"
     pq.write_table(pa.table({"text": ["a" * 40_000_000]}), path, compression="zstd", use_dictionary=False)
-    (row,) = read_rows(path, SMALL)
+    (row,) = read_examples(path, SMALL)
     assert "unpacks to 40 MB" in row.problem
 
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_hub.data.packing import fill, pack, share_out
+from lightning_hub.data.packing import assign_to_ranks, pack, packing_efficiency
 
 Lengths = st.lists(st.integers(1, 50), max_size=60)
 
@@ -38,7 +38,7 @@ def test_realistic_lengths_fill_the_rows() -> None:
     source = np.random.default_rng(0)
     lengths = np.clip(source.lognormal(5, 0.9, 20_000), 8, 2048).astype(np.int64)
     for capacity in (2048, 8192):
-        assert fill(pack(lengths, capacity), lengths, capacity) >= 0.999
+        assert packing_efficiency(pack(lengths, capacity), lengths, capacity) >= 0.999
 
 
 def test_a_sample_longer_than_a_row_is_an_error() -> None:
@@ -48,6 +48,6 @@ def test_a_sample_longer_than_a_row_is_an_error() -> None:
 
 @given(costs=st.lists(st.floats(0.1, 100), max_size=40), ranks=st.integers(1, 5))
 def test_ranks_share_all_rows_evenly(costs: list[float], ranks: int) -> None:
-    shares = share_out(costs, ranks)
+    shares = assign_to_ranks(costs, ranks)
     assert sorted(row for share in shares for row in share) == list(range(len(costs)))
     assert max(map(len, shares)) - min(map(len, shares)) <= max(1, len(costs) % ranks and ranks)

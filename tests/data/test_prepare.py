@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 
 import datasets
@@ -17,10 +19,11 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from lightning_hub.data.intake import RowsError
+from lightning_hub.data import cache
 from lightning_hub.data.prepare import Prepared, prepare
-from lightning_hub.data.samples import Samples
-from lightning_hub.data.settings import DataSettings, OnLong, Source
+from lightning_hub.data.report import BadExamplesError
+from lightning_hub.data.sample_store import SampleStore
+from lightning_hub.data.settings import DataSettings, InputError, OnLong, Source
 from lightning_hub.errors import ConfigError, DataError
 from lightning_hub.ops.rows import IGNORED
 from tests.data.families import TEMPLATES, make_tokenizer
@@ -59,11 +62,11 @@ def run(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Prepare:
     return call
 
 
-def texts(samples: Samples, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+def texts(samples: SampleStore, tokenizer: PreTrainedTokenizerFast) -> list[str]:
     return [str(tokenizer.decode(samples[index][0])) for index in range(len(samples))]
 
 
-def pairs(samples: Samples) -> list[tuple[list[int], list[int]]]:
+def pairs(samples: SampleStore) -> list[tuple[list[int], list[int]]]:
     return [(samples[i][0].tolist(), samples[i][1].tolist()) for i in range(len(samples))]
 
 
@@ -80,14 +83,66 @@ def test_whatever_shapes_the_tokens_makes_a_new_entry(
     run: Prepare, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     path = write(tmp_path / "a.jsonl", [chat(n) for n in range(5)])
-    prints = [run(path).train.fingerprint, run(path, train_on="last").train.fingerprint]
-    prints.append(run(path, chat_template="chatml").train.fingerprint)
-    prints.append(
-        prepare(DataSettings(str(path)), tokenizer, cache_dir=tmp_path / "cache", stop_ids=[3]).train.fingerprint
-    )
+    made = [run(path), run(path, train_on="last"), run(path, chat_template="chatml")]
+    made.append(prepare(DataSettings(str(path)), tokenizer, cache_dir=tmp_path / "cache", stop_ids=[3]))
     write(path, [chat(n) for n in range(6)])
-    prints.append(run(path).train.fingerprint)
-    assert len(set(prints)) == len(prints)
+    made.append(run(path))
+    assert not any(prepared.cached for prepared in made)
+
+
+def test_a_fingerprint_is_that_of_the_samples_alone(run: Prepare, tmp_path: Path) -> None:
+    rows = [chat(n) for n in range(5)]
+    first = run(write(tmp_path / "a.jsonl", rows)).train
+    (tmp_path / "moved").mkdir()
+    moved = run(write(tmp_path / "moved" / "b.jsonl", rows))
+    assert not moved.cached
+    assert moved.train.fingerprint == first.fingerprint == SampleStore.from_pairs(pairs(first)).fingerprint
+    other_order, other_text, two_turns = write(tmp_path / "c.jsonl", rows[::-1]), [*rows[:4], chat(7)], [rows[0]] * 2
+    others = [
+        run(other_order),
+        run(write(tmp_path / "d.jsonl", other_text)),
+        run(write(tmp_path / "e.jsonl", two_turns)),
+    ]
+    others.append(run(tmp_path / "a.jsonl", train_on="all"))
+    assert len({first.fingerprint, *(prepared.train.fingerprint for prepared in others)}) == 5
+    ids, labels = [1, 2, 3, 4], [-100, 2, -100, 4]
+    one, two = [(ids, labels)], [(ids[:2], labels[:2]), (ids[2:], labels[2:])]
+    assert SampleStore.from_pairs(one).fingerprint != SampleStore.from_pairs(two).fingerprint
+
+
+SAMPLES_BY_VALUE = {"errors": "none", "ops": "the ignore index, in the key", "runs": "where the cache is, writing JSON"}
+"""Packages outside of ``data`` that preparation imports, and what of them reaches samples."""
+
+
+def test_the_key_of_the_cache_depends_on_every_module_that_prepare_imports() -> None:
+    code = "import sys, lightning_hub.data.prepare; print(*[n for n in sys.modules if n.startswith('lightning_hub.')])"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert {name.split(".")[1] for name in loaded} == {"data", *SAMPLES_BY_VALUE}
+    inside = {sys.modules.get(name) or import_module(name) for name in loaded if name.startswith("lightning_hub.data.")}
+    files = {Path(str(module.__file__)) for module in inside}
+    assert files - set(cache.files_that_make_samples()) == {Path(cache.__file__)}
+
+
+def test_a_module_that_is_left_out_of_the_key_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in cache.MAKES_SAMPLES:
+        with monkeypatch.context() as patched:
+            patched.setattr(cache, "MAKES_SAMPLES", tuple(other for other in cache.MAKES_SAMPLES if other != name))
+            with pytest.raises(AssertionError):
+                test_the_key_of_the_cache_depends_on_every_module_that_prepare_imports()
+
+
+def test_the_code_version_changes_with_any_file_of_a_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    shutil.copytree(Path(cache.__file__).parent, tmp_path / "data", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(cache, "_FOLDER", tmp_path / "data")
+    versions = [cache.code_version()]
+    for name in ("masking/reference.py", "readers/new.py", "readers/deeper/new.py", "encode.py"):
+        path = tmp_path / "data" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("changed = True\n")
+        versions.append(cache.code_version())
+    assert len(set(versions)) == 5
+    (tmp_path / "data" / "step_plan.py").write_text("changed = True\n")
+    assert cache.code_version() == versions[-1]
 
 
 def test_a_damaged_entry_is_made_anew(run: Prepare, tmp_path: Path) -> None:
@@ -140,7 +195,7 @@ def test_bad_rows_are_errors_with_their_places_and_the_option(run: Prepare, tmp_
     shown = str(raised.value)
     assert all(f"{path}:{line}: not JSON" in shown for line in range(2, 22))
     assert f"{path}:22" not in shown
-    assert "data.on_bad: skip" in shown
+    assert "data.init_args.on_bad: skip" in shown
     report = run(path, on_bad="skip").report
     assert (report.rows_read, report.rows_kept, report.dropped) == (33, 2, {"unreadable": 30, "refused": 1})
 
@@ -152,11 +207,13 @@ def test_rows_without_a_trained_token(run: Prepare, tmp_path: Path) -> None:
     report = run(path).report
     assert (report.fully_masked, report.dropped) == (1, {"no trained token": 1})
     write(path, [empty, empty, *(chat(n) for n in range(100))])
-    with pytest.raises(DataError, match=r"2 of 102 rows, more than 1 %.*on_bad: skip:\n.*a\.jsonl:1\n.*a\.jsonl:2$"):
+    with pytest.raises(
+        DataError, match=r"2 of 102 examples, more than 1 %.*on_bad: skip:\n.*a\.jsonl:1\n.*a\.jsonl:2$"
+    ):
         run(path)
     assert run(path, on_bad="skip").report.fully_masked == 2
     write(path, [empty])
-    with pytest.raises(DataError, match="no row to train on: 1 no trained token"):
+    with pytest.raises(DataError, match="there is no example to train on: 1 no trained token"):
         run(path, on_bad="skip")
 
 
@@ -180,7 +237,7 @@ def test_long_rows(run: Prepare, tmp_path: Path) -> None:
 def test_empty_data_is_an_error(run: Prepare, tmp_path: Path, content: str) -> None:
     path = tmp_path / ("a.json" if content == "[]" else "a.jsonl")
     path.write_text(content)
-    with pytest.raises(DataError, match="no row to train on: the input is empty"):
+    with pytest.raises(DataError, match="there is no example to train on: the input is empty"):
         run(path)
 
 
@@ -262,6 +319,18 @@ def test_a_saved_dataset_a_folder_and_a_pattern_are_the_same_rows(run: Prepare, 
         run([Source(str(tmp_path / "saved"), split="test")])
 
 
+def test_an_input_that_is_missing_is_reported_under_its_own_option(run: Prepare, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [chat(n) for n in range(5)])
+    (tmp_path / "a.xyz").touch()
+    for missing in ("nothing.jsonl", "a.xyz", "*.csv"):
+        with pytest.raises(InputError) as raised:
+            run(tmp_path / missing)
+        assert raised.value.where == "data.init_args.train"
+        with pytest.raises(InputError) as raised:
+            run(path, val=str(tmp_path / missing))
+        assert raised.value.where == "data.init_args.val"
+
+
 def test_what_is_not_there_is_said(run: Prepare, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not exist"):
         run(tmp_path / "nothing.jsonl")
@@ -272,7 +341,7 @@ def test_what_is_not_there_is_said(run: Prepare, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_hub_offline_is_a_clear_error(tmp_path: Path) -> None:
     code = (
-        "from lightning_hub.data.sources import open_source\n"
+        "from lightning_hub.data.readers.sources import open_source\n"
         "from lightning_hub.data.settings import Source\n"
         "open_source(Source('someone/something'))"
     )
@@ -327,7 +396,7 @@ def test_every_row_is_accounted_for(
     )
     try:
         prepared = prepare(settings, tokenizer, cache_dir=folder / "cache")
-    except RowsError:
+    except BadExamplesError:
         raise  # skip and drop are set: no single row may stop it
     except DataError:
         return  # nothing was left of this input

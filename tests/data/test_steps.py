@@ -7,21 +7,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_hub.data.samples import Samples
-from lightning_hub.data.steps import Batching, StepLoader, StepPlan
+from lightning_hub.data.sample_store import SampleStore
+from lightning_hub.data.step_plan import BatchSettings, StepLoader, StepPlan
 from lightning_hub.errors import ConfigError, DataError
 from lightning_hub.ops.rows import Step
 
 LENGTHS = [5, 9, 30, 2, 17, 8, 8, 12, 3, 25, 6]
 
 
-def make(lengths: list[int] = LENGTHS) -> Samples:
+def make(lengths: list[int] = LENGTHS) -> SampleStore:
     pairs = [([index + 1] * length, [-100, *[index + 1] * (length - 1)]) for index, length in enumerate(lengths)]
-    return Samples.from_pairs(pairs, "test")
+    return SampleStore.from_pairs(pairs)
 
 
 def plan(samples_per_step: int | None = 4, tokens: int | None = None, shuffle: bool = True, seed: int = 1) -> StepPlan:
-    return StepPlan(make(), Batching(30, samples_per_step, tokens, shuffle=shuffle, seed=seed))
+    return StepPlan(make(), BatchSettings(30, samples_per_step, tokens, shuffle=shuffle, seed=seed))
 
 
 def ids(steps: list[Step]) -> Counter[int]:
@@ -54,10 +54,14 @@ def test_ranks_share_the_same_step(ranks: int, epoch: int, by_tokens: bool, shuf
 def test_the_order_is_a_pure_function() -> None:
     first, second = plan(), plan()
     second.step(7, 0)
-    assert [first.members(2, i) for i in range(len(first))] == [second.members(2, i) for i in range(len(second))]
-    assert [first.members(2, i) for i in range(len(first))] != [first.members(3, i) for i in range(len(first))]
-    assert plan(seed=2).members(2, 0) != first.members(2, 0)
-    assert plan(shuffle=False).members(5, 0) == [0, 1, 2, 3]
+    assert [first.sample_indices(2, i) for i in range(len(first))] == [
+        second.sample_indices(2, i) for i in range(len(second))
+    ]
+    assert [first.sample_indices(2, i) for i in range(len(first))] != [
+        first.sample_indices(3, i) for i in range(len(first))
+    ]
+    assert plan(seed=2).sample_indices(2, 0) != first.sample_indices(2, 0)
+    assert plan(shuffle=False).sample_indices(5, 0) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -85,8 +89,8 @@ def test_the_position_is_asked_when_the_first_step_is_wanted() -> None:
 
 def test_contradictions_are_refused() -> None:
     with pytest.raises(ConfigError, match="in samples or in tokens"):
-        Batching(30, 4, 60, shuffle=True, seed=0)
-    with pytest.raises(ConfigError, match=r"no multiple.*use 60 or 90"):
-        Batching(30, None, 70, shuffle=True, seed=0)
-    with pytest.raises(DataError, match="a sample has 30 tokens, a row holds 29"):
-        StepPlan(make(), Batching(29, 4, None, shuffle=True, seed=0))
+        BatchSettings(30, 4, 60, shuffle=True, seed=0)
+    with pytest.raises(ConfigError, match=r"not a multiple.*use 60 or 90"):
+        BatchSettings(30, None, 70, shuffle=True, seed=0)
+    with pytest.raises(DataError, match="a sample has 30 tokens, a packed row holds 29"):
+        StepPlan(make(), BatchSettings(29, 4, None, shuffle=True, seed=0))

@@ -9,10 +9,10 @@ from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from lightning_hub.data.checks import check_positions, check_tokenizer_fits
-from lightning_hub.data.conversation import Conversation, Message
-from lightning_hub.data.encode import Encoder, Refused
+from lightning_hub.data.conversation import Conversation, Message, Refused
+from lightning_hub.data.encode import Encoder
+from lightning_hub.data.masking.chat_template import built_in_templates, resolve_template
 from lightning_hub.data.settings import DataSettings
-from lightning_hub.data.templates import built_in_templates, resolve_template
 from lightning_hub.errors import ConfigError
 from tests.data.families import make_tokenizer
 from tests.data.test_turns import PLAIN, stretches

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_hub.data.conversation import BadRowError
+from lightning_hub.data.conversation import BadExampleError
 from lightning_hub.data.prepare import prepare
+from lightning_hub.data.readers.token_rows import LOSS_MASKS, parse_tokens
 from lightning_hub.data.settings import DataSettings
-from lightning_hub.data.token_rows import LOSS_MASKS, parse_tokens
 from lightning_hub.models.pretrained import Pretrained
 from lightning_hub.ops.rows import IGNORED
 
@@ -85,7 +85,7 @@ def test_positions_of_padding_are_padding(positions: list[int]) -> None:
     ("row", "said"),
     [
         ({"attention_mask": [1, 0, 1, 1]}, r"attention_mask has 0 between 1s \(at 1\)"),
-        ({"attention_mask": [0, 0, 0, 0]}, "holds padding only"),
+        ({"attention_mask": [0, 0, 0, 0]}, "there is padding only"),
         ({"attention_mask": [1, 1, 1]}, "4 input_ids but 3 of attention_mask"),
         ({"attention_mask": [1, 1, 2, 1]}, "attention_mask must hold 0 and 1 only"),
         ({"attention_mask": [1.0, 1.0, 1.0, 1.0]}, "0 and 1 only"),
@@ -95,15 +95,15 @@ def test_positions_of_padding_are_padding(positions: list[int]) -> None:
         ({"completion_mask": [0, 0.5, 1, 1]}, "completion_mask must hold 0 and 1"),
         ({"position_ids": [0, 1, 0, 1]}, "position_ids do not count up from 0"),
         ({"position_ids": [5, 6, 7, 8]}, "position_ids do not count up from 0"),
-        ({"seq_lengths": [2, 2]}, "seq_lengths tells of several documents"),
-        ({"cu_seqlens": [0, 2, 4]}, "cu_seqlens tells of several documents"),
-        ({"seq_idx": [0, 0, 1, 1]}, "seq_idx tells of several documents"),
+        ({"seq_lengths": [2, 2]}, "seq_lengths describes several documents"),
+        ({"cu_seqlens": [0, 2, 4]}, "cu_seqlens describes several documents"),
+        ({"seq_idx": [0, 0, 1, 1]}, "seq_idx describes several documents"),
         ({"token_type_ids": "no"}, "token_type_ids must be a list"),
         ({"labels": [9, 5, 6]}, "4 input_ids but 3 labels"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(row: dict[str, object], said: str) -> None:
-    with pytest.raises(BadRowError, match=said):
+    with pytest.raises(BadExampleError, match=said):
         parse_tokens(IDS | row)
 
 

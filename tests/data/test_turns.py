@@ -8,8 +8,8 @@ from typing import cast
 
 import pytest
 
-from lightning_hub.data.conversation import Conversation, Message, ToolCall
-from lightning_hub.data.encode import Encoder, Refused, Sample
+from lightning_hub.data.conversation import Conversation, Message, Refused, ToolCall
+from lightning_hub.data.encode import Encoder, Sample
 from lightning_hub.data.settings import DataSettings
 from lightning_hub.ops.rows import IGNORED
 from tests.data.families import FAMILIES, Family, make_tokenizer

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lightning_hub.data.conversation import Conversation, Message, Role, ToolCall
-from lightning_hub.data.encode import Encoder, Refused
-from lightning_hub.data.marks import Marker
+from lightning_hub.data.conversation import Conversation, Message, Refused, Role, ToolCall
+from lightning_hub.data.encode import Encoder
+from lightning_hub.data.masking.sentinels import SentinelInserter
 from lightning_hub.data.settings import DataSettings
 from tests.data.families import FAMILIES
 from tests.data.test_turns import stretches
@@ -66,7 +66,7 @@ def test_trained_is_what_the_model_said(name: str, conversation: Conversation) -
             assert trained.count(word) == 1
         if message.tool_calls:
             assert trained.count(f"aq{number}call") == trained.count(f"aq{number}v") == 1
-    turns, tools = Marker(encoder.finder.profile.shape).conversation(conversation)
+    turns, tools = SentinelInserter(encoder.reference_masker.profile.dialect).conversation(conversation)
     engine = cast(Callable[..., list[int]], encoder.tokenizer.apply_chat_template)
     expected = engine(turns, tools=tools, tokenize=True, return_dict=False)
     kept = len(sample.ids) - sample.notes.get("end tokens appended", 0)

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
-from lightning_hub.data.samples import Samples
-from lightning_hub.data.steps import Batching, StepPlan
+from lightning_hub.data.sample_store import SampleStore
+from lightning_hub.data.step_plan import BatchSettings, StepPlan
 from lightning_hub.methods.sft import SFT
 from lightning_hub.ops.rows import Step
 from tests.ops.models import VOCABULARY, make
@@ -67,17 +67,17 @@ def run(steps: list[Step], precision: Any = "32-true", **options: Any) -> Watche
     return module
 
 
-def samples(lengths: list[int], seed: int = 0) -> Samples:
+def samples(lengths: list[int], seed: int = 0) -> SampleStore:
     source = np.random.default_rng(seed)
     pairs = []
     for length in lengths:
         ids = source.integers(3, VOCABULARY, length).tolist()
         labels = [token if source.random() < 0.5 else -100 for token in ids]
         pairs.append((ids, [-100, *labels[1:-1], ids[-1]]))
-    return Samples.from_pairs(pairs, "test")
+    return SampleStore.from_pairs(pairs)
 
 
-def reference(data: Samples, members: list[int]) -> tuple[float, dict[str, torch.Tensor]]:
+def reference(data: SampleStore, members: list[int]) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients of one batch of lone documents: the mean over all trained tokens."""
     model = AutoModelForCausalLM.from_pretrained(smooth_model(), dtype=torch.float32, attn_implementation="sdpa")
     total, count = torch.zeros(()), 0
@@ -108,14 +108,14 @@ def assert_same(module: Watched, place: int, expected: tuple[float, dict[str, to
 )
 def test_gradients_equal_one_unpacked_batch(lengths: list[int], cap: int, batch: int, seed: int) -> None:
     data = samples(lengths, seed)
-    plan = StepPlan(data, Batching(cap, batch, None, shuffle=True, seed=seed))
+    plan = StepPlan(data, BatchSettings(cap, batch, None, shuffle=True, seed=seed))
     module = run([plan.step(0, index) for index in range(len(plan))])
     for index in range(len(plan)):  # the last step is often a partial one
-        assert_same(module, index, reference(data, plan.members(0, index)), 1e-6)
+        assert_same(module, index, reference(data, plan.sample_indices(0, index)), 1e-6)
 
 
 def test_gradient_checkpointing_changes_nothing() -> None:
-    plan = StepPlan(samples([9, 20, 14]), Batching(32, 3, None, shuffle=False, seed=0))
+    plan = StepPlan(samples([9, 20, 14]), BatchSettings(32, 3, None, shuffle=False, seed=0))
     plain, recomputed = (run([plan.step(0, 0)], gradient_checkpointing=on) for on in (False, True))
     assert recomputed.model is not None
     assert any(getattr(part, "gradient_checkpointing", False) for part in recomputed.model.modules())
@@ -124,7 +124,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
 
 def test_mixed_precision_stays_near_and_rows_do_not_matter() -> None:
     data = samples([9, 20, 14, 30])
-    several, one = (StepPlan(data, Batching(cap, 4, None, shuffle=False, seed=0)).step(0, 0) for cap in (30, 200))
+    several, one = (StepPlan(data, BatchSettings(cap, 4, None, shuffle=False, seed=0)).step(0, 0) for cap in (30, 200))
     exact, in_rows, at_once = run([one]), run([several], "bf16-mixed"), run([one], "bf16-mixed")
     assert len(several.rows) > len(one.rows)
     assert_same(at_once, 0, (exact.losses[0], exact.gradients[0]), 5e-2)
@@ -143,7 +143,7 @@ def test_half_precision_trains_and_rounds_nothing_but_weights(
 
     row_loss = SFT.row_loss
     monkeypatch.setattr(SFT, "row_loss", kept)
-    plan = StepPlan(samples([29, 20, 14, 31]), Batching(32, 4, None, shuffle=False, seed=0))
+    plan = StepPlan(samples([29, 20, 14, 31]), BatchSettings(32, 4, None, shuffle=False, seed=0))
     module = run([plan.step(0, 0)], precision)
     assert {p.dtype for p in module.parameters()} == {dtype}
     assert len(shares) == 4
@@ -162,14 +162,16 @@ def test_the_test_notices_a_mean_of_means(monkeypatch: pytest.MonkeyPatch) -> No
         return loss
 
     data = samples([30, 4, 4, 30, 4])
-    plan = StepPlan(data, Batching(34, 5, None, shuffle=False, seed=0))
+    plan = StepPlan(data, BatchSettings(34, 5, None, shuffle=False, seed=0))
     monkeypatch.setattr(SFT, "row_loss", mean_of_means)
     with pytest.raises(AssertionError):
-        assert_same(run([plan.step(0, 0)]), 0, reference(data, plan.members(0, 0)), 1e-2)
+        assert_same(run([plan.step(0, 0)]), 0, reference(data, plan.sample_indices(0, 0)), 1e-2)
 
 
 def test_no_decay_of_norms_and_biases() -> None:
-    module = run([StepPlan(samples([9]), Batching(32, 1, None, shuffle=False, seed=0)).step(0, 0)], weight_decay=0.1)
+    module = run(
+        [StepPlan(samples([9]), BatchSettings(32, 1, None, shuffle=False, seed=0)).step(0, 0)], weight_decay=0.1
+    )
     decayed, spared = module.trainer.optimizers[0].param_groups
     assert decayed["weight_decay"] == 0.1
     assert spared["weight_decay"] == 0.0

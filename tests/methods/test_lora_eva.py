@@ -13,7 +13,7 @@ from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weig
 from torch import Tensor
 
 from lightning_hub.cli import run
-from lightning_hub.data.module import ChatData
+from lightning_hub.data.datamodule import ChatData
 from lightning_hub.errors import ConfigError
 from lightning_hub.methods.lora import LoRA, module
 from lightning_hub.models.pretrained import Pretrained

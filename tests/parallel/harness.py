@@ -20,8 +20,8 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
-from lightning_hub.data.samples import Samples
-from lightning_hub.data.steps import Batching, StepLoader, StepPlan
+from lightning_hub.data.sample_store import SampleStore
+from lightning_hub.data.step_plan import BatchSettings, StepLoader, StepPlan
 from lightning_hub.demo.tasks import REVERSE, SHOUT, SPELL, conversations
 from lightning_hub.methods.causal_lm import CausalLMModule
 from lightning_hub.methods.sft import SFT
@@ -99,7 +99,7 @@ def plan() -> StepPlan:
         whole = _ids(tokenizer.apply_chat_template(turns, return_dict=False))
         labels, more = [-100] * len(asked) + whole[len(asked) :], -len(whole) % 8
         pairs.append((whole + whole[-1:] * more, labels + [-100] * more))
-    return StepPlan(Samples.from_pairs(pairs, "test"), Batching(96, 8, None, shuffle=False, seed=0))
+    return StepPlan(SampleStore.from_pairs(pairs), BatchSettings(96, 8, None, shuffle=False, seed=0))
 
 
 @cache

@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_hub.callbacks.checkpoints import SaveCheckpoints
 from lightning_hub.checkpoints.plugin import FolderCheckpointIO
 from lightning_hub.checkpoints.settings import CheckpointSettings
-from lightning_hub.data.module import ChatData
+from lightning_hub.data.datamodule import ChatData
 from lightning_hub.methods.causal_lm import CausalLMModule
 from lightning_hub.methods.run_context import RunContext, run_context
 from lightning_hub.methods.sft import SFT

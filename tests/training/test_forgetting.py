@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
 from lightning_hub.callbacks.forgetting import Forgetting
-from lightning_hub.data.module import ChatData
+from lightning_hub.data.datamodule import ChatData
 from lightning_hub.demo.tasks import SPELL, conversations
 from lightning_hub.methods.sft import SFT
 from lightning_hub.models.pretrained import Pretrained

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from lightning_hub.cli import run
+from lightning_hub.data import prepare
 from lightning_hub.runs.folder import RunFolder
 from lightning_hub.runs.manifest import committed, verify
 from lightning_hub.runs.metrics import Line, read_metrics
@@ -135,7 +137,7 @@ def test_changed_data_is_refused_unless_allowed(
     again = ["runs", "resume", str(folder.path), "--trainer.max_steps", "5", "--data.effective_batch_size", "16"]
     assert run(again) == 2
     error = capsys.readouterr().err
-    assert "changed since the checkpoint: data was " in error
+    assert "changed since the checkpoint: the hash of the training samples was " in error
     assert "; data.init_args.effective_batch_size was 8 and is 16; " in error
     assert "pass --allow-changed-data" in error
     assert json.loads(folder.status.read_text())["state"] == "failed"
@@ -144,6 +146,31 @@ def test_changed_data_is_refused_unless_allowed(
     assert verify(folder.latest.resolve()).step == 5
     epochs = [line["epoch"] for line in read_metrics(folder) if "loss" in line]
     assert epochs == [0, 0, 0, 1, 1], "where epochs have 2 steps, one with 3 finished is over"
+
+
+def test_moved_data_is_resumed_without_a_note(
+    fit: Fit, write_rows: WriteRows, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, folder = fit(*EVERY_STEP, "--trainer.max_steps", "2")
+    moved = tmp_path / "elsewhere" / "renamed.jsonl"
+    moved.parent.mkdir()
+    (tmp_path / "rows.jsonl").rename(moved)
+    capsys.readouterr()
+    assert run(["runs", "resume", str(folder.path), "--trainer.max_steps", "3", "--data.train", str(moved)]) == 0
+    error = capsys.readouterr().err
+    assert "since the checkpoint" not in error
+    assert "could not be compared" not in error
+
+
+def test_samples_of_another_version_of_the_code_are_compared_by_their_content(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, folder = fit(*EVERY_STEP, "--trainer.max_steps", "2")
+    entries = Path(os.environ["LIGHTNING_HUB_CACHE"]) / "data"
+    before = set(entries.iterdir())
+    monkeypatch.setattr(prepare, "code_version", lambda: "a later version")
+    assert run(["runs", "resume", str(folder.path), "--trainer.max_steps", "3"]) == 0
+    assert set(entries.iterdir()) > before, "the samples were made again"
 
 
 @pytest.mark.slow

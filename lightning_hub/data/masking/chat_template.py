@@ -1,4 +1,4 @@
-"""Which chat template is used, and rendering with it.
+"""Chooses the chat template, and renders with it.
 
 Rendering is transformers' own (``apply_chat_template``), which runs templates in a sandbox.
 """
@@ -19,7 +19,7 @@ from lightning_hub.errors import ConfigError
 Turn: TypeAlias = dict[str, object]
 """One message as a template sees it."""
 
-_FOLDER = resources.files("lightning_hub.data") / "templates"
+_FOLDER = resources.files("lightning_hub.data.masking") / "templates"
 
 _CONTROL_TOKENS = re.compile(r"<\|\w+\|>|<(?:start|end)_of_turn>|\[/?INST\]")
 
@@ -45,7 +45,7 @@ def resolve_template(wanted: str | None, tokenizer: PreTrainedTokenizerBase) -> 
             return None
         raise ConfigError(
             "the tokenizer has no chat template, and none is guessed",
-            where="data.chat_template",
+            where="data.init_args.chat_template",
             remedy=f"give a template file or one of the built-in ones ({names}; plain adds nothing to the texts), "
             "or use a tokenizer that has one",
         )
@@ -56,7 +56,9 @@ def resolve_template(wanted: str | None, tokenizer: PreTrainedTokenizerBase) -> 
     if Path(wanted).is_file():
         return _read(Path(wanted))
     raise ConfigError(
-        f"{wanted!r} is neither a file nor a built-in template", where="data.chat_template", remedy=f"one of {names}"
+        f"{wanted!r} is neither a file nor a built-in template",
+        where="data.init_args.chat_template",
+        remedy=f"one of {names}",
     )
 
 
@@ -67,7 +69,7 @@ def _check_tokens(name: str, source: str, tokenizer: PreTrainedTokenizerBase) ->
     if missing:
         raise ConfigError(
             f"the tokenizer has no {' '.join(missing)}, which the built-in template {name!r} writes",
-            where="data.chat_template",
+            where="data.init_args.chat_template",
             remedy="use the template that belongs to the model; plain needs no tokens of its own",
         )
 
@@ -77,7 +79,9 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"{path} cannot be read as a template: {error}", where="data.chat_template", remedy="give a UTF-8 text file"
+            f"{path} cannot be read as a template: {error}",
+            where="data.init_args.chat_template",
+            remedy="give a UTF-8 text file",
         ) from error
 
 

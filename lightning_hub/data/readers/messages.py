@@ -1,11 +1,11 @@
-"""One turn in any of the common spellings to a :class:`Message`."""
+"""Reads one turn, in any of the common spellings, as a :class:`Message`."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 
-from lightning_hub.data.conversation import BadRowError, Message, Role, ToolCall
+from lightning_hub.data.conversation import BadExampleError, Message, Role, ToolCall
 
 _ROLES: dict[str, Role] = {
     "system": "system",
@@ -39,20 +39,20 @@ def parse_message(turn: object, place: str, remarks: list[str] | None = None) ->
 
     Args:
         turn: An object with ``role`` and ``content``, or ``from`` and ``value``.
-        place: How a refusal names it, such as ``messages[2]``.
+        place: Its name in errors, such as ``messages[2]``.
         remarks: Where to note keys that are not read.
 
     Raises:
-        BadRowError: It has no such shape.
+        BadExampleError: It does not have this form.
     """
     if not isinstance(turn, dict):
-        raise BadRowError(f"{place} must be an object, not {type(turn).__name__}")
+        raise BadExampleError(f"{place} must be an object, not {type(turn).__name__}")
     spoken = turn.get("role")
     if spoken is None:
         spoken = turn.get("from")
     role = _ROLES.get(spoken) if isinstance(spoken, str) else None
     if role is None:
-        raise BadRowError(f"{place} has the role {spoken!r}; known are {', '.join(_ROLES)}")
+        raise BadExampleError(f"{place} has the role {spoken!r}; known are {', '.join(_ROLES)}")
     value = turn.get("content")
     if value is None:
         value = turn.get("value")
@@ -76,15 +76,15 @@ def _full_message(turn: Mapping[str, object], role: Role, value: object, place: 
     elif isinstance(value, list):
         parts.read(value)
     elif value is not None:
-        raise BadRowError(f"{place} has a content that is neither text nor a list of parts")
+        raise BadExampleError(f"{place} has a content that is neither text nor a list of parts")
     reasoning = _reasoning(turn, place)
     calls += tuple(parts.calls) + _given_calls(turn, place, remarks)
     if value is None and not calls and not reasoning:
         key = "value" if "from" in turn and "role" not in turn else "content"
         given = "null" if key in turn else "missing"
-        raise BadRowError(f'{place}.{key} is {given}; write the text, "" for none')
+        raise BadExampleError(f'{place}.{key} is {given}; write the text, "" for none')
     if calls and role != "assistant":
-        raise BadRowError(f"{place} has tool calls, but the role {role}; only assistant turns call tools")
+        raise BadExampleError(f"{place} has tool calls, but the role {role}; only assistant turns call tools")
     _note_unread(turn, reasoning, parts.thoughts, remarks)
     return Message(
         role,
@@ -98,7 +98,7 @@ def _full_message(turn: Mapping[str, object], role: Role, value: object, place: 
 
 
 def _note_unread(turn: Mapping[str, object], reasoning: str, thoughts: str, remarks: list[str]) -> None:
-    """Note what of a turn does not reach the sample."""
+    """Note the keys of a turn that are not read."""
     used = next((key for key in _REASONING_KEYS if turn.get(key) is not None), None)
     unread = [key for key, value in turn.items() if key not in _KEYS and key != used and value not in _NOTHING]
     unread = [key for key in unread if key not in _REASONING_KEYS or turn[key] != turn.get(used or "")]
@@ -125,11 +125,13 @@ class _Parts:
         for part in value:
             kind = part.get("type") if isinstance(part, dict) else None
             if not isinstance(part, dict) or not isinstance(kind, str):
-                raise BadRowError(f"{self.place} has a part of type {kind!r}; a text model takes text and reasoning")
+                raise BadExampleError(
+                    f"{self.place} has a part of type {kind!r}; a text model takes text and reasoning"
+                )
             if kind in _TEXT_PARTS:
                 text = self._said(part, ("text", "value"))
                 if text.strip() and self.calls:
-                    raise BadRowError(f"{self.place} has a text after its tool call; templates write calls last")
+                    raise BadExampleError(f"{self.place} has a text after its tool call; templates write calls last")
                 self.text += text
             elif kind in _REASONING_PARTS:
                 self.thoughts += self._said(part, ("text", "value", *_REASONING_PARTS))
@@ -137,7 +139,9 @@ class _Parts:
                 call = next((part[key] for key in ("value", "tool_call", "function") if part.get(key)), None)
                 self.calls.extend(_calls(call, self.place, self.remarks))
             else:
-                raise BadRowError(f"{self.place} has a part of type {kind!r}; a text model takes text and reasoning")
+                raise BadExampleError(
+                    f"{self.place} has a part of type {kind!r}; a text model takes text and reasoning"
+                )
 
     def _said(self, part: Mapping[str, object], keys: tuple[str, ...]) -> str:
         for key in keys:
@@ -146,7 +150,7 @@ class _Parts:
                 unread = [other for other in part if other not in ("type", key) and part[other] not in _NOTHING]
                 self.remarks += [f"key {other} of a part is not read" for other in unread]
                 return text
-        raise BadRowError(f"{self.place} has a part without text")
+        raise BadExampleError(f"{self.place} has a part without text")
 
 
 def _given_calls(turn: Mapping[str, object], place: str, remarks: list[str]) -> tuple[ToolCall, ...]:
@@ -165,7 +169,7 @@ def _reasoning(turn: Mapping[str, object], place: str) -> str:
 def _optional_text(turn: Mapping[str, object], key: str, place: str) -> str | None:
     value = turn.get(key)
     if value is not None and not isinstance(value, str):
-        raise BadRowError(f"{place}.{key} must be a text, not {type(value).__name__}")
+        raise BadExampleError(f"{place}.{key} must be a text, not {type(value).__name__}")
     return value
 
 
@@ -176,9 +180,9 @@ def _train_flag(turn: Mapping[str, object], place: str) -> bool | None:
         if value is None:
             continue
         if not isinstance(value, int | float) or value not in (0, 1):
-            raise BadRowError(f"{place}.{key} is {value!r}; a turn is trained (1, true) or not (0, false)")
+            raise BadExampleError(f"{place}.{key} is {value!r}; a turn is trained (1, true) or not (0, false)")
         if flag not in (None, bool(value)):
-            raise BadRowError(f"{place}.{key} is {value!r}, which another key of the turn contradicts")
+            raise BadExampleError(f"{place}.{key} is {value!r}, which another key of the turn contradicts")
         flag = bool(value)
     return flag
 
@@ -196,7 +200,7 @@ def _call(call: object, place: str, remarks: list[str]) -> ToolCall:
     inner = outer.get("function", outer)
     name = inner.get("name") if isinstance(inner, dict) else None
     if not isinstance(name, str) or not name:
-        raise BadRowError(f"{place} has a tool call without a name")
+        raise BadExampleError(f"{place} has a tool call without a name")
     key = next((key for key in _ARGUMENTS if inner.get(key) is not None), _ARGUMENTS[0])
     arguments = inner.get(key)
     if isinstance(arguments, str) and arguments:
@@ -204,7 +208,7 @@ def _call(call: object, place: str, remarks: list[str]) -> ToolCall:
     if arguments in _NOTHING:
         arguments = {}
     if not isinstance(arguments, dict):
-        raise BadRowError(f"{place} calls {name} with arguments that are no object")
+        raise BadExampleError(f"{place} calls {name} with arguments that are not an object")
     identity = outer.get("id")
     identity = str(identity) if isinstance(identity, int) else identity
     unread = {**outer, **inner}.keys() - {"id", "type", "function", "name", "index", key}
@@ -220,4 +224,4 @@ def _load(text: str, what: str) -> object:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise BadRowError(f"{what}: not JSON") from error
+        raise BadExampleError(f"{what}: not JSON") from error

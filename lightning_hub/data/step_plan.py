@@ -1,8 +1,8 @@
 """The order of the data: which samples form which optimizer step, for every epoch and any number of ranks.
 
 The order is a pure function of the samples, the seed, the epoch and the batch settings. The world size never changes
-which samples form a step, only which rank runs which of its rows; so the position in the data is one number, and a
-run can go on from it on any number of ranks.
+which samples form a step, only which rank runs which of its packed rows. So the position in the data is one number, and
+a run can resume from it on any number of ranks.
 """
 
 from __future__ import annotations
@@ -14,23 +14,15 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_hub.data.packing import cost, fill, pack, share_out
-from lightning_hub.data.samples import Samples
+from lightning_hub.data.packing import assign_to_ranks, estimate_cost, pack, packing_efficiency
+from lightning_hub.data.sample_store import SampleStore
 from lightning_hub.errors import ConfigError, DataError
 from lightning_hub.ops.rows import IGNORED, Row, Step
 
 
 @dataclass(frozen=True)
-class Batching:
-    """How samples become steps.
-
-    Attributes:
-        max_tokens: The most tokens of a row: what one forward of one rank holds.
-        effective_batch_size: Samples of a step over all ranks; None if steps are counted in tokens.
-        tokens_per_step: Token slots of a step over all ranks; None if steps are counted in samples.
-        shuffle: Whether each epoch has an order of its own.
-        seed: The seed of the order.
-    """
+class BatchSettings:
+    """How samples form steps. `ChatData` describes the options; ``max_tokens`` is its ``max_tokens_per_gpu``."""
 
     max_tokens: int
     effective_batch_size: int | None
@@ -48,7 +40,7 @@ class Batching:
         if self.tokens_per_step is not None and self.tokens_per_step % self.max_tokens:
             below = self.tokens_per_step // self.max_tokens * self.max_tokens
             raise ConfigError(
-                f"tokens_per_step {self.tokens_per_step} is no multiple of max_tokens_per_gpu {self.max_tokens}",
+                f"tokens_per_step {self.tokens_per_step} is not a multiple of max_tokens_per_gpu {self.max_tokens}",
                 where="data.init_args.tokens_per_step",
                 remedy=f"use {below or self.max_tokens} or {below + self.max_tokens}",
             )
@@ -59,28 +51,28 @@ class StepPlan:
 
     Args:
         samples: The tokenised samples.
-        batching: How they become steps.
+        batching: How they form steps.
     """
 
-    def __init__(self, samples: Samples, batching: Batching) -> None:
+    def __init__(self, samples: SampleStore, batching: BatchSettings) -> None:
         self.samples = samples
         self.batching = batching
         self._lengths = samples.lengths
         if batching.max_tokens < int(self._lengths.max(initial=0)):
             raise DataError(
-                f"a sample has {int(self._lengths.max())} tokens, a row holds {batching.max_tokens}",
+                f"a sample has {int(self._lengths.max())} tokens, a packed row holds {batching.max_tokens}",
                 where="data.init_args.max_tokens_per_gpu",
                 remedy="raise it to max_seq_len or more",
             )
         self._epoch = -1
-        self._members: list[list[int]] = []
+        self._sample_indices: list[list[int]] = []
         self._load(0)
 
     def __len__(self) -> int:
-        return len(self._members)
+        return len(self._sample_indices)
 
     def _load(self, epoch: int) -> None:
-        """Make the order of an epoch; it is kept until another epoch is asked for."""
+        """Make the order of an epoch; it is kept until another epoch is needed."""
         if epoch == self._epoch:
             return
         count, batching = len(self.samples), self.batching
@@ -88,32 +80,36 @@ class StepPlan:
         order = generator.permutation(count) if batching.shuffle else np.arange(count)
         if batching.effective_batch_size is not None:
             size = batching.effective_batch_size
-            self._members = [order[start : start + size].tolist() for start in range(0, count, size)]
+            self._sample_indices = [order[start : start + size].tolist() for start in range(0, count, size)]
             self._rows: list[list[list[int]]] | None = None
         else:
-            rows = [[int(order[place]) for place in row] for row in pack(self._lengths[order], batching.max_tokens)]
+            rows = [
+                [int(order[position]) for position in row] for row in pack(self._lengths[order], batching.max_tokens)
+            ]
             if batching.shuffle:
-                rows = [rows[place] for place in generator.permutation(len(rows))]
+                rows = [rows[position] for position in generator.permutation(len(rows))]
             per_step = (batching.tokens_per_step or 0) // batching.max_tokens
             self._rows = [rows[start : start + per_step] for start in range(0, len(rows), per_step)]
-            self._members = [[index for row in step for index in row] for step in self._rows]
+            self._sample_indices = [[index for row in step for index in row] for step in self._rows]
         self._epoch = epoch
 
-    def members(self, epoch: int, index: int) -> list[int]:
-        """Return the samples of a step."""
+    def sample_indices(self, epoch: int, index: int) -> list[int]:
+        """Return the indices of the samples of a step."""
         self._load(epoch)
-        return self._members[index]
+        return self._sample_indices[index]
 
     def rows(self, epoch: int, index: int) -> list[list[int]]:
-        """Return the rows of a step over all ranks, each a list of samples."""
+        """Return the packed rows of a step over all ranks, each a list of sample indices."""
         self._load(epoch)
         if self._rows is not None:
             return self._rows[index]
-        members = self._members[index]
-        return [[members[place] for place in row] for row in pack(self._lengths[members], self.batching.max_tokens)]
+        samples = self._sample_indices[index]
+        return [
+            [samples[position] for position in row] for row in pack(self._lengths[samples], self.batching.max_tokens)
+        ]
 
     def step(self, epoch: int, index: int, rank: int = 0, world_size: int = 1) -> Step:
-        """Return one rank's part of a step.
+        """Return the packed rows of one rank in a step.
 
         Args:
             epoch: The epoch, from 0.
@@ -122,50 +118,52 @@ class StepPlan:
             world_size: Data-parallel ranks.
         """
         rows = self.rows(epoch, index)
-        members = [sample for row in rows for sample in row]
-        shares = share_out([cost(self._lengths[row]) for row in rows], world_size)
-        mine = [self._row(rows[place]) for place in shares[rank]]
+        samples = [sample for row in rows for sample in row]
+        shares = assign_to_ranks([estimate_cost(self._lengths[row]) for row in rows], world_size)
+        mine = [self._row(rows[position]) for position in shares[rank]]
         missing = max(map(len, shares)) - len(mine)
         filler = [self._row(rows[0][:1], trained=False)] * missing
         return Step(
             rows=(*mine, *filler),
-            num_trained=int(self.samples.num_trained[members].sum()),
-            num_tokens=int(self._lengths[members].sum()),
+            num_trained=int(self.samples.num_trained[samples].sum()),
+            num_tokens=int(self._lengths[samples].sum()),
         )
 
-    def _row(self, members: list[int], trained: bool = True) -> Row:
+    def _row(self, samples: list[int], trained: bool = True) -> Row:
         documents = []
-        for sample in members:
+        for sample in samples:
             ids, labels = self.samples[sample]
             shown = labels if trained else np.full_like(labels, IGNORED)
             documents.append((torch.from_numpy(ids.astype(np.int64)), torch.from_numpy(shown.astype(np.int64))))
-        return Row.pack(documents, tuple(members))
+        return Row.pack(documents, tuple(samples))
 
-    def fill(self) -> float:
+    def packing_efficiency(self) -> float:
         """Return the share of token slots of the first epoch that hold a token."""
         rows = [row for index in range(len(self)) for row in self.rows(0, index)]
-        return fill(rows, self._lengths, self.batching.max_tokens)
+        return packing_efficiency(rows, self._lengths, self.batching.max_tokens)
 
 
-Position = Callable[[], tuple[int, int]]
-"""Tells the epoch and the number of its steps that are finished."""
+ResumePosition = Callable[[], tuple[int, int]]
+"""Returns the epoch and the number of its finished steps."""
 
 
 class StepLoader:
-    """Yields the steps of one epoch after another, from wherever the run stands.
+    """Yields the steps of one epoch after another, from the position of the run.
 
     Lightning sees a sized iterable whose items are whole optimizer steps; nothing in it depends on what was fetched
     ahead, so a resumed run continues with the very next step.
 
     Args:
         plan: The steps of every epoch.
-        position: Where the run stands; asked at the beginning of each pass.
+        position: Returns the position of the run; called at the beginning of each epoch.
         rank: This data-parallel rank.
         world_size: Data-parallel ranks.
         num_workers: Processes that prepare steps ahead; 0 prepares them in the training process.
     """
 
-    def __init__(self, plan: StepPlan, position: Position, rank: int, world_size: int, num_workers: int = 0) -> None:
+    def __init__(
+        self, plan: StepPlan, position: ResumePosition, rank: int, world_size: int, num_workers: int = 0
+    ) -> None:
         self.plan = plan
         self.position = position
         self.rank = rank
@@ -176,25 +174,25 @@ class StepLoader:
         return len(self.plan)
 
     def __iter__(self) -> Iterator[Step]:
-        """Yield the steps that follow the position.
+        """Yield the steps after the position.
 
-        The position is asked when the first step is wanted, not before: Lightning makes its iterator as soon as
-        somebody asks for the number of steps, which is before it has restored a checkpoint.
+        The position is read when the first step is needed, not before: Lightning makes its iterator as soon as it needs
+        the number of steps, which is before it has restored a checkpoint.
         """
         epoch, done = self.position()
         steps = _EpochSteps(self.plan, epoch, self.rank, self.world_size)
         order = range(done, len(self.plan))
-        private = torch.Generator()  # a loader draws a seed when it starts: the run's own random state stays untouched
+        private = torch.Generator()  # a loader draws a seed when it starts: the run's own random state does not change
         loader = DataLoader(steps, batch_size=None, sampler=order, num_workers=self.num_workers, generator=private)
         yield from loader
 
     def state_dict(self) -> dict[str, int]:
-        """Return the position: with this, Lightning knows that the loader can go on in mid-epoch."""
+        """Return the position; with it, Lightning knows that the loader can resume within an epoch."""
         epoch, done = self.position()
         return {"epoch": epoch, "done": done}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Do nothing: the position is Lightning's own, which it has restored by now."""
+        """Do nothing: the position is that of Lightning, which has restored it already."""
 
 
 class _EpochSteps(Dataset[Step]):

@@ -1,4 +1,4 @@
-"""How a template ends the turns of an assistant: by tokens at which generation stops, by text, or not at all."""
+"""How a template ends the turns of an assistant: with a stop token, with a text, or with nothing."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from itertools import takewhile
 
 @dataclass(frozen=True)
 class TurnEnd:
-    """What closes an assistant's turn.
+    """How a turn of the assistant ends.
 
     Attributes:
         stops: Tokens at which generation stops.
-        token: What to append where the template ends a last turn with none of them; None if no end token is known.
+        token: The token to append if the template ends a last turn without one of them; None if none is known.
         after_call: The same for a last turn that ends with a tool call.
-        text: A marker in plain text, which the template writes after each answer in place of a stop token.
+        text: A marker in plain text, which the template writes after each answer instead of a stop token.
         call_text: The same after tool calls.
         appends: Whether the template ends a last turn with no stop token.
     """
@@ -29,12 +29,12 @@ class TurnEnd:
 
 
 def shared(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two lists begin with alike."""
+    """The number of tokens at the beginning that two lists have in common."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 def shared_text(first: str, second: str) -> str:
-    """What two texts begin with alike."""
+    """The beginning that two texts have in common."""
     length = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
     return first[:length]
 
@@ -42,7 +42,7 @@ def shared_text(first: str, second: str) -> str:
 def end_tokens(
     middle: Sequence[int], last: Sequence[int], known: frozenset[int], added: frozenset[int]
 ) -> frozenset[int]:
-    """The end token that only the template tells of: the last of the added tokens right after a turn.
+    """The end token that only the template knows: the last of the added tokens directly after a turn.
 
     Args:
         middle: The tokens between an answer and the header of the next question.

@@ -1,7 +1,7 @@
-"""Rows of columnar files: Parquet, and datasets that lie in Arrow.
+"""Examples of columnar files: Parquet, and datasets in Arrow.
 
-A struct column has the keys of all its rows in each of them: where a row had none, it says null. Such keys are dropped,
-so that a row is what it was before it was stored. What was null on purpose cannot be told from that and is dropped too;
+A struct column has the keys of all its records in every record; a key that a record did not have is null. Such keys are
+dropped, so that an example is as it was before it was stored. A null that was meant looks the same and is dropped too;
 JSON lines keep it.
 """
 
@@ -11,20 +11,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_hub.data.examples import Row
-from lightning_hub.data.limits import ExampleLimits
+from lightning_hub.data.readers.examples import RawExample
+from lightning_hub.data.readers.limits import ExampleLimits
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
-_ROWS = 1024
+_BATCH_SIZE = 1024
 _DICTIONARY_BUDGET = 256_000_000
 _MAX_RATIO = 200
-"""How much larger a large column may be than it is in the file; more is an attack, not compression."""
+"""The most by which a large column may exceed its size in the file; more is an attack, not compression."""
 
 
 def without_struct_nulls(value: object) -> object:
-    """A value of a column without the keys that structs have from other rows.
+    """A value of a column without the keys that its structs have from other records.
 
     Nulls that are items of a list or values of a map stay.
     """
@@ -37,12 +37,12 @@ def without_struct_nulls(value: object) -> object:
     return value
 
 
-def clean_row(data: dict[str, object], kept: frozenset[str] = frozenset()) -> dict[str, object]:
-    """A row of a columnar file as it was before it was stored.
+def restore_example(data: dict[str, object], kept: frozenset[str] = frozenset()) -> dict[str, object]:
+    """A record of a columnar file as it was before it was stored.
 
     Args:
-        data: The row as read.
-        kept: Columns whose nulls are their own.
+        data: The record as read.
+        kept: Columns in which nulls are values.
     """
     return {
         key: without_struct_nulls(value) if isinstance(value, dict | list) and key not in kept else value
@@ -50,8 +50,8 @@ def clean_row(data: dict[str, object], kept: frozenset[str] = frozenset()) -> di
     }
 
 
-def read_parquet(path: Path, limits: ExampleLimits) -> Iterator[Row]:
-    """Rows of a Parquet file; a row's place is its number, counted from 1."""
+def read_parquet(path: Path, limits: ExampleLimits) -> Iterator[RawExample]:
+    """The records of a Parquet file; the place of a record is its number, counted from 1."""
     import pyarrow as pa  # 0.2 s and 60 MB, for Parquet only
     import pyarrow.parquet as pq
 
@@ -60,19 +60,19 @@ def read_parquet(path: Path, limits: ExampleLimits) -> Iterator[Row]:
         with pq.ParquetFile(path) as file:
             for group in range(file.metadata.num_row_groups):
                 if problem := _unpacks_to_too_much(file, group, limits):
-                    yield Row(f"{path}:{number + 1}", {}, problem)
+                    yield RawExample(f"{path}:{number + 1}", {}, problem)
                     return
                 for batch in file.iter_batches(batch_size=_batch_size(file, group), row_groups=[group]):
-                    for row in _batch_rows(batch, limits):
+                    for data, problem in _batch_examples(batch, limits):
                         number += 1
-                        yield Row(f"{path}:{number}", *row)
+                        yield RawExample(f"{path}:{number}", data, problem)
     except (pa.ArrowException, OSError, ValueError, MemoryError, RecursionError) as error:
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        yield Row(f"{path}:{number + 1}", {}, f"not Parquet: {said}")
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        yield RawExample(f"{path}:{number + 1}", {}, f"not Parquet: {reason}")
 
 
 def _unpacks_to_too_much(file: pq.ParquetFile, group: int, limits: ExampleLimits) -> str:
-    """Say which column of a row group is small in the file and huge outside of it; "" where none is."""
+    """Name a column of a row group that is small in the file and huge in memory; "" if there is none."""
     about = file.metadata.row_group(group)
     for index in range(about.num_columns):
         column = about.column(index)
@@ -83,22 +83,22 @@ def _unpacks_to_too_much(file: pq.ParquetFile, group: int, limits: ExampleLimits
 
 
 def _batch_size(file: pq.ParquetFile, group: int) -> int:
-    """Rows to read at a time: fewer where each of them could name one large entry of a column's dictionary."""
+    """Records to read at a time: fewer if each of them could refer to one large entry of a column's dictionary."""
     about = file.metadata.row_group(group)
     columns = [about.column(index) for index in range(about.num_columns)]
     largest = max((column.total_uncompressed_size for column in columns if column.has_dictionary_page), default=0)
-    return max(1, min(_ROWS, _DICTIONARY_BUDGET // max(1, largest)))
+    return max(1, min(_BATCH_SIZE, _DICTIONARY_BUDGET // max(1, largest)))
 
 
-def _batch_rows(batch: object, limits: ExampleLimits) -> Iterator[tuple[dict[str, object], str]]:
-    """The rows of a batch, each with "" or why it cannot be used."""
+def _batch_examples(batch: object, limits: ExampleLimits) -> Iterator[tuple[dict[str, object], str]]:
+    """The records of a batch, each with "" or why it cannot be used."""
     if batch.nbytes <= limits.max_bytes:  # type: ignore[attr-defined]
         for data in batch.to_pylist():  # type: ignore[attr-defined]
-            yield clean_row(data), ""
+            yield restore_example(data), ""
         return
     for index in range(batch.num_rows):  # type: ignore[attr-defined]
-        row = batch.slice(index, 1)  # type: ignore[attr-defined]
-        if row.nbytes > limits.max_bytes:
-            yield {}, f"the row is {limits.too_large}"
+        record = batch.slice(index, 1)  # type: ignore[attr-defined]
+        if record.nbytes > limits.max_bytes:
+            yield {}, f"the example is {limits.too_large}"
         else:
-            yield clean_row(row.to_pylist()[0]), ""
+            yield restore_example(record.to_pylist()[0]), ""

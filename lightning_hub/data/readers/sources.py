@@ -1,4 +1,4 @@
-"""Named inputs to rows: files, folders, patterns, saved ``datasets`` folders and hub ids, each with a content hash."""
+"""Opens named inputs: files, folders, patterns, saved ``datasets`` folders and hub ids, each with a content hash."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
 
-from lightning_hub.data.columnar import clean_row
-from lightning_hub.data.examples import Row
-from lightning_hub.data.files import is_data_file, kind_of, read_rows
-from lightning_hub.data.limits import ExampleLimits
-from lightning_hub.data.settings import Source
+from lightning_hub.data.readers.columnar import restore_example
+from lightning_hub.data.readers.examples import RawExample
+from lightning_hub.data.readers.files import is_data_file, kind_of, read_examples
+from lightning_hub.data.readers.limits import ExampleLimits
+from lightning_hub.data.settings import TRAIN_KEY, InputError, Source
 from lightning_hub.errors import ConfigError, DataError
 
 
 class Input(Protocol):
-    """One opened source: its rows, and a hash that changes whenever a row does.
+    """One opened source: its examples, and a hash of their content.
 
     Attributes:
-        not_read: Names that lie in the source and are not read.
+        not_read: Names of files in the source that are not read.
     """
 
     @property
     def not_read(self) -> tuple[str, ...]:
-        """What lies in the source and is not read."""
+        """Names of files in the source that are not read."""
 
-    def rows(self) -> Iterator[Row]:
-        """All rows in their order."""
+    def examples(self) -> Iterator[RawExample]:
+        """All examples in their order."""
 
     def digest(self) -> dict[str, str]:
         """Content hashes by name, for the report and the cache key."""
@@ -42,26 +42,26 @@ class FileInput:
 
     Attributes:
         paths: The files.
-        limits: How large and deep a row may be.
-        not_read: What lies beside them and is no data.
+        limits: How large and deep an example may be.
+        not_read: Files next to them that are not data.
     """
 
     paths: tuple[Path, ...]
     limits: ExampleLimits
     not_read: tuple[str, ...] = ()
 
-    def rows(self) -> Iterator[Row]:
-        """All rows of all files in their order."""
+    def examples(self) -> Iterator[RawExample]:
+        """All examples of all files in their order."""
         for path in self.paths:
-            yield from read_rows(path, self.limits)
+            yield from read_examples(path, self.limits)
 
     def digest(self) -> dict[str, str]:
         """The sha256 of the bytes of each file."""
         return {str(path): _sha256(path) for path in self.paths}
 
 
-class _ArrowRows(Protocol):
-    """What is used of a ``datasets.Dataset`` (the package ships no types)."""
+class _ArrowDataset(Protocol):
+    """The part of a ``datasets.Dataset`` that is used here (the package has no types)."""
 
     _fingerprint: str
     features: Mapping[str, object]
@@ -74,65 +74,71 @@ class DatasetInput:
     """A ``datasets`` object: from a saved folder or from the hub."""
 
     name: str
-    dataset: _ArrowRows
+    dataset: _ArrowDataset
     limits: ExampleLimits
     not_read: tuple[str, ...] = ()
 
-    def rows(self) -> Iterator[Row]:
-        """All rows; a row's place is its number, counted from 1."""
+    def examples(self) -> Iterator[RawExample]:
+        """All examples; the place of an example is its number, counted from 1."""
         own_nulls = frozenset(name for name, kind in self.dataset.features.items() if type(kind).__name__ == "Json")
         for number, data in enumerate(self.dataset, 1):
             where = f"{self.name}:{number}"
             if self.limits.is_too_large(data):
-                yield Row(where, {}, f"the row is {self.limits.too_large}")
+                yield RawExample(where, {}, f"the example is {self.limits.too_large}")
             else:
-                yield Row(where, clean_row(data, own_nulls))
+                yield RawExample(where, restore_example(data, own_nulls))
 
     def digest(self) -> dict[str, str]:
         """The fingerprint that ``datasets`` keeps of content and history."""
         return {self.name: self.dataset._fingerprint}
 
 
-def open_source(source: Source, limits: ExampleLimits | None = None) -> Input:
-    """Find what a source names.
+def open_source(source: Source, limits: ExampleLimits | None = None, where: str = TRAIN_KEY) -> Input:
+    """Open what a source names.
+
+    It is tried as a file, a folder of files, a pattern, a folder written by ``save_to_disk``, and a hub id, in this
+    order.
 
     Args:
-        limits: How large and deep a row may be.
-        source: A file, a folder of files, a pattern, a folder written by ``save_to_disk``, or a hub id, in this order.
+        source: Its name, and the split.
+        limits: How large and deep an example may be.
+        where: The option that names it, for errors.
 
     Raises:
-        ConfigError: Nothing is there, or the name is of a kind that cannot be read.
+        InputError: It does not exist, or no reader knows this kind of file.
+        ConfigError: The hub or the saved dataset does not have it.
+        DataError: A saved dataset is damaged.
     """
     limits = limits or ExampleLimits()
     path = Path(source.path).expanduser()
     if _is_file(path):
-        kind_of(path)
+        kind_of(path, where)
         return FileInput((path,), limits)
     if path.is_dir():
-        return _open_folder(path, source, limits)
+        return _open_folder(path, source, limits, where)
     if glob.has_magic(source.path):
         found = [Path(name) for name in glob.glob(str(path), recursive=True)]  # noqa: PTH207 (absolute patterns too)
-        return _files(source.path, found, limits)
+        return _files(source.path, found, limits, where)
     if _looks_like_hub_id(source.path):
         return _open_hub(source, limits)
-    raise ConfigError(f"{source.path!r} does not exist", where="data.train", remedy="check the path")
+    raise InputError(f"{source.path!r} does not exist", where=where, remedy="check the path")
 
 
 def _is_file(path: Path) -> bool:
-    """Whether a file lies there; a name that no file can have is none."""
+    """Whether the file exists; False for a name that no file can have."""
     try:
         return path.is_file()
     except (OSError, ValueError):
         return False
 
 
-def _open_folder(path: Path, source: Source, limits: ExampleLimits) -> Input:
+def _open_folder(path: Path, source: Source, limits: ExampleLimits, where: str) -> Input:
     if any((path / marker).is_file() for marker in ("state.json", "dataset_dict.json")):
         return _open_saved(path, source, limits)
-    return _files(source.path, list(path.iterdir()), limits)
+    return _files(source.path, list(path.iterdir()), limits, where)
 
 
-def _files(name: str, found: list[Path], limits: ExampleLimits) -> FileInput:
+def _files(name: str, found: list[Path], limits: ExampleLimits, where: str) -> FileInput:
     paths = tuple(sorted(path for path in found if path.is_file() and is_data_file(path)))
     others = sorted(path.name for path in found if path not in paths and not path.name.startswith("."))
     if not paths:
@@ -140,7 +146,7 @@ def _files(name: str, found: list[Path], limits: ExampleLimits) -> FileInput:
             (path for path in sorted(found) if path.is_dir() and any(map(is_data_file, path.iterdir()))), None
         )
         remedy = f"name the folder {inside}" if inside else "name a folder with JSONL, JSON, CSV or Parquet"
-        raise ConfigError(f"{name!r} holds no data file", where="data.train", remedy=remedy)
+        raise InputError(f"{name!r} holds no data file", where=where, remedy=remedy)
     return FileInput(paths, limits, tuple(others))
 
 
@@ -154,9 +160,9 @@ def _open_saved(path: Path, source: Source, limits: ExampleLimits) -> Input:
     return DatasetInput(source.path, _pick_split(loaded, source), limits)
 
 
-def _pick_split(loaded: object, source: Source) -> _ArrowRows:
+def _pick_split(loaded: object, source: Source) -> _ArrowDataset:
     if not isinstance(loaded, dict):
-        return cast(_ArrowRows, loaded)
+        return cast(_ArrowDataset, loaded)
     wanted = source.split or "train"
     if wanted not in loaded:
         raise ConfigError(
@@ -164,7 +170,7 @@ def _pick_split(loaded: object, source: Source) -> _ArrowRows:
             where=source.path,
             remedy="name one: {path: ..., split: ...}",
         )
-    return cast(_ArrowRows, loaded[wanted])
+    return cast(_ArrowDataset, loaded[wanted])
 
 
 def _looks_like_hub_id(name: str) -> bool:

@@ -1,7 +1,8 @@
-"""The store of tokenised samples: what preparation writes and what packing reads."""
+"""The store of tokenised samples: preparation writes it, packing reads it."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -21,20 +22,35 @@ _Number = TypeVar("_Number", np.int32, np.int64)
 _CHUNK = 16_384  # samples copied at a time, so that writing needs little memory
 
 
+def ragged_ranges(starts: Indices, counts: Indices) -> Indices:
+    """Count up from each start: ``starts [5, 20]`` with ``counts [3, 2]`` is ``[5, 6, 7, 20, 21]``.
+
+    Args:
+        starts: The first index of each range, int64, shape ``(ranges,)``.
+        counts: The length of each range, int64, the same shape.
+
+    Returns:
+        All ranges end to end, int64, shape ``(sum of counts,)``.
+    """
+    before = np.cumsum(counts) - counts  # the number of indices of all earlier ranges
+    return np.repeat(starts - before, counts) + np.arange(counts.sum(), dtype=np.int64)
+
+
 @dataclass(frozen=True, eq=False)
-class Samples:
+class SampleStore:
     """Token ids and labels of all samples, end to end in two flat arrays.
 
     Labels are aligned with the ids (``labels[t]`` is ``ids[t]`` where token ``t`` is trained, else
-    ``IGNORED``); the first token of a sample has nothing before it and is never trained. The arrays may be
+    ``IGNORED``). The first token of a sample has no token before it and is never trained. The arrays may be
     memory-mapped: nothing is copied until a sample is read.
 
     Attributes:
         ids: All token ids, int32, shape ``(total tokens,)``.
         labels: All labels, int32, the same shape.
-        offsets: Where each sample starts, int64, shape ``(samples + 1,)``.
+        offsets: The first token of each sample, and the end of the last, int64, shape ``(samples + 1,)``.
         num_trained: Trained tokens per sample, int32, shape ``(samples,)``.
-        fingerprint: A hash of the content and of all that shaped it; equal prints mean equal samples.
+        fingerprint: The sha256 of offsets, ids and labels in their order; equal samples have equal fingerprints,
+            wherever the files are and whichever version of the code made them.
     """
 
     ids: Ids
@@ -57,54 +73,56 @@ class Samples:
         return self.ids[start:end], self.labels[start:end]
 
     @classmethod
-    def from_pairs(cls, pairs: Iterable[tuple[list[int], list[int]]], fingerprint: str) -> Samples:
+    def from_pairs(cls, pairs: Iterable[tuple[list[int], list[int]]]) -> SampleStore:
         """Build a store in memory from ``(ids, labels)`` lists.
 
         Args:
-            pairs: One pair per sample, equally long.
-            fingerprint: The hash that names the content.
+            pairs: One pair for each sample; both lists have the same length.
         """
         listed = list(pairs)
         lengths = np.array([len(ids) for ids, _ in listed], dtype=np.int64)
+        offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
+        ids = np.concatenate([np.array(ids, dtype=np.int32) for ids, _ in listed])
         labels = [np.array(labels, dtype=np.int32) for _, labels in listed]
         return cls(
-            ids=np.concatenate([np.array(ids, dtype=np.int32) for ids, _ in listed]),
+            ids=ids,
             labels=np.concatenate(labels),
-            offsets=np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)]),
-            num_trained=np.array([int((row != IGNORED).sum()) for row in labels], dtype=np.int32),
-            fingerprint=fingerprint,
+            offsets=offsets,
+            num_trained=np.array([int((label != IGNORED).sum()) for label in labels], dtype=np.int32),
+            fingerprint=hashlib.sha256(
+                offsets.tobytes() + ids.tobytes() + np.concatenate(labels).tobytes()
+            ).hexdigest(),
         )
 
-    def save(self, folder: Path, *, order: Indices | None = None, fingerprint: str | None = None) -> None:
-        """Write the store, or the samples of ``order`` from it, into a folder that is made.
+    def save(self, folder: Path, order: Indices | None = None) -> None:
+        """Write the samples of ``order`` into a folder that is made, with the fingerprint of what is written.
 
-        Every file is on the disk when this returns. Whoever needs all or nothing saves into a temporary folder and
-        renames it, as the cache does.
+        Every file is on the disk when this returns. For all or nothing, save into a temporary folder and rename it, as
+        the cache does.
 
         Args:
             folder: Where to write.
-            order: Sample numbers in their new order, repeats allowed; None is all as they are.
-            fingerprint: The hash that names the new content; None keeps the one of this store.
+            order: Sample numbers in their new order, int64, shape ``(stored samples,)``; repeats are allowed. None
+                keeps all samples as they are.
         """
         folder.mkdir(parents=True)
         order = np.arange(len(self), dtype=np.int64) if order is None else order
         offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(self.lengths[order])])
-        _write(folder / "offsets", [offsets])
-        _write(folder / "num_trained", [self.num_trained[order]])
         chunks = [order[start : start + _CHUNK] for start in range(0, len(order), _CHUNK)]
-        _write(folder / "ids", (self.ids[self._tokens_of(chunk)] for chunk in chunks))
-        _write(folder / "labels", (self.labels[self._tokens_of(chunk)] for chunk in chunks))
-        about = {"samples": len(order), "tokens": int(offsets[-1]), "fingerprint": fingerprint or self.fingerprint}
+        digest = hashlib.sha256()
+        _write(folder / "offsets", [offsets], digest)
+        _write(folder / "ids", (self.ids[self._tokens_of(chunk)] for chunk in chunks), digest)
+        _write(folder / "labels", (self.labels[self._tokens_of(chunk)] for chunk in chunks), digest)
+        _write(folder / "num_trained", [self.num_trained[order]])
+        about = {"samples": len(order), "tokens": int(offsets[-1]), "fingerprint": digest.hexdigest()}
         _write(folder / "samples.json", [np.frombuffer(json.dumps(about).encode(), dtype=np.uint8)])
 
-    def _tokens_of(self, chosen: Indices) -> Indices:
-        """The positions of all tokens of these samples, one sample after the other."""
-        lengths = self.lengths[chosen]
-        begins = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)[:-1]])
-        return np.repeat(self.offsets[chosen] - begins, lengths) + np.arange(lengths.sum(), dtype=np.int64)
+    def _tokens_of(self, samples: Indices) -> Indices:
+        """The positions of all tokens of these samples, sample by sample, int64, shape ``(tokens,)``."""
+        return ragged_ranges(self.offsets[samples], self.lengths[samples])
 
     @classmethod
-    def load(cls, folder: Path) -> Samples:
+    def load(cls, folder: Path) -> SampleStore:
         """Map a saved store into memory, read-only.
 
         Raises:
@@ -122,10 +140,12 @@ class Samples:
         )
 
 
-def _write(path: Path, arrays: Iterable[npt.NDArray[np.generic]]) -> None:
+def _write(path: Path, arrays: Iterable[npt.NDArray[np.generic]], digest: hashlib._Hash | None = None) -> None:
     with path.open("wb") as stream:
         for array in arrays:
             array.tofile(stream)
+            if digest is not None:
+                digest.update(np.ascontiguousarray(array).data)
         stream.flush()
         os.fsync(stream.fileno())
 

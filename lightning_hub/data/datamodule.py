@@ -1,4 +1,4 @@
-"""The LightningDataModule: conversations in, optimizer steps out."""
+"""The LightningDataModule: from conversations to optimizer steps."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from transformers import PreTrainedTokenizerFast
 from lightning_hub.data.checks import check_positions, check_tokenizer_fits
 from lightning_hub.data.prepare import Prepared, prepare
 from lightning_hub.data.prompts import Prompt, read_prompts
-from lightning_hub.data.samples import Samples
-from lightning_hub.data.settings import DataSettings, Format, OnBad, OnLong, Source, TrainOn
-from lightning_hub.data.steps import Batching, Position, StepLoader, StepPlan
-from lightning_hub.errors import DataError, HubError
+from lightning_hub.data.sample_store import SampleStore
+from lightning_hub.data.settings import DataSettings, Format, InputError, OnBad, OnLong, Source, TrainOn
+from lightning_hub.data.step_plan import BatchSettings, ResumePosition, StepLoader, StepPlan
+from lightning_hub.errors import DataError
 from lightning_hub.models.pretrained import Pretrained
 from lightning_hub.parallel.data_parallel import data_parallel
 
 RECIPE_NAMES = {"max_tokens": "max_tokens_per_gpu"}
-"""What a recipe calls batch settings, where it calls them otherwise."""
+"""Batch settings that have another name in a recipe."""
 
 SAMPLES_PER_STEP = 32
-"""The effective batch size where a recipe names neither it nor ``tokens_per_step``."""
+"""The effective batch size if a recipe has neither it nor ``tokens_per_step``."""
 
 
 class HasPretrained(Protocol):
-    """A module that knows the pretrained model it trains."""
+    """A module that knows its pretrained model."""
 
     @property
     def pretrained(self) -> Pretrained:
-        """The model as it lies on disk or on the hub."""
+        """The model on disk or on the hub."""
 
 
 class ChatData(LightningDataModule):
@@ -109,7 +109,7 @@ class ChatData(LightningDataModule):
         )
         if effective_batch_size is None and tokens_per_step is None:
             effective_batch_size = SAMPLES_PER_STEP
-        self.batching = Batching(
+        self.batching = BatchSettings(
             max_tokens=max_tokens_per_gpu or max_seq_len,
             effective_batch_size=effective_batch_size,
             tokens_per_step=tokens_per_step,
@@ -126,7 +126,7 @@ class ChatData(LightningDataModule):
 
     @property
     def prepared(self) -> Prepared:
-        """The tokenised samples and the report of how they came about."""
+        """The tokenised samples and their report."""
         assert self._prepared is not None, "setup has run"
         return self._prepared
 
@@ -146,8 +146,8 @@ class ChatData(LightningDataModule):
     def open(self, pretrained: Pretrained) -> Prepared:
         """Prepare the samples for a model, or read them from the cache.
 
-        Nothing here is a collective: ranks share the preparation through the file system, so a long one cannot run
-        into a time-out.
+        This is not a collective operation: ranks share the preparation through the file system, so a long preparation
+        cannot run into a time-out.
         """
         if self._prepared is None:
             config = pretrained.config
@@ -167,17 +167,25 @@ class ChatData(LightningDataModule):
             self.open(module.pretrained)
 
     def facts(self) -> dict[str, str]:
-        """Return what decides the order and content of the steps: a resumed run must have the same."""
+        """Return what decides the order and content of the steps: a resumed run must have the same.
+
+        Samples count by their content (ids, labels, lengths, order), not by the path of their files or the version of
+        the code that made them.
+        """
         batching = asdict(self.batching)
         return {
-            "data": self.prepared.train.fingerprint,
+            "samples": self.prepared.train.fingerprint,
             "tokenizer": tokenizer_hash(self.tokenizer),
             **{f"data.init_args.{RECIPE_NAMES.get(name, name)}": str(value) for name, value in batching.items()},
         }
 
     def packing_report(self) -> dict[str, float]:
-        """Return how full the rows are and how many steps make an epoch, for the data report."""
-        return {"fill": self.plan.fill(), "steps_per_epoch": len(self.plan), "max_tokens": self.batching.max_tokens}
+        """Return how full the packed rows are and the number of steps in an epoch, for the data report."""
+        return {
+            "fill": self.plan.packing_efficiency(),
+            "steps_per_epoch": len(self.plan),
+            "max_tokens": self.batching.max_tokens,
+        }
 
     # ---- loaders ---------------------------------------------------------------------------------------------------
 
@@ -186,13 +194,13 @@ class ChatData(LightningDataModule):
         return self._loader(self.plan, self._position)
 
     def val_dataloader(self) -> StepLoader | list[StepLoader]:
-        """Return the validation rows of this rank, each as a step of its own; nothing where there is no validation."""
-        return [] if self.prepared.val is None else self._in_order(self.prepared.val)
+        """Return the packed rows of this rank for validation, each as its own step; [] without validation data."""
+        return [] if self.prepared.val is None else self._sequential_loader(self.prepared.val)
 
     test_dataloader = val_dataloader
 
-    def other_steps(self, pretrained: Pretrained, paths: str | list[str], where: str) -> StepLoader:
-        """Return the rows of this rank of data that the run does not learn from, as for validation.
+    def eval_loader_for(self, pretrained: Pretrained, paths: str | list[str], where: str) -> StepLoader:
+        """Return the packed rows of this rank for data that is evaluated only, as for validation.
 
         Args:
             pretrained: The model that the data is for.
@@ -202,14 +210,13 @@ class ChatData(LightningDataModule):
         Raises:
             HubError: They cannot be used.
         """
-        settings = replace(self.settings, train=paths, val=None)
         try:
+            settings = replace(self.settings, train=paths, val=None)
             other = prepare(settings, self.tokenizer, stop_ids=pretrained.stop_ids).train
-        except HubError as error:
-            if error.where == "data.train":
-                error.where = where
+        except InputError as error:
+            error.where = where
             raise
-        return self._in_order(other)
+        return self._sequential_loader(other)
 
     def predict_dataloader(self) -> DataLoader[Prompt]:
         """Return the prompts in lists of eight."""
@@ -219,14 +226,14 @@ class ChatData(LightningDataModule):
         prompts = cast("Dataset[Prompt]", read_prompts(Path(self.predict_file), self.settings.limits))
         return DataLoader(prompts, batch_size=8, collate_fn=list)
 
-    def _in_order(self, samples: Samples) -> StepLoader:
-        """Return the rows of this rank of data that is looked at only: the same every time, each row a step."""
+    def _sequential_loader(self, samples: SampleStore) -> StepLoader:
+        """Return the packed rows of this rank in a fixed order, each as its own step."""
         assert self.trainer is not None, "Lightning has attached the trainer"
         slots = self.batching.max_tokens * data_parallel(self.trainer.strategy).size
-        batching = Batching(self.batching.max_tokens, None, slots, shuffle=False, seed=0)
+        batching = BatchSettings(self.batching.max_tokens, None, slots, shuffle=False, seed=0)
         return self._loader(StepPlan(samples, batching), lambda: (0, 0))
 
-    def _loader(self, plan: StepPlan, position: Position) -> StepLoader:
+    def _loader(self, plan: StepPlan, position: ResumePosition) -> StepLoader:
         assert self.trainer is not None, "Lightning has attached the trainer"
         shares = data_parallel(self.trainer.strategy)
         return StepLoader(plan, position, shares.rank, shares.size, self.num_workers)
@@ -240,7 +247,7 @@ class ChatData(LightningDataModule):
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
-    """Return a hash of what a tokenizer makes of a text; how it was last asked to cut and pad is no part of that."""
+    """Return a hash of how a tokenizer encodes a text; its current truncation and padding do not count."""
     parts = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
     words = json.dumps([parts, tokenizer.chat_template], sort_keys=True)
     return hashlib.sha256(words.encode()).hexdigest()

@@ -9,21 +9,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from lightning_hub.data.examples import Row, not_utf8
-from lightning_hub.data.limits import ExampleLimits, TooLargeError, texts_inside
-from lightning_hub.data.streams import BROKEN_STREAM, numbered_lines, open_stream
+from lightning_hub.data.readers.examples import RawExample, not_utf8
+from lightning_hub.data.readers.limits import ExampleLimits, TooLargeError, texts_inside
+from lightning_hub.data.readers.streams import BROKEN_STREAM, numbered_lines, open_stream
 
 _BOM = "\ufeff"
 _CHUNK = 1 << 20
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
-def read_jsonl(path: Path, limits: ExampleLimits) -> Iterator[Row]:
-    """One object per line; blank lines are no rows; a byte order mark at the start is skipped."""
+def read_jsonl(path: Path, limits: ExampleLimits) -> Iterator[RawExample]:
+    """One object in each line; blank lines and a byte order mark at the start are skipped."""
     for number, line in numbered_lines(path, limits):
         where = f"{path}:{number}"
         if isinstance(line, str):
-            yield Row(where, {}, line)
+            yield RawExample(where, {}, line)
             continue
         if number == 1:
             line = line.removeprefix(_BOM.encode())
@@ -31,13 +31,13 @@ def read_jsonl(path: Path, limits: ExampleLimits) -> Iterator[Row]:
             yield _parse_line(where, line, limits)
 
 
-def _parse_line(where: str, line: bytes, limits: ExampleLimits) -> Row:
+def _parse_line(where: str, line: bytes, limits: ExampleLimits) -> RawExample:
     try:
         value = limits.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        return Row(where, {}, not_utf8(line, error))
+        return RawExample(where, {}, not_utf8(line, error))
     except ValueError as error:
-        return Row(where, {}, _not_json(line, error))
+        return RawExample(where, {}, _not_json(line, error))
     return _object(where, value, escaped=b"\\u" in line)
 
 
@@ -51,15 +51,15 @@ def _not_json(line: bytes, error: Exception) -> str:
     return f"not JSON: {error}"
 
 
-def _object(where: str, value: object, *, escaped: bool) -> Row:
-    """A row from a parsed value; ``escaped`` tells that it may hold half of a surrogate pair."""
+def _object(where: str, value: object, *, escaped: bool) -> RawExample:
+    """An example from a parsed value; ``escaped``: it can contain half of a surrogate pair."""
     if not isinstance(value, dict):
-        return Row(where, {}, f"a row must be an object, this is {_json_type(value)}")
+        return RawExample(where, {}, f"an example must be an object, this is {_json_type(value)}")
     if escaped and any(map(has_lone_surrogate, texts_inside(value))):
-        return Row(
+        return RawExample(
             where, {}, "a text holds half of a surrogate pair (\\ud800 to \\udfff), which no tokenizer can encode"
         )
-    return Row(where, value)
+    return RawExample(where, value)
 
 
 def has_lone_surrogate(text: str) -> bool:
@@ -76,7 +76,7 @@ def _json_type(value: object) -> str:
     return names.get(type(value), "a number")
 
 
-def read_json(path: Path, limits: ExampleLimits) -> Iterator[Row]:
+def read_json(path: Path, limits: ExampleLimits) -> Iterator[RawExample]:
     """A list of objects, one object, or lines of objects under the name of ``.json``."""
     window = None
     try:
@@ -84,15 +84,15 @@ def read_json(path: Path, limits: ExampleLimits) -> Iterator[Row]:
             window = _Window(stream)
             if window.peek() == "[":
                 window.position += 1
-                yield from _list_rows(path, window, limits)
+                yield from _list_examples(path, window, limits)
                 return
             whole = _only_object(path, window, limits)
     except UnicodeDecodeError as error:
         line, column = window.place_of(error) if window else (1, 1)
-        yield Row(f"{path}:{line}", {}, f"not UTF-8: {error.reason} at byte {column} of the line")
+        yield RawExample(f"{path}:{line}", {}, f"not UTF-8: {error.reason} at byte {column} of the line")
         return
     except BROKEN_STREAM as error:
-        yield Row(f"{path}:{window.line if window else 1}", {}, f"the file is damaged or cut off ({error})")
+        yield RawExample(f"{path}:{window.line if window else 1}", {}, f"the file is damaged or cut off ({error})")
         return
     if whole is not None:
         yield whole
@@ -101,7 +101,7 @@ def read_json(path: Path, limits: ExampleLimits) -> Iterator[Row]:
 
 
 class _Window:
-    """The part of a text file that is looked at: what lies before the position is let go of."""
+    """The part of a text file that is in memory: text before the position is freed."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
@@ -122,11 +122,11 @@ class _Window:
 
     @property
     def ahead(self) -> int:
-        """Characters at hand behind the position."""
+        """Characters in memory after the position."""
         return len(self.text) - self.position
 
     def more(self) -> bool:
-        """Read as much again as lies ahead, and at least a chunk; False at the end."""
+        """Read as many characters as are ahead, and at least a chunk; False at the end."""
         _ = self.line
         chunk = self._stream.read(max(_CHUNK, self.ahead))
         self._chunk = chunk
@@ -137,7 +137,7 @@ class _Window:
         return bool(chunk)
 
     def peek(self) -> str:
-        """The next character that is no white space; "" at the end."""
+        """The next character that is not white space; "" at the end."""
         while True:
             self.position = _SPACE.match(self.text, self.position).end()  # type: ignore[union-attr]  # matches nothing too
             if self.ahead:
@@ -151,8 +151,8 @@ class _Window:
         return self.line + raw.count(b"\n"), len(raw) - raw.rfind(b"\n")
 
 
-def _list_rows(path: Path, window: _Window, limits: ExampleLimits) -> Iterator[Row]:
-    """Parse the elements one by one, so that each has its line and a fault does not hide the rows before it."""
+def _list_examples(path: Path, window: _Window, limits: ExampleLimits) -> Iterator[RawExample]:
+    """Parse the elements one by one: each has its line, and an error does not hide the examples before it."""
     while window.peek() != "]":
         where = f"{path}:{window.line}"
         try:
@@ -160,7 +160,7 @@ def _list_rows(path: Path, window: _Window, limits: ExampleLimits) -> Iterator[R
         except ValueError as error:
             if isinstance(error, UnicodeDecodeError):
                 raise
-            yield Row(where, {}, _list_fault(window, error))
+            yield RawExample(where, {}, _list_fault(window, error))
             return
         escaped = "\\u" in window.text[window.position : end]
         window.position = end
@@ -169,12 +169,12 @@ def _list_rows(path: Path, window: _Window, limits: ExampleLimits) -> Iterator[R
         if following == ",":
             window.position += 1
         elif following != "]":
-            yield Row(where, {}, "not JSON: the list is cut off or a comma is missing after this row")
+            yield RawExample(where, {}, "not JSON: the list is cut off or a comma is missing after this example")
             return
 
 
 def _next_value(window: _Window, limits: ExampleLimits) -> tuple[object, int]:
-    """The value at the position and its end, reading on while it is not whole.
+    """The value at the position and its end; more is read while it is not complete.
 
     Raises:
         ValueError: It is not JSON, or beyond the limits.
@@ -192,11 +192,11 @@ def _next_value(window: _Window, limits: ExampleLimits) -> tuple[object, int]:
             if window.ended or (far and inside and not str(error).startswith("Unterminated")):
                 raise
             if far:
-                raise TooLargeError(f"the row is {limits.too_large}") from error
+                raise TooLargeError(f"the example is {limits.too_large}") from error
         else:
             if end < len(window.text) or window.ended:
                 if end - window.position > limits.max_bytes:
-                    raise TooLargeError(f"the row is {limits.too_large}")
+                    raise TooLargeError(f"the example is {limits.too_large}")
                 limits.check(window.text[window.position : end])
                 return value, end
         window.more()
@@ -212,15 +212,15 @@ def _list_fault(window: _Window, error: Exception) -> str:
     return f"not JSON: {error.msg}" if isinstance(error, json.JSONDecodeError) else _not_json(b"", error)
 
 
-def _only_object(path: Path, window: _Window, limits: ExampleLimits) -> Row | None:
-    """The one value that fills the file; None where there is more or less than one."""
+def _only_object(path: Path, window: _Window, limits: ExampleLimits) -> RawExample | None:
+    """The only value of the file; None if the file has none or several."""
     if not window.peek():
         return None
     where = f"{path}:{window.line}"
     try:
         value, end = _next_value(window, limits)
     except TooLargeError as error:
-        return Row(where, {}, str(error))
+        return RawExample(where, {}, str(error))
     except ValueError:
         return None
     escaped = "\\u" in window.text[window.position : end]

@@ -1,4 +1,4 @@
-"""Which layout a source has, told by the columns of its first rows."""
+"""Recognises the layout of a source from the columns of its first examples."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ _PAIRS: tuple[tuple[Layout, dict[str, str]], ...] = (
     ("prompt_completion", {"prompt": "inputs", "completion": "targets"}),
     ("prompt_completion", {"prompt": "user", "completion": "assistant"}),
 )
-"""Pairs of other names that mean one thing only: our names to theirs, the first two required."""
+"""Pairs of other names with one meaning only: our names to theirs; the first two are required."""
 
 
 @dataclass(frozen=True)
 class Recognised:
-    """How the rows of a source are laid out.
+    """The layout of a source.
 
     Attributes:
         layout: The layout.
@@ -59,42 +59,42 @@ class Recognised:
         return f"{self.layout} ({', '.join(names)})" if names else self.layout
 
 
-def recognise(row: Fields, wanted: Format, where: str) -> Recognised:
-    """Tell the layout of a source by one of its rows.
+def recognise(fields: Fields, wanted: Format, where: str) -> Recognised:
+    """Recognise the layout of a source from one example.
 
-    Columns with a value count first; a column that is there and null is still its layout's.
+    Columns with a value count first; then columns that are null count too.
 
     Raises:
-        DataError: No layout fits; lists the columns and the ways out.
+        DataError: No layout fits; lists the columns and the options that help.
     """
     if wanted != "auto":
-        return Recognised(wanted, _other_names(row, wanted))
-    filled = {name for name, value in row.items() if value is not None}
-    for present in (filled, set(row)):
+        return Recognised(wanted, _other_names(fields, wanted))
+    filled = {name for name, value in fields.items() if value is not None}
+    for present in (filled, set(fields)):
         for layout, columns in _SIGNATURES:
             if present.issuperset(columns):
                 return Recognised(layout)
         for layout, pair in _PAIRS:
             if present.issuperset(list(pair.values())[:2]):
-                return Recognised(layout, _used(pair, row))
-    names = ", ".join(sorted(map(str, row))) or "none"
+                return Recognised(layout, _used(pair, fields))
+    names = ", ".join(sorted(map(str, fields))) or "none"
     raise DataError(
         f"the format is not recognised; columns present: {names}",
         where=where,
-        remedy="map them with data.columns, such as {prompt: question, completion: answer} or {messages: dialog} or "
-        "{text: body}, or name the layout with data.format",
+        remedy="map them with data.init_args.columns, such as {prompt: question, completion: answer} or "
+        "{messages: dialog} or {text: body}, or name the layout with data.init_args.format",
     )
 
 
-def _other_names(row: Fields, wanted: Layout) -> Mapping[str, str]:
-    """The other names of a pair that is wanted by name, where its own are not there."""
+def _other_names(fields: Fields, wanted: Layout) -> Mapping[str, str]:
+    """The names of a known pair, if the layout is given and its own names are missing."""
     own = next(columns for layout, columns in _SIGNATURES if layout == wanted)
-    if any(name in row for name in own[-1:]):
+    if any(name in fields for name in own[-1:]):
         return {}
-    pairs = (pair for layout, pair in _PAIRS if layout == wanted and set(row).issuperset(list(pair.values())[:2]))
-    return _used(next(pairs, {}), row)
+    pairs = (pair for layout, pair in _PAIRS if layout == wanted and set(fields).issuperset(list(pair.values())[:2]))
+    return _used(next(pairs, {}), fields)
 
 
-def _used(pair: Mapping[str, str], row: Fields) -> Mapping[str, str]:
-    """The part of a pair that renames something: an own name that is there stays."""
-    return {ours: theirs for ours, theirs in pair.items() if ours != theirs and ours not in row}
+def _used(pair: Mapping[str, str], fields: Fields) -> Mapping[str, str]:
+    """The part of a pair that renames a column; a column that has our name stays."""
+    return {ours: theirs for ours, theirs in pair.items() if ours != theirs and ours not in fields}

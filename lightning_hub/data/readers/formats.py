@@ -1,4 +1,4 @@
-"""Rows of every known layout to the normal form."""
+"""Brings the examples of every layout into the normal form."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
-from lightning_hub.data import token_rows
-from lightning_hub.data.conversation import BadRowError, Conversation, Document, Example, Message
-from lightning_hub.data.layouts import Fields, Layout
-from lightning_hub.data.messages import is_empty, parse_message
+from lightning_hub.data.conversation import BadExampleError, Conversation, Document, Example, Message
+from lightning_hub.data.readers import token_rows
+from lightning_hub.data.readers.layouts import Fields, Layout
+from lightning_hub.data.readers.messages import is_empty, parse_message
 
 _COLUMNS: dict[Layout, frozenset[str]] = {
     "messages": frozenset(("messages", "conversations", "tools", "system", "unmask")),
@@ -20,30 +20,30 @@ _COLUMNS: dict[Layout, frozenset[str]] = {
     "document": frozenset(("text", "document")),
     "tokens": token_rows.COLUMNS - {"special_tokens_mask"},
 }
-"""The columns of each layout that reach the samples."""
+"""The columns of each layout that are read."""
 
 
-def rename(row: dict[str, object], columns: Mapping[str, str]) -> dict[str, object]:
-    """Give the input's columns our names; other columns stay, one that is in the way under a longer name."""
+def rename(fields: dict[str, object], columns: Mapping[str, str]) -> dict[str, object]:
+    """Give the columns of the input our names; another column with the same name gets a longer one."""
     if not columns:
-        return row
-    renamed = {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
+        return fields
+    renamed = {ours: fields[theirs] for ours, theirs in columns.items() if theirs in fields}
     taken = set(columns.values())
-    others = {key: value for key, value in row.items() if key not in taken}
+    others = {key: value for key, value in fields.items() if key not in taken}
     return {f"{key} (of the input)" if key in renamed else key: value for key, value in others.items()} | renamed
 
 
-def normalise(row: Fields, layout: Layout) -> Example:
-    """Bring one row into the normal form.
+def normalise(fields: Fields, layout: Layout) -> Example:
+    """Bring one example into the normal form.
 
     Raises:
-        BadRowError: The row does not have the shape of its layout.
+        BadExampleError: The example does not have the form of its layout.
     """
-    example = _NORMALISERS[layout](row)
-    if row.keys() <= _COLUMNS[layout]:
+    example = _NORMALISERS[layout](fields)
+    if fields.keys() <= _COLUMNS[layout]:
         return example
     unread = [
-        f"column {name} is not read" for name in row if name not in _COLUMNS[layout] and row[name] not in _NOTHING
+        f"column {name} is not read" for name in fields if name not in _COLUMNS[layout] and fields[name] not in _NOTHING
     ]
     return replace(example, remarks=(*example.remarks, *unread)) if unread else example
 
@@ -51,41 +51,41 @@ def normalise(row: Fields, layout: Layout) -> Example:
 _NOTHING: tuple[object, ...] = (None, "", [], {})
 
 
-def _chat(row: Fields) -> Conversation:
-    column = "messages" if row.get("messages") is not None or "conversations" not in row else "conversations"
-    turns = _json_list(row.get(column), column)
+def _chat(fields: Fields) -> Conversation:
+    column = "messages" if fields.get("messages") is not None or "conversations" not in fields else "conversations"
+    turns = _json_list(fields.get(column), column)
     remarks: list[str] = []
     messages = tuple(parse_message(turn, f"{column}[{index}]", remarks) for index, turn in enumerate(turns))
-    if column == "messages" and row.get("conversations") not in _NOTHING:
+    if column == "messages" and fields.get("conversations") not in _NOTHING:
         remarks.append("column conversations is not read")
-    return _conversation(row, _system(row) + messages, remarks=remarks)
+    return _conversation(fields, _system(fields) + messages, remarks=remarks)
 
 
 def _conversation(
-    row: Fields, messages: tuple[Message, ...], completion_from: int | None = None, remarks: Sequence[str] = ()
+    fields: Fields, messages: tuple[Message, ...], completion_from: int | None = None, remarks: Sequence[str] = ()
 ) -> Conversation:
     if not messages:
-        raise BadRowError("the conversation is empty")
-    unmask = row.get("unmask")
+        raise BadExampleError("the conversation is empty")
+    unmask = fields.get("unmask")
     if unmask is not None and not isinstance(unmask, bool):
-        raise BadRowError(f"unmask must be true or false, not {unmask!r}")
+        raise BadExampleError(f"unmask must be true or false, not {unmask!r}")
     empty = [message for message in messages if message.role == "assistant" and is_empty(message)]
     others = [message for message in messages if message.role != "assistant" and message.train and not unmask]
     remarks = (*remarks, *["train on a turn that is not the assistant's is not read"] * len(others))
     return Conversation(
-        messages, _tools(row), bool(unmask), completion_from, (*remarks, *["empty answers"] * len(empty))
+        messages, _tools(fields), bool(unmask), completion_from, (*remarks, *["empty answers"] * len(empty))
     )
 
 
-def _system(row: Fields) -> tuple[Message, ...]:
-    system = row.get("system")
+def _system(fields: Fields) -> tuple[Message, ...]:
+    system = fields.get("system")
     if system is None or system == "":
         return ()
     return (Message("system", _text(system, "system")),)
 
 
-def _tools(row: Fields) -> tuple[Mapping[str, object], ...]:
-    given = row.get("tools")
+def _tools(fields: Fields) -> tuple[Mapping[str, object], ...]:
+    given = fields.get("tools")
     if given is None or given == "":
         return ()
     return tuple(_tool(tool) for tool in _json_list(given, "tools"))
@@ -93,15 +93,15 @@ def _tools(row: Fields) -> tuple[Mapping[str, object], ...]:
 
 def _tool(tool: object) -> Mapping[str, object]:
     if not isinstance(tool, dict):
-        raise BadRowError("each of tools must be an object")
+        raise BadExampleError("each of tools must be an object")
     return tool if "function" in tool else {"type": "function", "function": tool}
 
 
-def _alpaca(row: Fields) -> Conversation:
-    instruction, extra = _text(row.get("instruction"), "instruction"), row.get("input")
+def _alpaca(fields: Fields) -> Conversation:
+    instruction, extra = _text(fields.get("instruction"), "instruction"), fields.get("input")
     question = f"{instruction}\n\n{_text(extra, 'input')}" if extra else instruction
-    turns = (Message("user", question), Message("assistant", _text(row.get("output"), "output")))
-    return _conversation(row, _system(row) + _history(row.get("history")) + turns)
+    turns = (Message("user", question), Message("assistant", _text(fields.get("output"), "output")))
+    return _conversation(fields, _system(fields) + _history(fields.get("history")) + turns)
 
 
 def _history(value: object) -> tuple[Message, ...]:
@@ -111,44 +111,44 @@ def _history(value: object) -> tuple[Message, ...]:
     rounds: list[Message] = []
     for index, pair in enumerate(_json_list(value, "history")):
         if not isinstance(pair, list) or len(pair) != 2:
-            raise BadRowError(f"history[{index}] must be a question with its answer, a list of two texts")
+            raise BadExampleError(f"history[{index}] must be a question with its answer, a list of two texts")
         question, answer = (_text(text, f"history[{index}]") for text in pair)
         rounds += [Message("user", question), Message("assistant", answer)]
     return tuple(rounds)
 
 
-def _prompt_completion(row: Fields) -> Conversation:
+def _prompt_completion(fields: Fields) -> Conversation:
     remarks: list[str] = []
-    prompt = _system(row) + _turns(row.get("prompt"), "prompt", "user", remarks)
-    completion = _turns(row.get("completion"), "completion", "assistant", remarks)
-    return _conversation(row, prompt + completion, completion_from=len(prompt), remarks=remarks)
+    prompt = _system(fields) + _turns(fields.get("prompt"), "prompt", "user", remarks)
+    completion = _turns(fields.get("completion"), "completion", "assistant", remarks)
+    return _conversation(fields, prompt + completion, completion_from=len(prompt), remarks=remarks)
 
 
 def _turns(value: object, column: str, role: Literal["user", "assistant"], remarks: list[str]) -> tuple[Message, ...]:
     if isinstance(value, str):
         return (Message(role, value),)
     if value is None:
-        raise BadRowError(f"{column} must be a text or a list of turns, not null or missing")
+        raise BadExampleError(f"{column} must be a text or a list of turns, not null or missing")
     return tuple(parse_message(turn, f"{column}[{index}]", remarks) for index, turn in enumerate(_list(value, column)))
 
 
-def _document(row: Fields) -> Document:
-    text = _text(row.get("text") if row.get("text") is not None else row.get("document"), "text")
-    both = row.get("text") is not None and row.get("document") not in (None, "", row.get("text"))
+def _document(fields: Fields) -> Document:
+    text = _text(fields.get("text") if fields.get("text") is not None else fields.get("document"), "text")
+    both = fields.get("text") is not None and fields.get("document") not in (None, "", fields.get("text"))
     if not text.strip():
-        raise BadRowError("the document is empty")
+        raise BadExampleError("the document is empty")
     return Document(text, ("column document is not read",) * both)
 
 
 def _text(value: object, column: str) -> str:
     if not isinstance(value, str):
-        raise BadRowError(f"{column} must be a text, not {_kind(value)}")
+        raise BadExampleError(f"{column} must be a text, not {_kind(value)}")
     return value
 
 
 def _list(value: object, column: str) -> list[object]:
     if not isinstance(value, list):
-        raise BadRowError(f"{column} must be a list, not {_kind(value)}")
+        raise BadExampleError(f"{column} must be a list, not {_kind(value)}")
     return value
 
 
@@ -158,7 +158,7 @@ def _json_list(value: object, column: str) -> list[object]:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
-            raise BadRowError(f"{column} is a text that is not JSON") from error
+            raise BadExampleError(f"{column} is a text that is not JSON") from error
     return _list(value, column)
 
 

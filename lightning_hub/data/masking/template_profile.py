@@ -1,4 +1,4 @@
-"""What a template does, found once by rendering small conversations with it."""
+"""How a template writes turns and their ends, found once by rendering small conversations with it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,15 @@ from typing import Protocol
 from transformers import PreTrainedTokenizerBase
 
 from lightning_hub.data.conversation import Conversation, Message, ToolCall
-from lightning_hub.data.marks import Marker, Shape, Traced, choose_alphabet, trace
-from lightning_hub.data.templates import Renderer, TemplateRefusal
-from lightning_hub.data.turn_end import TurnEnd, end_tokens, first_of, shared, shared_text
+from lightning_hub.data.masking.chat_template import Renderer, TemplateRefusal
+from lightning_hub.data.masking.sentinels import (
+    LocatedTexts,
+    SentinelInserter,
+    TemplateDialect,
+    choose_block,
+    locate_texts,
+)
+from lightning_hub.data.masking.turn_end import TurnEnd, end_tokens, first_of, shared, shared_text
 from lightning_hub.errors import ConfigError
 
 _TURNS = (
@@ -74,7 +80,7 @@ def backend_of(tokenizer: PreTrainedTokenizerBase) -> Backend:
     backend: Backend | None = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ConfigError(
-            f"{type(tokenizer).__name__} is no fast tokenizer, so that tokens cannot be traced to their text",
+            f"{type(tokenizer).__name__} is not a fast tokenizer, so the text of each token is not known",
             where="model.init_args.model",
             remedy="use a model folder with a tokenizer.json",
         )
@@ -84,20 +90,20 @@ def backend_of(tokenizer: PreTrainedTokenizerBase) -> Backend:
 
 
 @dataclass(frozen=True)
-class Profile:
-    """The habits of one template with one tokenizer.
+class TemplateProfile:
+    """How one template, with one tokenizer, writes conversations.
 
     Attributes:
-        shape: How contents and tool arguments must be given.
+        dialect: How contents and tool arguments must be given.
         prompt: The generation prompt, "" where the template has none.
-        prompt_cuts: Where its tokens end, in characters.
-        user_header: What the template writes before a user's text.
-        turn_end: What closes a turn of the assistant.
+        prompt_cuts: The end of each of its tokens, in characters.
+        user_header: The text that the template writes before a user's text.
+        turn_end: How a turn of the assistant ends.
         specials: Every special token.
         controls: Special tokens, and added ones that the template itself writes between texts.
     """
 
-    shape: Shape
+    dialect: TemplateDialect
     prompt: str
     prompt_cuts: tuple[int, ...]
     user_header: str
@@ -112,8 +118,8 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     return frozenset(tokenizer.all_special_ids) | added
 
 
-def probe(render: Renderer, backend: Backend, stop_ids: Iterable[int] = ()) -> Profile:
-    """Learn what the template does.
+def profile_template(render: Renderer, backend: Backend, stop_ids: Iterable[int] = ()) -> TemplateProfile:
+    """Find out how the template writes conversations.
 
     Args:
         render: The template.
@@ -121,21 +127,21 @@ def probe(render: Renderer, backend: Backend, stop_ids: Iterable[int] = ()) -> P
         stop_ids: End-of-text ids of the model's generation config.
 
     Raises:
-        ConfigError: The template cannot render a plain conversation, or leaves its texts out.
+        ConfigError: The template cannot render a plain conversation, or drops its texts.
     """
-    shape, traced = _plain_shape(render)
+    dialect, located = _find_dialect(render)
     eos = render.tokenizer.eos_token_id
     known = frozenset(stop_ids) | (frozenset() if eos is None else {int(eos)})
     specials = special_ids(render.tokenizer)
-    prompt, cuts, question_end = _generation_prompt(render, shape, backend)
-    gap = _middle(traced, question_end, backend)
-    tail = traced.tail().removesuffix(prompt) if prompt else traced.tail()
+    prompt, cuts, question_end = _generation_prompt(render, dialect, backend)
+    gap = _split_gap(located, question_end, backend)
+    tail = located.tail().removesuffix(prompt) if prompt else located.tail()
     last = backend.encode(tail, add_special_tokens=False).ids
     added = specials | frozenset(render.tokenizer.added_tokens_decoder)
     common = gap.ids[: shared(gap.ids, last)]
     stops = known | end_tokens(max(gap.end_ids, common, key=len), last, known, added)
     token = first_of(gap.ids, stops, eos if eos is not None else min(known, default=None))
-    arguments = Shape(shape.parts, _arguments_as_text(render, shape))
+    arguments = TemplateDialect(dialect.parts, _arguments_as_text(render, dialect))
     call_ids, call_text = _call_end(render, arguments, backend, added)
     written = {index for ids in (gap.ids, last, backend.encode(prompt, add_special_tokens=False).ids) for index in ids}
     end = TurnEnd(
@@ -146,18 +152,20 @@ def probe(render: Renderer, backend: Backend, stop_ids: Iterable[int] = ()) -> P
         call_text=call_text,
         appends=not any(index in stops for index in last),
     )
-    return Profile(arguments, prompt, cuts, gap.header, end, specials, specials | stops | (added & written))
+    return TemplateProfile(arguments, prompt, cuts, gap.header, end, specials, specials | stops | (added & written))
 
 
-def _call_end(render: Renderer, shape: Shape, backend: Backend, added: frozenset[int]) -> tuple[list[int], str]:
-    """The tokens between a tool call and what the tool says, and the text with which they end the call's turn."""
+def _call_end(
+    render: Renderer, dialect: TemplateDialect, backend: Backend, added: frozenset[int]
+) -> tuple[list[int], str]:
+    """The tokens between a tool call and the tool's answer, and the text among them that ends the call's turn."""
     try:
-        whole = traced_rendering(render, Conversation(_TOOL_TURNS, _TOOLS), shape)
-        alone = traced_rendering(render, Conversation(_TOOL_TURNS[:2], _TOOLS), shape)
+        whole = located_rendering(render, Conversation(_TOOL_TURNS, _TOOLS), dialect)
+        alone = located_rendering(render, Conversation(_TOOL_TURNS[:2], _TOOLS), dialect)
     except TemplateRefusal:
         return [], ""
-    ends = [place.end for place in whole.places if place.segment.turn == 1]
-    answers = [place.start for place in whole.places if place.segment.turn == 2]
+    ends = [span.end for span in whole.spans if span.marked_text.turn == 1]
+    answers = [span.start for span in whole.spans if span.marked_text.turn == 2]
     if not ends or not answers or max(ends) > min(answers):
         return [], ""
     gap = whole.text[max(ends) : min(answers)]
@@ -169,36 +177,37 @@ def _call_end(render: Renderer, shape: Shape, backend: Backend, added: frozenset
     return list(backend.encode(gap, add_special_tokens=False).ids), text[begin:]
 
 
-def traced_rendering(
-    render: Renderer, conversation: Conversation, shape: Shape, *, add_generation_prompt: bool = False
-) -> Traced:
-    """Render a small known conversation with marks, unchecked."""
-    marker = Marker(shape, alphabet := choose_alphabet(""))
-    turns, tools = marker.conversation(conversation)
-    return trace(render(turns, tools, add_generation_prompt=add_generation_prompt), marker.segments, alphabet)
+def located_rendering(
+    render: Renderer, conversation: Conversation, dialect: TemplateDialect, *, add_generation_prompt: bool = False
+) -> LocatedTexts:
+    """Render a small known conversation with sentinels, without a comparison with the plain rendering."""
+    inserter = SentinelInserter(dialect, block := choose_block(""))
+    turns, tools = inserter.conversation(conversation)
+    rendered = render(turns, tools, add_generation_prompt=add_generation_prompt)
+    return locate_texts(rendered, inserter.marked_texts, block)
 
 
-def _plain_shape(render: Renderer) -> tuple[Shape, Traced]:
+def _find_dialect(render: Renderer) -> tuple[TemplateDialect, LocatedTexts]:
     refusal = "it leaves the texts of the turns out"
     for turns in (_TURNS, _TURNS[:2]):
-        for shape in (Shape(), Shape(parts=True)):
+        for dialect in (TemplateDialect(), TemplateDialect(parts=True)):
             try:
-                traced = traced_rendering(render, Conversation(turns), shape)
+                located = located_rendering(render, Conversation(turns), dialect)
             except TemplateRefusal as error:
                 refusal = str(error)
                 continue
-            if not traced.lost():
-                return shape, traced
+            if not located.missing():
+                return dialect, located
     raise ConfigError(
         f"the chat template cannot render a plain conversation: {refusal}",
-        where="data.chat_template",
+        where="data.init_args.chat_template",
         remedy="give another template",
     )
 
 
 @dataclass(frozen=True)
-class _Gap:
-    """What stands between an answer and the next question: the end of the answer's turn, the header of the question."""
+class _TurnGap:
+    """The text between an answer and the next question: the end of the answer's turn and the question's header."""
 
     ids: list[int]
     end_ids: list[int]
@@ -206,57 +215,63 @@ class _Gap:
     text: str = ""
 
 
-def _middle(traced: Traced, question_end: str, backend: Backend) -> _Gap:
-    """Take the gap apart: the end is what also closes a question, else what is not the opening of the first turn."""
-    if len(traced.places) < 4:
-        return _Gap([], [], "")
-    first, answer, second, _ = traced.places
-    text = traced.text[answer.end : second.start]
+def _split_gap(located: LocatedTexts, question_end: str, backend: Backend) -> _TurnGap:
+    """Split the text between an answer and the next question into end-of-turn and header.
+
+    First choice: the end-of-turn is what follows a question. Otherwise: everything that is not the header of the first
+    turn.
+    """
+    if len(located.spans) < 4:
+        return _TurnGap([], [], "")
+    first, answer, second, _ = located.spans
+    text = located.text[answer.end : second.start]
     gap = backend.encode(text, add_special_tokens=False)
     if question_end and text.startswith(question_end):
         border = len(question_end)
     else:
-        opening = backend.encode(traced.text[: first.start], add_special_tokens=False).ids
+        opening = backend.encode(located.text[: first.start], add_special_tokens=False).ids
         common = shared(opening[::-1], gap.ids[::-1])
         border = gap.offsets[-common][0] if common else len(text)
     end_ids = [token for token, (start, _) in zip(gap.ids, gap.offsets, strict=True) if start < border]
-    return _Gap(gap.ids, end_ids, text[border:], text)
+    return _TurnGap(gap.ids, end_ids, text[border:], text)
 
 
-def _generation_prompt(render: Renderer, shape: Shape, backend: Backend) -> tuple[str, tuple[int, ...], str]:
-    """The generation prompt, the ends of its tokens, and what closes the question before it.
+def _generation_prompt(
+    render: Renderer, dialect: TemplateDialect, backend: Backend
+) -> tuple[str, tuple[int, ...], str]:
+    """The generation prompt, the ends of its tokens (in characters), and the text that ends the question before it.
 
-    The prompt is what follows the tokens that the renderings with and without it share.
+    The renderings with and without the prompt have their first tokens in common; the prompt is what follows these.
     """
     question = Conversation(_TURNS[:1])
     try:
-        without = render(*Marker(shape).conversation(question))
-        traced = traced_rendering(render, question, shape, add_generation_prompt=True)
+        without = render(*SentinelInserter(dialect).conversation(question))
+        located = located_rendering(render, question, dialect, add_generation_prompt=True)
     except TemplateRefusal:
         return "", (), ""
-    full = backend.encode(traced.text, add_special_tokens=False)
+    full = backend.encode(located.text, add_special_tokens=False)
     common = shared(full.ids, backend.encode(without, add_special_tokens=False).ids)
-    tail = traced.tail()
+    tail = located.tail()
     if common == len(full.ids):
         return "", (), tail
     start = full.offsets[common][0]
-    prompt = traced.text[start:]
+    prompt = located.text[start:]
     return prompt, tuple(end - start for _, end in full.offsets[common:]), tail.removesuffix(prompt)
 
 
-def _arguments_as_text(render: Renderer, shape: Shape) -> bool:
-    """Whether tool-call arguments must be given as JSON text: where an object raises or is printed as Python's own."""
-    return not _calls_come_out(render, shape, '"city": "Paris"') and _calls_come_out(
-        render, Shape(shape.parts, arguments_as_text=True), '"city": "Paris"'
+def _arguments_as_text(render: Renderer, dialect: TemplateDialect) -> bool:
+    """Whether the template needs arguments as JSON text: it raises for an object, or prints it as Python does."""
+    return not _calls_come_out(render, dialect, '"city": "Paris"') and _calls_come_out(
+        render, TemplateDialect(dialect.parts, arguments_as_text=True), '"city": "Paris"'
     )
 
 
-def _calls_come_out(render: Renderer, shape: Shape, spelling: str) -> bool:
+def _calls_come_out(render: Renderer, dialect: TemplateDialect, spelling: str) -> bool:
     try:
-        traced = traced_rendering(render, Conversation(_TOOL_TURNS, _TOOLS), shape)
+        located = located_rendering(render, Conversation(_TOOL_TURNS, _TOOLS), dialect)
     except TemplateRefusal:
         return False
-    calls = [place for place in traced.places if place.segment.kind == "tool call"]
-    printed_by_python = any(traced.text[place.start - 1 : place.start] == "'" for place in calls)
-    escaped = any(traced.text[place.start - 2 : place.start] == '\\"' for place in calls)
+    calls = [span for span in located.spans if span.marked_text.kind == "tool call"]
+    printed_by_python = any(located.text[span.start - 1 : span.start] == "'" for span in calls)
+    escaped = any(located.text[span.start - 2 : span.start] == '\\"' for span in calls)
     return len(calls) == 3 and not printed_by_python and not escaped

@@ -1,4 +1,4 @@
-"""Which turns of a conversation are trained."""
+"""Chooses the turns of a conversation that are trained."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lightning_hub.data.conversation import Conversation
 from lightning_hub.data.settings import TrainOn
 
 
-def wanted_turns(conversation: Conversation, train_on: TrainOn) -> list[int]:
+def trained_turn_indices(conversation: Conversation, train_on: TrainOn) -> list[int]:
     """The assistant turns to train on, by index."""
     messages = conversation.messages
     speaking = [index for index, message in enumerate(messages) if message.role == "assistant"]
@@ -25,7 +25,7 @@ def wanted_turns(conversation: Conversation, train_on: TrainOn) -> list[int]:
 def expand(conversation: Conversation) -> list[Conversation]:
     """One conversation per assistant turn that may be trained, each ending with it and training it alone."""
     kept = []
-    for index in wanted_turns(conversation, "assistant"):
+    for index in trained_turn_indices(conversation, "assistant"):
         context = tuple(replace(message, train=False) for message in conversation.messages[:index])
         kept.append(replace(conversation, messages=(*context, conversation.messages[index])))
     return kept or [conversation]

@@ -1,4 +1,4 @@
-"""How large and how deep one example of an input may be, so that no file can take the memory or the stack of a run."""
+"""How large and how deep one example may be, so that no file can use up the memory or the stack of a run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ExampleLimits:
     """Bounds of one example.
 
     Attributes:
-        max_bytes: Bytes of a line, a row, a cell or a text document, decompressed.
+        max_bytes: Bytes of a line, an example, a cell or a text document, decompressed.
         max_depth: Levels of lists and objects inside each other.
     """
 
@@ -35,16 +35,16 @@ class ExampleLimits:
 
     @property
     def too_large(self) -> str:
-        """What is said of an example over ``max_bytes``."""
-        return f"larger than {self.max_bytes / 1e6:g} MB (data.max_example_mb)"
+        """The message for an example over ``max_bytes``."""
+        return f"larger than {self.max_bytes / 1e6:g} MB (data.init_args.max_example_mb)"
 
     @property
     def too_deep(self) -> str:
-        """What is said of an example over ``max_depth``."""
-        return f"nested deeper than {self.max_depth:,} levels (data.max_example_depth)"
+        """The message for an example over ``max_depth``."""
+        return f"nested deeper than {self.max_depth:,} levels (data.init_args.max_example_depth)"
 
     def is_too_large(self, data: object) -> bool:
-        """Whether the texts of a row that is in memory already are beyond ``max_bytes``."""
+        """Whether the texts of an example in memory are larger than ``max_bytes``."""
         return sum(map(len, texts_inside(data))) > self.max_bytes
 
     def loads(self, text: str) -> object:
@@ -78,7 +78,7 @@ class ExampleLimits:
     def check(self, text: str) -> None:
         """Refuse a JSON text that is deeper or has more values than allowed.
 
-        Brackets are counted first, which is fast; only a text with many of them is looked at one by one.
+        Brackets are counted first, which is fast; only a text with many of them is examined bracket by bracket.
 
         Raises:
             TooLargeError: It is beyond the limits.

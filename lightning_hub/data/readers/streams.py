@@ -1,4 +1,4 @@
-"""Files as streams of bytes, decompressed, with damage told apart from the end."""
+"""Files as streams of decompressed bytes; a damaged file is not mistaken for one that ends."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import BinaryIO, cast
 
 import zstandard
 
-from lightning_hub.data.limits import ExampleLimits
+from lightning_hub.data.readers.limits import ExampleLimits
 
 COMPRESSED = (".gz", ".zst")
 _SKIPPED_LINES = 16
-"""How many times the largest line is read in search of a line's end."""
+"""The most blocks of the largest line size that are read to find the end of a line."""
 
 _ZSTD_CHUNK = 2_048
-"""Compressed bytes taken at a time. A block of 128 KiB can come from 4 bytes: this bounds what one call unpacks."""
+"""Compressed bytes read at a time. 4 bytes can unpack to 128 KiB: this limits what one call unpacks."""
 
 BROKEN_STREAM = (EOFError, OSError, zlib.error, zstandard.ZstdError)
-"""What reading a damaged stream raises."""
+"""Errors that a damaged stream raises."""
 
 
 def open_stream(path: Path) -> BinaryIO:
@@ -36,7 +36,7 @@ def open_stream(path: Path) -> BinaryIO:
 
 
 class _ZstdFrames(io.RawIOBase):
-    """The frames of a file, one after the other; the library's own reader takes a cut file for a whole one."""
+    """The frames of a file, one after the other; the library's own reader accepts a file that is cut off."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("rb")
@@ -68,10 +68,10 @@ class _ZstdFrames(io.RawIOBase):
 
 
 def numbered_lines(path: Path, limits: ExampleLimits) -> Iterator[tuple[int, bytes | str]]:
-    """Numbered lines as bytes; in place of one that cannot be given stands a text that says why.
+    """Numbered lines as bytes; instead of a line that cannot be used, a text that says why.
 
-    A damaged stream ends with such a text. A line over the limit is skipped, and after a great many bytes without a
-    line end the rest of the file with it.
+    A damaged stream ends with such a text. A line over the limit is skipped. If its end is not found, the rest of the
+    file is skipped too.
     """
     number = 0
     try:
@@ -83,14 +83,14 @@ def numbered_lines(path: Path, limits: ExampleLimits) -> Iterator[tuple[int, byt
                     continue
                 yield number, f"the line is {limits.too_large}"
                 if not line.endswith(b"\n") and not _skip_line(stream, limits.max_bytes):
-                    yield number, "the file is not read beyond this line, which does not end"
+                    yield number, "the end of this line was not found; the rest of the file is not read"
                     return
     except BROKEN_STREAM as error:
         yield number + 1, f"the file is damaged or cut off ({error})"
 
 
 def _skip_line(stream: BinaryIO, max_bytes: int) -> bool:
-    """Read on to the end of a line; False where none comes in sight."""
+    """Read to the end of a line; False if it is not found."""
     for _ in range(_SKIPPED_LINES):
         line = stream.readline(max_bytes)
         if not line or line.endswith(b"\n"):

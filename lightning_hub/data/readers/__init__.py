@@ -1,0 +1,1 @@
+"""Files, folders and datasets to examples in one form, each with its place."""
