@@ -30,7 +30,7 @@ from lightning_hub.data.step_plan import StepLoader
 from lightning_hub.models.pretrained import Pretrained
 from lightning_hub.ops.attention import PACKED, borders_of
 from lightning_hub.ops.attention_proof import proven_head
-from lightning_hub.ops.rows import Row, Step
+from lightning_hub.ops.batch import Row, Step
 
 RANK, ALPHA = 16, 32
 LEARNING_RATE, WEIGHT_DECAY, BETAS, CLIP = 1e-4, 0.01, (0.9, 0.95), 1.0

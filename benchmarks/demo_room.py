@@ -35,7 +35,7 @@ from lightning_hub.demo.tasks import METHODS, turned_words
 from lightning_hub.models.pretrained import EMBEDDED_FOLDER, ROOM_FOLDER, Pretrained
 from lightning_hub.ops.attention import PACKED
 from lightning_hub.ops.attention_proof import proven_head
-from lightning_hub.ops.rows import IGNORED
+from lightning_hub.ops.batch import IGNORED
 from lightning_hub.runs.files import Json
 
 WIDTH, BATCH, STEPS, RATE, DECAY = 128, 32, 450, 3e-3, 1.5

@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from benchmarks.records import table
 from lightning_hub.ops.attention import PACKED, borders_of, packed_attention
 from lightning_hub.ops.attention_proof import proven_head
-from lightning_hub.ops.rows import Row
+from lightning_hub.ops.batch import Row
 
 LENGTHS = (1, 300, 7, 128, 1000, 64)
 BAR = 1e-4

@@ -31,9 +31,9 @@ from transformers.utils import logging as transformers_logging
 from lightning_hub.errors import ConfigError
 from lightning_hub.methods.sft import SFT
 from lightning_hub.models.pretrained import Pretrained
+from lightning_hub.ops.batch import IGNORED, Row, Step
 from lightning_hub.ops.loss import accepted_by
 from lightning_hub.ops.miniature import NoMiniatureError, build, shrink, small_config
-from lightning_hub.ops.rows import IGNORED, Row, Step
 from lightning_hub.ops.small_sizes import VOCABULARY
 
 BEGIN, END = "<!-- begin of the table -->", "<!-- end of the table -->"

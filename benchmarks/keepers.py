@@ -21,11 +21,11 @@ from transformers import PreTrainedModel
 
 from lightning_hub.methods.osft import OSFT
 from lightning_hub.methods.osft.bases import BasesCache, fill_bases
-from lightning_hub.methods.osft.delta import Complement
-from lightning_hub.methods.osft.product import merged as merged_changes
-from lightning_hub.methods.osft.product import write_changes
-from lightning_hub.methods.osft.split import split, trained_rank
-from lightning_hub.methods.osft.surgery import Parametrization
+from lightning_hub.methods.osft.delta_exact import Complement
+from lightning_hub.methods.osft.export import merged as merged_changes
+from lightning_hub.methods.osft.export import write_changes
+from lightning_hub.methods.osft.inject import Parametrization
+from lightning_hub.methods.osft.subspace import split, trained_rank
 from lightning_hub.methods.targets import ALL_LINEAR, Matrix, resolve
 
 PEER = "mini_trainer"

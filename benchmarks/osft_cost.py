@@ -26,7 +26,7 @@ from benchmarks.work import SHAPES, chat_lengths, make_model, make_rows
 from lightning_hub.data.datamodule import ChatData
 from lightning_hub.methods.causal_lm import CausalLMModule
 from lightning_hub.methods.osft import OSFT
-from lightning_hub.methods.osft.surgery import Form, add_changes
+from lightning_hub.methods.osft.inject import Form, add_changes
 from lightning_hub.methods.sft import SFT
 from lightning_hub.methods.targets import resolve
 from lightning_hub.runs.files import Json

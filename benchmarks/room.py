@@ -32,7 +32,7 @@ from lightning_hub.data.sample_store import SampleStore
 from lightning_hub.data.step_plan import BatchSettings, StepPlan
 from lightning_hub.ops.attention import PACKED
 from lightning_hub.ops.attention_proof import proven_head
-from lightning_hub.ops.rows import IGNORED
+from lightning_hub.ops.batch import IGNORED
 from lightning_hub.runs.folder import default_cache_dir
 
 LETTERS, SEPARATOR = 24, 0

@@ -16,13 +16,13 @@ from benchmarks.keepers import targets
 from lightning_hub.data.sample_store import SampleStore
 from lightning_hub.data.step_plan import BatchSettings, StepPlan
 from lightning_hub.demo.tasks import PRETRAINING, SHOUT, Conversation, Task, conversations
-from lightning_hub.methods.osft.split import split, trained_rank
+from lightning_hub.methods.osft.subspace import split, trained_rank
 from lightning_hub.models.generation import complete
 from lightning_hub.models.pretrained import Pretrained
 from lightning_hub.ops.attention import PACKED
 from lightning_hub.ops.attention_proof import traits_of
+from lightning_hub.ops.batch import IGNORED
 from lightning_hub.ops.loss import Traits
-from lightning_hub.ops.rows import IGNORED
 
 ROW = 512
 """Tokens of a row."""

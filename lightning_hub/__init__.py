@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lightning_hub.callbacks.forgetting import Forgetting
-    from lightning_hub.callbacks.samples import GenerateSamples
+    from lightning_hub.callbacks.generate_samples import GenerateSamples
     from lightning_hub.data.datamodule import ChatData
     from lightning_hub.methods.causal_lm import CausalLMModule
     from lightning_hub.methods.lora import LoRA
@@ -30,7 +30,7 @@ _HOMES = {
     "LoRA": "lightning_hub.methods.lora",
     "ChatData": "lightning_hub.data.datamodule",
     "Forgetting": "lightning_hub.callbacks.forgetting",
-    "GenerateSamples": "lightning_hub.callbacks.samples",
+    "GenerateSamples": "lightning_hub.callbacks.generate_samples",
 }
 
 

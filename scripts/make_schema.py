@@ -25,9 +25,9 @@ from typing import cast
 from docstring_parser import parse as parse_docstring
 
 from lightning_hub.config import registry
-from lightning_hub.config.reading import Plain
 from lightning_hub.config.schema import SCHEMA_FILE, ClassRecord, OptionRecord
-from lightning_hub.config.typelang import parse_type
+from lightning_hub.config.types import parse_type
+from lightning_hub.config.yaml_reader import Plain
 
 _SIMPLE: dict[object, str] = {
     int: "int",

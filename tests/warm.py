@@ -32,10 +32,10 @@ IMPORTED = [
     "tests.parallel.stories",
     "lightning_hub.methods.lora",
     "lightning_hub.methods.osft",
-    "lightning_hub.training.rank",
-    "lightning_hub.proof.one_process",
-    "lightning_hub.proof.rank",
-    "lightning_hub.proof.resumed",
+    "lightning_hub.training.worker",
+    "lightning_hub.doctor.single_rank",
+    "lightning_hub.doctor.rank",
+    "lightning_hub.doctor.resumed",
 ]
 """What most processes need, loaded once."""
 
@@ -142,12 +142,12 @@ def _run(argv: list[str], environ: dict[str, str], first: Callable[[], None]) ->
     os.environ.clear()
     os.environ.update(environ)
     as_own_process()
-    from lightning_hub.launch import ranks
-    from lightning_hub.proof import children
+    from lightning_hub.doctor import children
+    from lightning_hub.launch import local
 
     starts: Any = SimpleNamespace(**{name: getattr(subprocess, name) for name in subprocess.__all__})
     starts.Popen = Forked
-    ranks.subprocess = children.subprocess = starts  # type: ignore[attr-defined]
+    local.subprocess = children.subprocess = starts  # type: ignore[attr-defined]
     first()
     _open_streams()
     _become(argv)

@@ -17,7 +17,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lightning_hub.ops.rows import Step
+from lightning_hub.ops.batch import Step
 
 PEAK_FLOPS = {
     "B200": 2250e12,

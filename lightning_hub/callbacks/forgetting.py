@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_hub.errors import ConfigError
 from lightning_hub.models.pretrained import Pretrained
-from lightning_hub.ops.rows import IGNORED, Row, Step
+from lightning_hub.ops.batch import IGNORED, Row, Step
 from lightning_hub.parallel.data_parallel import data_parallel
 
 

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.progress import MofNCompleteColumn, TextColumn
 
 from lightning_hub.callbacks.recorder import Recorder, TrainedModule
-from lightning_hub.ops.rows import Step
+from lightning_hub.ops.batch import Step
 from lightning_hub.progress_bar import SECONDS_BETWEEN_LINES, ProgressBar
 
 SECONDS_BETWEEN_LOSSES = 0.5

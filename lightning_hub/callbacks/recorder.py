@@ -14,11 +14,11 @@ from transformers import PreTrainedModel
 from lightning_hub.callbacks.flops import FlopsCounter, peak_flops
 from lightning_hub.callbacks.forgetting import Forgetting
 from lightning_hub.errors import HubError, first_line
-from lightning_hub.ops.rows import Step
-from lightning_hub.parallel.crew import worst
+from lightning_hub.ops.batch import Step
+from lightning_hub.parallel.collectives import worst
 from lightning_hub.parallel.data_parallel import data_parallel
 from lightning_hub.parallel.lightning_internals import is_last_step
-from lightning_hub.runs.rank import RankWriter, classify
+from lightning_hub.runs.rank_writer import RankWriter, classify
 from lightning_hub.runs.timings import PhaseName
 from lightning_hub.runs.writer import StatusWriter
 

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_hub.checkpoints.tensors import Part
 from lightning_hub.errors import HubError
-from lightning_hub.parallel.crew import Crew
+from lightning_hub.parallel.collectives import Crew
 
 Key: TypeAlias = tuple[str, str, tuple[int, ...]]
 """What identifies a part in every process: its kind, the name of the whole, and where it begins."""

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TypeAlias, TypeVar
 
 from lightning_hub.errors import HubError
-from lightning_hub.parallel.crew import Crew
+from lightning_hub.parallel.collectives import Crew
 from lightning_hub.runs.manifest import MANIFEST, Manifest, committed
 
 T = TypeVar("T")

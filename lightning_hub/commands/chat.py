@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lightning_hub.config.helptext import plain
+from lightning_hub.config.help import plain
 from lightning_hub.errors import ExitCode
 from lightning_hub.launch.messages import LOADING, notice
 from lightning_hub.runs.model_name import model_of

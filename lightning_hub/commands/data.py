@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     notice("loading the tokenizer and the data")
     from lightning_hub.data.inspection import describe, report_lines  # 4 s: torch and transformers
     from lightning_hub.methods.run_context import RunContext
-    from lightning_hub.training.session import build
+    from lightning_hub.training.run import build
 
     cli = build(tree, context=RunContext(options.trust_remote_code))
     data, pretrained = cli.datamodule, cli.model.pretrained

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from lightning_hub.config.helptext import plain
+from lightning_hub.config.help import plain
 from lightning_hub.demo.tasks import METHODS
 from lightning_hub.runs.terminal import independent_of_terminal
 

@@ -6,11 +6,11 @@ import argparse
 import json
 from collections.abc import Iterable, Sequence
 
-from lightning_hub.config.helptext import plain
+from lightning_hub.config.help import plain
+from lightning_hub.doctor.environment import examine
+from lightning_hub.doctor.findings import Finding
+from lightning_hub.doctor.proofs import PROOFS, prove
 from lightning_hub.errors import ExitCode
-from lightning_hub.proof.environment import examine
-from lightning_hub.proof.findings import Finding
-from lightning_hub.proof.stages import PROOFS, prove
 from lightning_hub.runs.folder import runs_root
 
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_hub.config.helptext import plain
+from lightning_hub.config.help import plain
 from lightning_hub.errors import ConfigError, ExitCode
 from lightning_hub.launch.messages import LOADING, notice
 from lightning_hub.launch.resuming import newest_tree
@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
     tree = newest_tree(folder)
     settle_alone(tree["trainer"])
     notice(LOADING)
-    from lightning_hub.training.session import export  # 4 s: torch, lightning and transformers
+    from lightning_hub.training.run import export  # 4 s: torch, lightning and transformers
 
     target = given.to or (folder.export_merged if given.merge else folder.export)
     allowed = given.trust_remote_code

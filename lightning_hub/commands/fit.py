@@ -15,14 +15,14 @@ from typing import Any
 from lightning_hub.commands.recipe_arguments import show_help
 from lightning_hub.config.paths import with_absolute_paths
 from lightning_hub.config.recipe import Recipe
-from lightning_hub.config.writing import dump
+from lightning_hub.config.yaml_writer import dump
 from lightning_hub.errors import ExitCode, HubError
 from lightning_hub.launch.attempt import Begun, begin
 from lightning_hub.launch.devices import visible_gpus
+from lightning_hub.launch.environment import find_place
+from lightning_hub.launch.local import Group, open_listener
 from lightning_hub.launch.messages import LOADING, note, notice
 from lightning_hub.launch.options import Options, parse
-from lightning_hub.launch.place import find_place
-from lightning_hub.launch.ranks import Group, open_listener
 from lightning_hub.launch.resuming import newest_tree
 from lightning_hub.launch.run_setup import checked, run_folder, write_run
 from lightning_hub.launch.supervisor import rank_command, supervise
@@ -73,7 +73,7 @@ def _start(recipe: Recipe, tree: dict[str, Any], options: Options) -> int:
     if place is None and topology.world_size > 1:
         return _start_ranks(recipe, tree, options, topology)
     if place is not None and not place.is_alone:
-        from lightning_hub.training.rank import as_rank  # 4 s: torch, lightning and transformers
+        from lightning_hub.training.worker import as_rank  # 4 s: torch, lightning and transformers
 
         return as_rank(place, recipe, tree, options)
     run = write_run(run_folder(tree, options), recipe, tree, options)
@@ -83,7 +83,7 @@ def _start(recipe: Recipe, tree: dict[str, Any], options: Options) -> int:
 
 def train(tree: dict[str, Any], begun: Begun, run: StatusWriter, options: Options) -> int:
     """Train in this process alone."""
-    from lightning_hub.training.session import Session  # 4 s: torch, lightning and transformers
+    from lightning_hub.training.run import Session  # 4 s: torch, lightning and transformers
 
     return Session(tree, begun, run, options=options).fit()
 

@@ -29,8 +29,8 @@ def main(argv: Sequence[str]) -> int:
     place = settle_here(command.recipe, tree)
     if place.rank == 0:
         notice(LOADING)
-    from lightning_hub.training.rank import together  # 4 s: torch, lightning and transformers
-    from lightning_hub.training.session import answer
+    from lightning_hub.training.run import answer
+    from lightning_hub.training.worker import together  # 4 s: torch, lightning and transformers
 
     with together(place, tree) as environment:
         lines = answer(tree, trust_remote_code=options.trust_remote_code, environment=environment)

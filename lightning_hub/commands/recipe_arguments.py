@@ -6,11 +6,11 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from lightning_hub.config.helptext import class_help, recipe_help
+from lightning_hub.config.help import class_help, recipe_help
 from lightning_hub.config.recipe import Recipe
 from lightning_hub.launch.devices import visible_gpus
+from lightning_hub.launch.environment import Place, find_place
 from lightning_hub.launch.options import FLAGS
-from lightning_hub.launch.place import Place, find_place
 from lightning_hub.launch.topology import settle, settle_alone
 
 

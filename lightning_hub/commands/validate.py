@@ -26,8 +26,8 @@ def evaluate_and_print(verb: str, argv: Sequence[str]) -> int:
     place = settle_here(command.recipe, tree)
     if place.rank == 0:
         notice(LOADING)
-    from lightning_hub.training.rank import together  # 4 s: torch, lightning and transformers
-    from lightning_hub.training.session import measure
+    from lightning_hub.training.run import measure
+    from lightning_hub.training.worker import together  # 4 s: torch, lightning and transformers
 
     with together(place, tree) as environment:
         found = measure(tree, verb, trust_remote_code=options.trust_remote_code, environment=environment)

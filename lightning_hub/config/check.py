@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 
-from lightning_hub.config.literal_secrets import check_secrets, is_secret, mask
-from lightning_hub.config.reading import KeyPath, Plain
 from lightning_hub.config.recipe import CLASS_KEYS, SEED_OPTION, Recipe, keyed_fault
 from lightning_hub.config.registry import FOREIGN_SECTIONS, REFUSED
 from lightning_hub.config.resolve import fill_defaults
 from lightning_hub.config.rules import check_rules, out_of_range
 from lightning_hub.config.safety import AllowList, check_names
 from lightning_hub.config.schema import SECTIONS, ClassInfo, Option, Schema, shipped_schema
+from lightning_hub.config.secrets import check_secrets, is_secret, mask
 from lightning_hub.config.suggest import elsewhere, nearest, strategy_with
-from lightning_hub.config.typelang import Type
+from lightning_hub.config.types import Type
+from lightning_hub.config.yaml_reader import KeyPath, Plain
 from lightning_hub.errors import ConfigError
 
 _SHOWN = 80

@@ -10,7 +10,7 @@ import re
 from typing import Any
 
 from lightning_hub.config.schema import SECTIONS, ClassInfo, Option, Schema
-from lightning_hub.config.typelang import Type
+from lightning_hub.config.types import Type
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 

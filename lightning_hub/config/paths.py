@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from lightning_hub.config.reading import Plain
+from lightning_hub.config.yaml_reader import Plain
 
 INPUTS: dict[str, tuple[str, ...]] = {
     "model": ("model", "adapter", "previous"),

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from lightning_hub.config.reading import KeyPath, Node, Place, Plain, read_file, read_text
 from lightning_hub.config.schema import SECTIONS, Option, Schema, shipped_schema
+from lightning_hub.config.yaml_reader import KeyPath, Node, Place, Plain, read_file, read_text
 from lightning_hub.errors import ConfigError
 
 CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")

@@ -6,7 +6,7 @@ A new class of ours is one line here.
 
 from __future__ import annotations
 
-from lightning_hub.config.reading import Plain
+from lightning_hub.config.yaml_reader import Plain
 
 _CALLBACKS = "lightning.pytorch.callbacks."
 _LOGGERS = "lightning.pytorch.loggers."
@@ -20,7 +20,7 @@ CLASSES: dict[str, str] = {
     "lightning_hub.methods.osft.OSFT": "model",
     "lightning_hub.data.datamodule.ChatData": "data",
     "lightning_hub.callbacks.forgetting.Forgetting": "callback",
-    "lightning_hub.callbacks.samples.GenerateSamples": "callback",
+    "lightning_hub.callbacks.generate_samples.GenerateSamples": "callback",
     _CALLBACKS + "DeviceStatsMonitor": "callback",
     _CALLBACKS + "EarlyStopping": "callback",
     _CALLBACKS + "EMAWeightAveraging": "callback",

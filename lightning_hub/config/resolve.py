@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lightning_hub.config.reading import Plain
 from lightning_hub.config.recipe import SEED_OPTION, Recipe
 from lightning_hub.config.schema import SECTIONS, ClassInfo, Schema, shipped_schema
-from lightning_hub.config.typelang import Type
+from lightning_hub.config.types import Type
+from lightning_hub.config.yaml_reader import Plain
 
 
 @dataclass(frozen=True)

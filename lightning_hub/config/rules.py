@@ -7,10 +7,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 
-from lightning_hub.config.reading import KeyPath, Plain
 from lightning_hub.config.recipe import Recipe, keyed_fault
 from lightning_hub.config.registry import CLASSES
 from lightning_hub.config.suggest import nearest
+from lightning_hub.config.yaml_reader import KeyPath, Plain
 from lightning_hub.errors import ConfigError
 
 MEASURED = ("loss", "grad_norm")

@@ -17,9 +17,9 @@ from functools import lru_cache
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
-from lightning_hub.config.reading import KeyPath, Plain
 from lightning_hub.config.recipe import Recipe, keyed_fault
 from lightning_hub.config.schema import Option, Schema
+from lightning_hub.config.yaml_reader import KeyPath, Plain
 from lightning_hub.errors import ConfigError
 
 ALLOWED_PREFIXES = ("lightning_hub", "lightning.pytorch", "torch.optim", "torch.utils.data")

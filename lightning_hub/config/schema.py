@@ -9,8 +9,8 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TypedDict
 
-from lightning_hub.config.reading import Plain
-from lightning_hub.config.typelang import Type, parse_type
+from lightning_hub.config.types import Type, parse_type
+from lightning_hub.config.yaml_reader import Plain
 
 SCHEMA_FILE = Path(__file__).with_name("schema.json")
 

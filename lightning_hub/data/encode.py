@@ -20,7 +20,7 @@ from lightning_hub.data.masking.template_profile import Backend, backend_of, pro
 from lightning_hub.data.sample_store import Ids
 from lightning_hub.data.settings import DataSettings
 from lightning_hub.errors import ConfigError
-from lightning_hub.ops.rows import IGNORED
+from lightning_hub.ops.batch import IGNORED
 
 ROLES: tuple[str, ...] = (*get_args(Role), "template", "document", "tokens")
 """Tokens are counted by role; ``template`` is what a template writes between texts, the last two have no roles."""

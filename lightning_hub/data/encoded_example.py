@@ -13,7 +13,7 @@ from lightning_hub.data.readers.example_reader import ExampleReader
 from lightning_hub.data.readers.examples import RawExample
 from lightning_hub.data.report import Reason
 from lightning_hub.data.settings import DataSettings
-from lightning_hub.ops.rows import IGNORED
+from lightning_hub.ops.batch import IGNORED
 
 
 @dataclass(frozen=True, slots=True)

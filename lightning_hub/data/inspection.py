@@ -21,7 +21,7 @@ from lightning_hub.data.report import DataReport
 from lightning_hub.data.sample_store import Ids
 from lightning_hub.data.settings import DataSettings
 from lightning_hub.errors import DataError
-from lightning_hub.ops.rows import IGNORED
+from lightning_hub.ops.batch import IGNORED
 
 if TYPE_CHECKING:
     from rich.text import Text

@@ -31,7 +31,7 @@ from lightning_hub.data.report import DataReport
 from lightning_hub.data.sample_store import Indices, SampleStore
 from lightning_hub.data.settings import VAL_KEY, DataSettings
 from lightning_hub.errors import DataError
-from lightning_hub.ops.rows import IGNORED
+from lightning_hub.ops.batch import IGNORED
 from lightning_hub.runs.files import write_json
 from lightning_hub.runs.folder import default_cache_dir
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_hub.data.packing import assign_to_ranks, estimate_cost, pack, packing_efficiency
 from lightning_hub.data.sample_store import SampleStore
 from lightning_hub.errors import ConfigError, DataError
-from lightning_hub.ops.rows import IGNORED, Row, Step
+from lightning_hub.ops.batch import IGNORED, Row, Step
 
 
 @dataclass(frozen=True)

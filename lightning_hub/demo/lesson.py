@@ -114,7 +114,7 @@ def _train(folder: RunFolder, lesson: Lesson, console: Console) -> int:
     run = write_run(folder, recipe, tree, options)
     import torch  # 2 s, and 2 s more for the session
 
-    from lightning_hub.training.session import Session
+    from lightning_hub.training.run import Session
 
     torch.set_num_threads(1)  # a model this small gains nothing from more, and loses much on a busy machine
     before = answers(lesson.model, lesson.prompts)

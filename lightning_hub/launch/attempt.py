@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_hub.config.writing import dump
+from lightning_hub.config.yaml_writer import dump
 from lightning_hub.errors import ExitCode, HubError, NoCheckpointError
 from lightning_hub.launch.orphans import end_orphans
 from lightning_hub.runs.files import write_atomic

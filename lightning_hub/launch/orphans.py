@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import psutil
 
-from lightning_hub.launch.place import ATTEMPT_VARIABLE, RUN_VARIABLE
+from lightning_hub.launch.environment import ATTEMPT_VARIABLE, RUN_VARIABLE
 from lightning_hub.runs.files import Json, read_json
 from lightning_hub.runs.folder import RunFolder
-from lightning_hub.runs.identity import Identity, boot_id
+from lightning_hub.runs.process_identity import Identity, boot_id
 from lightning_hub.runs.processes import end_process
 
 

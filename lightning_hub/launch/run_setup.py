@@ -12,7 +12,7 @@ from lightning_hub.config.check import check
 from lightning_hub.config.recipe import Recipe
 from lightning_hub.config.resolve import fill_defaults
 from lightning_hub.config.shipped import preset_of
-from lightning_hub.config.writing import dump
+from lightning_hub.config.yaml_writer import dump
 from lightning_hub.errors import ConfigError
 from lightning_hub.launch.options import Options
 from lightning_hub.launch.orphans import end_orphans

@@ -12,12 +12,12 @@ from types import FrameType
 from typing import TextIO
 
 from lightning_hub.errors import ExitCode
-from lightning_hub.launch.ranks import PASSED_ON, Ending, Group, Ranks, start_ranks
+from lightning_hub.launch.local import PASSED_ON, Ending, Group, Ranks, start_ranks
 from lightning_hub.launch.watch import SilenceWatch
 from lightning_hub.runs.files import Json, read_json, write_json
 from lightning_hub.runs.folder import RunFolder, now
-from lightning_hub.runs.identity import Identity
 from lightning_hub.runs.logs import LogTail
+from lightning_hub.runs.process_identity import Identity
 from lightning_hub.runs.records import ENDED, ErrorRecord, Heartbeat
 from lightning_hub.runs.stopping import AT_ONCE
 from lightning_hub.runs.writer import RunWriter

@@ -9,7 +9,8 @@ from typing import Any
 from lightning_hub.config.recipe import Recipe
 from lightning_hub.config.rules import check_processes
 from lightning_hub.errors import ConfigError
-from lightning_hub.launch.meshes import (
+from lightning_hub.launch.environment import Place
+from lightning_hub.launch.mesh import (
     MESH,
     STRATEGY,
     Mesh,
@@ -18,7 +19,6 @@ from lightning_hub.launch.meshes import (
     nearest,
     read_mesh,
 )
-from lightning_hub.launch.place import Place
 
 NODES, DEVICES = "trainer.num_nodes", "trainer.devices"
 

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 
 import psutil
 
-from lightning_hub.launch.ranks import Group
+from lightning_hub.launch.local import Group
 from lightning_hub.runs.files import open_append, read_json
-from lightning_hub.runs.logfile import log_parts
-from lightning_hub.runs.pulse import heartbeat_period
+from lightning_hub.runs.heartbeat import heartbeat_period
+from lightning_hub.runs.log_file import log_parts
 from lightning_hub.runs.records import Heartbeat
-from lightning_hub.runs.verdict import Limits
+from lightning_hub.runs.run_state import Limits
 from lightning_hub.runs.writer import RunWriter
 
 _PERIOD = 1.0

@@ -21,21 +21,21 @@ from transformers.initialization import no_init_weights
 
 from lightning_hub.checkpoints.export import write_export
 from lightning_hub.errors import ConfigError
-from lightning_hub.methods.health import Health
 from lightning_hub.methods.neftune import Neftune
+from lightning_hub.methods.nonfinite import Health
 from lightning_hub.methods.run_context import current_run
 from lightning_hub.methods.schedule import Schedule, Shape
 from lightning_hub.models.generation import Messages, complete
 from lightning_hub.models.pretrained import Pretrained
 from lightning_hub.ops.attention import PACKED
 from lightning_hub.ops.attention_proof import prove, settle
+from lightning_hub.ops.batch import IGNORED, Row, Step
 from lightning_hub.ops.loss import LossHead, Traits
-from lightning_hub.ops.rows import IGNORED, Row, Step
 from lightning_hub.parallel.clipping import clip_by_norm, clip_by_value, total_norm
 from lightning_hub.parallel.data_parallel import accumulation, data_parallel
+from lightning_hub.parallel.dtensor import by_mesh, full_state
 from lightning_hub.parallel.lightning_internals import trainer_of
-from lightning_hub.parallel.parts import by_mesh, full_state
-from lightning_hub.parallel.starting import start
+from lightning_hub.parallel.materialize import start
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lightning_hub.errors import ConfigError
-from lightning_hub.parallel.sharding import decoder_blocks
+from lightning_hub.parallel.fsdp import decoder_blocks
 
 Group = Literal["attention", "mlp", "experts", "router", "outside"]
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
-from lightning_hub.ops.rows import Row
+from lightning_hub.ops.batch import Row
 
 PACKED = "packed_documents"
 """The attention name under which transformers finds this implementation."""

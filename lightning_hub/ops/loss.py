@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from lightning_hub.ops.attention import PACKED, borders_of
-from lightning_hub.ops.rows import IGNORED, Row
+from lightning_hub.ops.batch import IGNORED, Row
 
 CHUNK = 2048
 """Trained tokens whose logits are held at a time."""

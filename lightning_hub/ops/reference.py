@@ -10,9 +10,9 @@ from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lightning_hub.errors import ConfigError
+from lightning_hub.ops.batch import Row
 from lightning_hub.ops.loss import LossHead, Traits, accepted_by, inputs_of
 from lightning_hub.ops.miniature import NoMiniatureError, build
-from lightning_hub.ops.rows import Row
 from lightning_hub.ops.small_sizes import VOCABULARY
 
 TOLERANCE = 1e-4

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from lightning_hub.parallel.parts import own_part
+from lightning_hub.parallel.dtensor import own_part
 
 Cut: TypeAlias = tuple[DeviceMesh, tuple[int, ...]] | None
 """A mesh and its axes along which tensors are cut; None if every rank holds all of them."""

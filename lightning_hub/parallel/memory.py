@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import Strategy
 from torch import nn
 from transformers import PreTrainedModel
 
-from lightning_hub.parallel.sharding import Sharding, decoder_blocks, mixed_precision
+from lightning_hub.parallel.fsdp import Sharding, decoder_blocks, mixed_precision
 from lightning_hub.parallel.strategies import MeshStrategy
 from lightning_hub.parallel.tensor_parallel import layer_styles
 

@@ -14,11 +14,11 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from lightning_hub.errors import ConfigError
-from lightning_hub.launch.meshes import STRATEGY, check_mesh, check_replicas, read_mesh
+from lightning_hub.launch.mesh import STRATEGY, check_mesh, check_replicas, read_mesh
 from lightning_hub.launch.topology import mesh_of
 from lightning_hub.parallel.data_parallel import DataParallel, Placing, SavesTogether
+from lightning_hub.parallel.fsdp import Sharding
 from lightning_hub.parallel.lightning_internals import set_up_mesh
-from lightning_hub.parallel.sharding import Sharding
 from lightning_hub.parallel.tensor_parallel import split
 
 

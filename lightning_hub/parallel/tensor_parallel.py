@@ -13,8 +13,8 @@ from torch.nn.utils.parametrize import is_parametrized
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lightning_hub.errors import ConfigError
-from lightning_hub.launch.meshes import STRATEGY, check_divisible
-from lightning_hub.parallel.changed import ChangedColumns, ChangedRows
+from lightning_hub.launch.mesh import STRATEGY, check_divisible
+from lightning_hub.parallel.parametrized_tp import ChangedColumns, ChangedRows
 
 
 class SumGradients(ParallelStyle):

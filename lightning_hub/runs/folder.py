@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lightning_hub.errors import ConfigError
 from lightning_hub.runs.files import FOLDER_MODE, make_private_folder, open_append, read_json, write_atomic
-from lightning_hub.runs.identity import Identity
+from lightning_hub.runs.process_identity import Identity
 from lightning_hub.runs.records import RunInfo
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")

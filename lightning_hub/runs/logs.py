@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from lightning_hub.runs.logfile import log_parts
+from lightning_hub.runs.log_file import log_parts
 
 SHOWN_CHARACTERS = 4096
 _CHUNK = 1 << 18

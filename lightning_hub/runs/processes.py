@@ -8,7 +8,7 @@ import time
 
 from lightning_hub.errors import ConfigError
 from lightning_hub.runs.folder import RunFolder
-from lightning_hub.runs.identity import Identity
+from lightning_hub.runs.process_identity import Identity
 
 _LIMIT = 10.0
 """Seconds in which a killed process is gone; only one that waits for a broken disk takes longer."""

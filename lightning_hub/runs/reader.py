@@ -11,10 +11,10 @@ from pathlib import Path
 
 from lightning_hub.runs.files import Json, read_json
 from lightning_hub.runs.folder import RunFolder
-from lightning_hub.runs.identity import Identity, boot_id
 from lightning_hub.runs.metrics import Line, Metric, last_values, parse_line, resumed_steps, valid_lines
+from lightning_hub.runs.process_identity import Identity, boot_id
 from lightning_hub.runs.records import ENDED, Attempt, ErrorRecord, Heartbeat, Lease, RunInfo, Status, newer_schema
-from lightning_hub.runs.verdict import LeaseLook, Limits, RankLook, RunLook, Verdict, rank_state, run_verdict
+from lightning_hub.runs.run_state import LeaseLook, Limits, RankLook, RunLook, Verdict, rank_state, run_verdict
 
 _TAIL = 1 << 14
 _STEPS_FOR_MEDIAN = 50

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from lightning_hub.errors import ConfigError, ExitCode
 from lightning_hub.runs.files import make_private_folder, read_json, touch
 from lightning_hub.runs.folder import RunFolder
-from lightning_hub.runs.identity import Identity, boot_id
+from lightning_hub.runs.process_identity import Identity, boot_id
 from lightning_hub.runs.processes import end_process
 from lightning_hub.runs.reader import RunView, read_run
 from lightning_hub.runs.records import ENDED, Lease, Status

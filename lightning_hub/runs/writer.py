@@ -14,9 +14,9 @@ from lightning_hub import __version__
 from lightning_hub.runs.environment import describe_environment, git_state
 from lightning_hub.runs.files import Json, LineFile, make_private_folder, read_json, write_atomic, write_json
 from lightning_hub.runs.folder import RunFolder, lock_run, now, unlock_run
-from lightning_hub.runs.gauges import Gauges
-from lightning_hub.runs.identity import Identity
-from lightning_hub.runs.pulse import Beat
+from lightning_hub.runs.hardware_metrics import Gauges
+from lightning_hub.runs.heartbeat import Beat
+from lightning_hub.runs.process_identity import Identity
 from lightning_hub.runs.records import Attempt, Lease, RunInfo, State, Status
 from lightning_hub.runs.terminal import tell_terminal
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.keepers import PEER, Chain, Learner, leak, learner, targets
 from benchmarks.room import Recipe
-from lightning_hub.methods.osft.split import trained_rank
+from lightning_hub.methods.osft.subspace import trained_rank
 
 RATIO = 0.25
 

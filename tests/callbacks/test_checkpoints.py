@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_hub.callbacks.checkpoints import SaveCheckpoints, StopRun, Wish
+from lightning_hub.callbacks.checkpoint_saver import SaveCheckpoints, StopRun, Wish
 from lightning_hub.checkpoints.settings import Best, CheckpointSettings
 from lightning_hub.runs.manifest import committed
 

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lightning_hub.callbacks.flops import FlopsCounter, peak_flops
 from lightning_hub.methods.lora.adapters import Settings, adapt
-from lightning_hub.ops.rows import IGNORED, Row, Step
+from lightning_hub.ops.batch import IGNORED, Row, Step
 
 TOKENS = 48
 

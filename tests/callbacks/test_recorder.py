@@ -14,7 +14,7 @@ from lightning_hub.callbacks.recorder import OutOfMemoryError, Recorder
 from lightning_hub.errors import HubError
 from lightning_hub.runs.folder import RunFolder
 from lightning_hub.runs.metrics import read_metrics
-from lightning_hub.runs.rank import RankWriter
+from lightning_hub.runs.rank_writer import RankWriter
 from lightning_hub.runs.writer import StatusWriter
 
 

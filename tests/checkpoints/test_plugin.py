@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
-from lightning_hub.checkpoints.plugin import STATE, FolderCheckpointIO
+from lightning_hub.checkpoints.checkpoint_io import STATE, FolderCheckpointIO
 from lightning_hub.checkpoints.rng import random_state, restore_random_state
 from lightning_hub.checkpoints.snapshot import NotFiniteError
 from lightning_hub.checkpoints.storage import commit, write_file

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from lightning_hub.config.check import RecipeError, check, find_faults
-from lightning_hub.config.literal_secrets import is_secret
 from lightning_hub.config.recipe import Recipe, recipe_from_text
 from lightning_hub.config.schema import Schema
+from lightning_hub.config.secrets import is_secret
 
 GOOD = """\
 seed_everything: 1

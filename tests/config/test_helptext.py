@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_hub.config.helptext import class_help, plain, recipe_help
+from lightning_hub.config.help import class_help, plain, recipe_help
 from lightning_hub.config.schema import ClassInfo, shipped_schema
 from lightning_hub.errors import ConfigError
 

@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_hub.config.reading import Plain, read_file, read_text
+from lightning_hub.config.yaml_reader import Plain, read_file, read_text
 from lightning_hub.errors import ConfigError
 
 REFUSED = {

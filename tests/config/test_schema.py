@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from lightning_hub.commands import schema
 from lightning_hub.config import registry
 from lightning_hub.config.check import check
-from lightning_hub.config.reading import Plain
 from lightning_hub.config.recipe import recipe_from_text
 from lightning_hub.config.resolve import diff, fill_defaults
 from lightning_hub.config.rules import out_of_range
 from lightning_hub.config.schema import shipped_schema
-from lightning_hub.config.typelang import parse_type
-from lightning_hub.config.writing import dump
+from lightning_hub.config.types import parse_type
+from lightning_hub.config.yaml_reader import Plain
+from lightning_hub.config.yaml_writer import dump
 from lightning_hub.errors import ConfigError
 from tests.config.test_check import GOOD
 

@@ -5,8 +5,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_hub.config.reading import Plain, read_text
-from lightning_hub.config.writing import dump, edit
+from lightning_hub.config.yaml_reader import Plain, read_text
+from lightning_hub.config.yaml_writer import dump, edit
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20) | st.sampled_from(
     [

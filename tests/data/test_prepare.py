@@ -25,7 +25,7 @@ from lightning_hub.data.report import BadExamplesError
 from lightning_hub.data.sample_store import SampleStore
 from lightning_hub.data.settings import DataSettings, InputError, OnLong, Source
 from lightning_hub.errors import ConfigError, DataError
-from lightning_hub.ops.rows import IGNORED
+from lightning_hub.ops.batch import IGNORED
 from tests.data.families import TEMPLATES, make_tokenizer
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from lightning_hub.data.sample_store import SampleStore
 from lightning_hub.data.step_plan import BatchSettings, StepLoader, StepPlan
 from lightning_hub.errors import ConfigError, DataError
-from lightning_hub.ops.rows import Step
+from lightning_hub.ops.batch import Step
 
 LENGTHS = [5, 9, 30, 2, 17, 8, 8, 12, 3, 25, 6]
 

@@ -13,7 +13,7 @@ from lightning_hub.data.prepare import prepare
 from lightning_hub.data.readers.token_rows import LOSS_MASKS, parse_tokens
 from lightning_hub.data.settings import DataSettings
 from lightning_hub.models.pretrained import Pretrained
-from lightning_hub.ops.rows import IGNORED
+from lightning_hub.ops.batch import IGNORED
 
 REMOVED = ("padding removed from token rows",)
 

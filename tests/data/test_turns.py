@@ -11,7 +11,7 @@ import pytest
 from lightning_hub.data.conversation import Conversation, Message, Refused, ToolCall
 from lightning_hub.data.encode import Encoder, Sample
 from lightning_hub.data.settings import DataSettings
-from lightning_hub.ops.rows import IGNORED
+from lightning_hub.ops.batch import IGNORED
 from tests.data.families import FAMILIES, Family, make_tokenizer
 
 PLAIN = (

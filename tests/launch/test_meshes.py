@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from transformers import GPT2Config, LlamaConfig
 
 from lightning_hub.errors import ConfigError
-from lightning_hub.launch.meshes import Mesh, check_divisible, check_mesh, check_replicas, nearest, read_mesh
+from lightning_hub.launch.mesh import Mesh, check_divisible, check_mesh, check_replicas, nearest, read_mesh
 from lightning_hub.parallel.strategies import DDP, FSDP, ModelParallel, strategy_for
 from lightning_hub.parallel.tensor_parallel import check_plan
 

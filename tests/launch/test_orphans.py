@@ -17,7 +17,7 @@ from lightning_hub.launch.orphans import end_orphans, find_orphans
 from lightning_hub.parent import SUPERVISOR_VARIABLE
 from lightning_hub.runs.files import write_json
 from lightning_hub.runs.folder import RunFolder
-from lightning_hub.runs.identity import Identity
+from lightning_hub.runs.process_identity import Identity
 from tests.conftest import PATIENCE
 
 HELD = """

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from lightning_hub.errors import ConfigError
 from lightning_hub.launch.devices import visible_gpus
-from lightning_hub.launch.place import RANK_VARIABLES, Place, find_place
+from lightning_hub.launch.environment import RANK_VARIABLES, Place, find_place
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
 VARIABLES = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}

@@ -6,7 +6,7 @@ import pytest
 
 from lightning_hub.config.recipe import recipe_from_text
 from lightning_hub.errors import ConfigError
-from lightning_hub.launch.place import Place
+from lightning_hub.launch.environment import Place
 from lightning_hub.launch.topology import Topology, settle
 
 

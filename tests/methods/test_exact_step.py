@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from lightning_hub.data.sample_store import SampleStore
 from lightning_hub.data.step_plan import BatchSettings, StepPlan
 from lightning_hub.methods.sft import SFT
-from lightning_hub.ops.rows import Step
+from lightning_hub.ops.batch import Step
 from tests.ops.models import VOCABULARY, make
 
 

@@ -20,12 +20,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lightning_hub.checkpoints.plugin import FolderCheckpointIO
+from lightning_hub.checkpoints.checkpoint_io import FolderCheckpointIO
 from lightning_hub.cli import run
 from lightning_hub.errors import ConfigError, HubError
 from lightning_hub.methods.lora import LoRA
+from lightning_hub.methods.lora.adapter_io import Adapter, finished, probe
 from lightning_hub.methods.lora.adapters import layers_of
-from lightning_hub.methods.lora.folder import Adapter, finished, probe
 from lightning_hub.models.pretrained import EMBEDDED_FOLDER, Pretrained
 from lightning_hub.ops.attention import PACKED
 from lightning_hub.ops.attention_proof import proven_head

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, GptOssConfig
 
 from lightning_hub.errors import HubError
 from lightning_hub.methods.lora import LoRA
-from lightning_hub.methods.lora.health import DeadAdapterError, Pulse
+from lightning_hub.methods.lora.liveness import DeadAdapterError, Pulse
 from lightning_hub.models.pretrained import Pretrained
-from lightning_hub.ops.rows import Step
+from lightning_hub.ops.batch import Step
 from tests.methods.test_lora import SMALL
 from tests.ops.models import SHAPE
 from tests.parallel.harness import Case, trained

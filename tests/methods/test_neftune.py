@@ -4,8 +4,8 @@ import torch
 
 from lightning_hub.methods.neftune import Neftune
 from lightning_hub.ops.attention import PACKED
+from lightning_hub.ops.batch import Row
 from lightning_hub.ops.loss import inputs_of
-from lightning_hub.ops.rows import Row
 from tests.ops.models import documents, make
 
 

@@ -10,8 +10,8 @@ import torch
 from lightning_hub.models.pretrained import Pretrained
 from lightning_hub.ops.attention import PACKED
 from lightning_hub.ops.attention_proof import prove, settle
+from lightning_hub.ops.batch import Row
 from lightning_hub.ops.loss import LossHead
-from lightning_hub.ops.rows import Row
 from tests.ops.models import documents, make
 
 CODE = """

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from lightning_hub.ops import attention
 from lightning_hub.ops.attention import PACKED, borders_of, packed_attention
+from lightning_hub.ops.batch import Row
 from lightning_hub.ops.loss import inputs_of
-from lightning_hub.ops.rows import Row
 from tests.ops.models import CONFIGS, documents, make
 
 LENGTHS = (7, 1, 12, 5)

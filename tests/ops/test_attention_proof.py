@@ -33,9 +33,9 @@ from lightning_hub.errors import ConfigError
 from lightning_hub.ops import attention_proof, reference
 from lightning_hub.ops.attention import PACKED
 from lightning_hub.ops.attention_proof import prove, proven_head, settle, traits_of
+from lightning_hub.ops.batch import Row
 from lightning_hub.ops.loss import LossHead, Traits, inputs_of
 from lightning_hub.ops.miniature import NoMiniatureError
-from lightning_hub.ops.rows import Row
 from lightning_hub.runs.folder import default_cache_dir
 from tests.ops.models import CONFIGS, LEAKING, SHAPE, documents, make
 

@@ -10,7 +10,7 @@ import pytest
 
 STEPS = """
 import resource
-from lightning_hub.ops.host_memory import keep_freed_memory
+from lightning_hub.ops.malloc import keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

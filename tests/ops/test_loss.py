@@ -7,8 +7,8 @@ from torch.nn import functional as F
 from lightning_hub.ops import loss
 from lightning_hub.ops.attention import PACKED
 from lightning_hub.ops.attention_proof import proven_head
+from lightning_hub.ops.batch import Row
 from lightning_hub.ops.loss import linear_cross_entropy
-from lightning_hub.ops.rows import Row
 from tests.ops.models import CONFIGS, LEAKING, documents, make
 
 

@@ -26,9 +26,9 @@ from lightning_hub.demo.tasks import REVERSE, SHOUT, SPELL, conversations
 from lightning_hub.methods.causal_lm import CausalLMModule
 from lightning_hub.methods.sft import SFT
 from lightning_hub.models.pretrained import Pretrained
-from lightning_hub.ops.rows import Step
+from lightning_hub.ops.batch import Step
 from lightning_hub.parallel.data_parallel import data_parallel
-from lightning_hub.parallel.parts import own_part
+from lightning_hub.parallel.dtensor import own_part
 from tests.warm import as_own_process, warm_context
 
 T = TypeVar("T")

@@ -11,14 +11,14 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
-from lightning_hub.callbacks.checkpoints import SaveCheckpoints
-from lightning_hub.checkpoints.plugin import FolderCheckpointIO
+from lightning_hub.callbacks.checkpoint_saver import SaveCheckpoints
+from lightning_hub.checkpoints.checkpoint_io import FolderCheckpointIO
 from lightning_hub.checkpoints.settings import CheckpointSettings
 from lightning_hub.data.datamodule import ChatData
 from lightning_hub.methods.causal_lm import CausalLMModule
 from lightning_hub.methods.run_context import RunContext, run_context
 from lightning_hub.methods.sft import SFT
-from lightning_hub.ops.rows import IGNORED, Step
+from lightning_hub.ops.batch import IGNORED, Step
 from lightning_hub.parallel.strategies import DDP, FSDP, ModelParallel
 from tests.parallel.harness import Topology, make_trainer
 

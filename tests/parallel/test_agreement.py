@@ -9,11 +9,11 @@ import torch.distributed
 
 from lightning_hub.config.check import RecipeError
 from lightning_hub.errors import ConfigError, HubError
-from lightning_hub.launch.place import Place
-from lightning_hub.methods.health import UnfitStepError
-from lightning_hub.methods.lora.health import DeadAdapterError
-from lightning_hub.parallel.crew import Crew, largest, worst
-from lightning_hub.parallel.joining import join, leave
+from lightning_hub.launch.environment import Place
+from lightning_hub.methods.lora.liveness import DeadAdapterError
+from lightning_hub.methods.nonfinite import UnfitStepError
+from lightning_hub.parallel.collectives import Crew, largest, worst
+from lightning_hub.parallel.process_group import join, leave
 from tests.parallel.harness import processes
 
 

@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 from lightning.pytorch import Callback, Trainer
 
-from lightning_hub.checkpoints import plugin
+from lightning_hub.checkpoints import checkpoint_io
 from lightning_hub.checkpoints.storage import Files
 from lightning_hub.checkpoints.tensors import write_tensors
 from lightning_hub.errors import HubError
@@ -49,7 +49,7 @@ def test_a_slow_disk_delays_no_step_and_nothing_is_known_before_it_is_whole(
     story = Story("single", write_rows(100), tmp_path / "now", trainer={"max_steps": 7}, settings=settings)
     tell(story)
     disk = SlowDisk(tmp_path / "later")
-    with mock.patch.object(plugin, "write_tensors", disk.write):
+    with mock.patch.object(checkpoint_io, "write_tensors", disk.write):
         tell(replace(story, folder=tmp_path / "later", settings={**settings, "asynchronous": True}), disk)
     assert [disk.seen[step] for step in (3, 4)] == [["step-2.tmp"]] * 2
     steps = [step for step, _ in committed(tmp_path / "now")]
@@ -62,7 +62,7 @@ def test_a_slow_disk_delays_no_step_and_nothing_is_known_before_it_is_whole(
 
 def told_fault(story: Story) -> tuple[str, str]:
     try:
-        with mock.patch.object(plugin, "write_tensors", full_disk_on_rank_1):
+        with mock.patch.object(checkpoint_io, "write_tensors", full_disk_on_rank_1):
             tell(story)
     except HubError as error:
         return error.kind, str(error)

@@ -14,19 +14,18 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from lightning_hub.callbacks import live
-from lightning_hub.checkpoints import plugin
-from lightning_hub.checkpoints.plugin import FolderCheckpointIO
+from lightning_hub.checkpoints import checkpoint_io, state_dict
+from lightning_hub.checkpoints.checkpoint_io import FolderCheckpointIO
 from lightning_hub.checkpoints.storage import Files
 from lightning_hub.config.recipe import recipe_from_text
 from lightning_hub.config.resolve import fill_defaults
 from lightning_hub.errors import HubError
 from lightning_hub.launch.topology import settle_alone
 from lightning_hub.models.pretrained import EMBEDDED_FOLDER
-from lightning_hub.parallel.parts import own_part
+from lightning_hub.parallel.dtensor import own_part
 from lightning_hub.runs.folder import RunFolder
 from lightning_hub.runs.manifest import verify
-from lightning_hub.training.session import export
+from lightning_hub.training.run import export
 from tests.conftest import WriteRows
 from tests.parallel.harness import processes
 from tests.parallel.stories import Story, Told, prepare, tell
@@ -59,7 +58,7 @@ def faults_and_others(story: Story) -> tuple[list[tuple[str, str]], list[Told]]:
             faults.append((error.kind, str(error)))
 
     target = story.folder / "step-99"
-    with mock.patch.object(plugin, "write_tensors", full_disk_on_rank_1):
+    with mock.patch.object(checkpoint_io, "write_tensors", full_disk_on_rank_1):
         refused(lambda: trainer.save_checkpoint(target))
     nan_on_rank_1(module)
     refused(lambda: trainer.save_checkpoint(target))
@@ -115,8 +114,8 @@ def weigh(story: Story) -> tuple[Samples, Samples]:
     optimizer = torch.optim.AdamW(module.parameters())
     with weighed(filling):
         restored = FolderCheckpointIO().load_checkpoint(story.folder / "step-2")["restored"]
-        live.fill_weights(module, restored.weights)
-        live.fill_optimizer(module, optimizer, restored.optimizer)
+        state_dict.fill_weights(module, restored.weights)
+        state_dict.fill_optimizer(module, optimizer, restored.optimizer)
     return saving, filling
 
 

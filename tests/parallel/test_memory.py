@@ -17,10 +17,10 @@ from benchmarks.strategy_memory import lines
 from lightning_hub.errors import ConfigError
 from lightning_hub.methods.sft import SFT
 from lightning_hub.models.pretrained import Pretrained
-from lightning_hub.ops.rows import Step
+from lightning_hub.ops.batch import Step
+from lightning_hub.parallel.dtensor import own_part
+from lightning_hub.parallel.fsdp import Sharding
 from lightning_hub.parallel.memory import strategy_memory
-from lightning_hub.parallel.parts import own_part
-from lightning_hub.parallel.sharding import Sharding
 from lightning_hub.parallel.strategies import DDP, FSDP, ModelParallel
 from tests.parallel.harness import Shares, Topology, make_trainer, processes
 from tests.parallel.test_topology import saved

@@ -10,9 +10,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from lightning_hub.callbacks import live
-from lightning_hub.checkpoints.plugin import FolderCheckpointIO
-from lightning_hub.parallel.parts import full_state, own_part, part_of
+from lightning_hub.checkpoints import state_dict
+from lightning_hub.checkpoints.checkpoint_io import FolderCheckpointIO
+from lightning_hub.parallel.dtensor import full_state, own_part, part_of
 from tests.parallel.harness import processes
 
 
@@ -33,14 +33,14 @@ def cut_and_gather(folder: Path) -> tuple[list[bool], bool, list[bool]]:
     gathered = full_state(model)
     rank_0 = torch.distributed.get_rank() == 0
     found = all(gathered[name].equal(whole[name]) for name in whole) if rank_0 else gathered == {}
-    FolderCheckpointIO().save_together({"global_step": 1, "state_dict": live.weights(model)}, folder / "step-1")
+    FolderCheckpointIO().save_together({"global_step": 1, "state_dict": state_dict.weights(model)}, folder / "step-1")
     stored = FolderCheckpointIO().load_checkpoint(folder / "step-1")["restored"].weights
     again = nn.Sequential(nn.Linear(10, 8), nn.Linear(8, 10))
-    live.fill_weights(again, stored)
+    state_dict.fill_weights(again, stored)
     with torch.no_grad():
         for weight in model.parameters():
             weight.zero_()
-    live.fill_weights(model, stored)
+    state_dict.fill_weights(model, stored)
     filled = [own_part(cut.detach()).equal(part_of(whole[name], cut)) for name, cut in model.named_parameters()]
     return parts, found, filled + [again.state_dict()[name].equal(tensor) for name, tensor in whole.items()]
 

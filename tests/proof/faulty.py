@@ -58,7 +58,7 @@ def world_forgotten() -> None:
 
 def rank_dies() -> None:
     """Rank 1 raises in its first step, while rank 0 waits for it."""
-    from lightning_hub.proof.training import Watched
+    from lightning_hub.doctor.recorded_run import Watched
 
     def die(self: Watched, *_: object) -> None:
         if self.trainer.global_rank == 1:
@@ -87,7 +87,7 @@ def altered_checkpoint() -> None:
 
 def random_state_lost() -> None:
     """Random states are not restored."""
-    from lightning_hub.checkpoints.plugin import Restored
+    from lightning_hub.checkpoints.checkpoint_io import Restored
 
     Restored.restore_random = lambda self, share: None  # type: ignore[method-assign]
 

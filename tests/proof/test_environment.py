@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from lightning_hub.cli import run
-from lightning_hub.proof import environment
-from lightning_hub.proof.environment import examine
-from lightning_hub.proof.findings import Finding
+from lightning_hub.doctor import environment
+from lightning_hub.doctor.environment import examine
+from lightning_hub.doctor.findings import Finding
 
 Usage = namedtuple("Usage", "total used free")
 Breaks = Callable[[pytest.MonkeyPatch], None]

@@ -13,9 +13,9 @@ import pytest
 
 from lightning_hub.cli import run
 from lightning_hub.commands import doctor
-from lightning_hub.proof import stages
-from lightning_hub.proof.children import Child, ChildrenFailedError, run_children
-from lightning_hub.proof.findings import equality
+from lightning_hub.doctor import proofs
+from lightning_hub.doctor.children import Child, ChildrenFailedError, run_children
+from lightning_hub.doctor.findings import equality
 from tests.proof.faulty import FAULTS
 from tests.warm import Warm, hub
 
@@ -54,7 +54,7 @@ def checks(said: str) -> dict[str, bool]:
 def test_all_five_equalities_hold(tmp_path: Path) -> None:
     code, found = proved(tmp_path, "none")
     assert code == 0
-    assert {check.partition(":")[0] for check in found} == set(stages.PROOFS.values())
+    assert {check.partition(":")[0] for check in found} == set(proofs.PROOFS.values())
     ranks = [check for check in found if check.startswith("2 ranks")]
     assert [check.partition(": ")[2] for check in ranks] == ["ddp", "fsdp", "model_parallel, tp 2"]
 

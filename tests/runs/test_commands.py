@@ -13,7 +13,7 @@ from lightning_hub.commands.runs import main
 from lightning_hub.errors import HubError
 from lightning_hub.runs.files import write_json
 from lightning_hub.runs.folder import RunFolder, create_run
-from lightning_hub.runs.rank import RankWriter
+from lightning_hub.runs.rank_writer import RankWriter
 from lightning_hub.runs.show import age, clean, table, topology
 from lightning_hub.runs.writer import RunWriter
 from tests.conftest import time_of_children

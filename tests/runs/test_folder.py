@@ -25,8 +25,8 @@ from lightning_hub.runs.folder import (
     runs_root,
     unlock_run,
 )
-from lightning_hub.runs.identity import Identity, boot_id
-from lightning_hub.runs.rank import RankWriter
+from lightning_hub.runs.process_identity import Identity, boot_id
+from lightning_hub.runs.rank_writer import RankWriter
 from lightning_hub.runs.records import Heartbeat, RunInfo, Status, newer_schema
 from lightning_hub.runs.writer import RunWriter
 
@@ -50,7 +50,7 @@ def test_a_run_is_private_whatever_the_umask(umask: int, root: Path) -> None:
     code = (
         "import sys\nfrom pathlib import Path\nfrom lightning_hub.runs.folder import create_run\n"
         "from tests.runs.conftest import NEW\nfrom lightning_hub.runs.writer import RunWriter\n"
-        "from lightning_hub.runs.rank import RankWriter\n"
+        "from lightning_hub.runs.rank_writer import RankWriter\n"
         f"run = RunWriter.create(create_run('sft', Path({str(root)!r})), NEW)\n"
         "rank = RankWriter(run.folder, run.start_attempt('test')); rank.start(); print('x')\n"
         "rank.log(1, {'loss': 1.0}); rank.record_error(ValueError()); rank.close(); run.close()\n"

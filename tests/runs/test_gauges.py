@@ -5,7 +5,7 @@ from pathlib import Path
 
 import psutil
 
-from lightning_hub.runs.gauges import Gauges
+from lightning_hub.runs.hardware_metrics import Gauges
 
 
 def test_readings_are_those_of_the_machine(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_hub.runs import logfile, logs
-from lightning_hub.runs.logfile import LogFile, Tee, log_parts
+from lightning_hub.runs import log_file, logs
+from lightning_hub.runs.log_file import LogFile, Tee, log_parts
 from lightning_hub.runs.logs import (
     LineIndex,
     LogTail,
@@ -101,15 +101,15 @@ def _fail(error: OSError) -> None:
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=80))
 def test_rotation_keeps_the_beginning_and_the_newest_part(lengths: list[int]) -> None:
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
-        patch.setattr(logfile, "FIRST_PART", 100)
-        patch.setattr(logfile, "LATER_PART", 200)
+        patch.setattr(log_file, "FIRST_PART", 100)
+        patch.setattr(log_file, "LATER_PART", 200)
         first = Path(folder) / "log"
         log = LogFile(first, _fail)
         lines = [f"{number:03d}" + "x" * length for number, length in enumerate(lengths)]
         for line in lines:
             log.write(line + "\n")
         log.close()
-        assert sum(part.stat().st_size for part in log_parts(first)) <= 100 + logfile.KEPT_PARTS * 200
+        assert sum(part.stat().st_size for part in log_parts(first)) <= 100 + log_file.KEPT_PARTS * 200
         kept = [line.decode() for part in log_parts(first) for line in whole_lines(part.read_bytes())]
         head = whole_lines(first.read_bytes())
         assert kept[: len(head)] == lines[: len(head)]
@@ -118,7 +118,7 @@ def test_rotation_keeps_the_beginning_and_the_newest_part(lengths: list[int]) ->
 
 
 def test_a_new_process_goes_on_in_the_newest_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logfile, "FIRST_PART", 10)
+    monkeypatch.setattr(log_file, "FIRST_PART", 10)
     for word in ("one", "two", "three"):
         log = LogFile(tmp_path / "log", _fail)
         log.write(f"{word}-{word}\n")

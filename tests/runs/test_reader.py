@@ -15,18 +15,18 @@ import pytest
 
 from lightning_hub.runs.files import read_json, write_json
 from lightning_hub.runs.folder import RunFolder
-from lightning_hub.runs.pulse import MAX_BYTES, HeartbeatFile, Pulse, heartbeat_period
-from lightning_hub.runs.rank import STACKS_SIGNAL, RankWriter, classify
+from lightning_hub.runs.heartbeat import MAX_BYTES, HeartbeatFile, Pulse, heartbeat_period
+from lightning_hub.runs.rank_writer import STACKS_SIGNAL, RankWriter, classify
 from lightning_hub.runs.reader import RunReader, first_error, read_run
 from lightning_hub.runs.records import Heartbeat, Lease
-from lightning_hub.runs.verdict import Limits
+from lightning_hub.runs.run_state import Limits
 from lightning_hub.runs.writer import NewRun, RunWriter, input_text
 
 TRAINER = """
 import sys, time
 from pathlib import Path
 from lightning_hub.runs.folder import RunFolder
-from lightning_hub.runs.rank import RankWriter
+from lightning_hub.runs.rank_writer import RankWriter
 from lightning_hub.runs.writer import RunWriter
 run = RunWriter(RunFolder(Path(sys.argv[1])))
 rank = RankWriter(run.folder, run.start_attempt("test"), trouble=run.trouble)
@@ -112,7 +112,7 @@ def test_clock_skew_changes_no_verdict(
     os.kill(trainer.pid, signal.SIGSTOP)
     files = (folder.rank(1, 0).heartbeat, folder.node(0).lease)
     monkeypatch.setattr("lightning_hub.runs.reader.boot_id", lambda: "the reader's machine")
-    monkeypatch.setattr("lightning_hub.runs.identity.boot_id", lambda: "the reader's machine")
+    monkeypatch.setattr("lightning_hub.runs.process_identity.boot_id", lambda: "the reader's machine")
     monkeypatch.setattr("socket.gethostname", lambda: "reader")
     real = time.time
     monkeypatch.setattr(time, "time", lambda: real() + skew)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from lightning_hub.runs.records import Heartbeat, Phase, Status
-from lightning_hub.runs.verdict import LeaseLook, Limits, RankLook, RunLook, rank_state, run_verdict
+from lightning_hub.runs.run_state import LeaseLook, Limits, RankLook, RunLook, rank_state, run_verdict
 
 RUNNING = Status(state="running")
 

@@ -16,7 +16,7 @@ from lightning_hub.data.datamodule import ChatData
 from lightning_hub.demo.tasks import SPELL, conversations
 from lightning_hub.methods.sft import SFT
 from lightning_hub.models.pretrained import Pretrained
-from lightning_hub.ops.rows import IGNORED
+from lightning_hub.ops.batch import IGNORED
 from lightning_hub.parallel.strategies import DDP, FSDP
 from lightning_hub.runs.folder import RunFolder
 from lightning_hub.runs.metrics import read_metrics

@@ -15,7 +15,7 @@ from lightning_hub.config.recipe import recipe_from_text
 from lightning_hub.config.resolve import fill_defaults
 from lightning_hub.config.schema import shipped_schema
 from lightning_hub.errors import HubError
-from lightning_hub.training.parser import RecipeCLI
+from lightning_hub.training.recipe_cli import RecipeCLI
 from tests.training.conftest import Fit
 
 OPENED: list[str] = []

@@ -17,8 +17,8 @@ import pytest
 
 from lightning_hub.cli import run
 from lightning_hub.runs.folder import RunFolder
-from lightning_hub.runs.identity import Identity
 from lightning_hub.runs.metrics import read_metrics
+from lightning_hub.runs.process_identity import Identity
 from lightning_hub.runs.reader import read_run
 from tests.conftest import PATIENCE, WriteRows
 from tests.warm import Warm, after_step_3, hub

@@ -20,7 +20,7 @@ from lightning_hub.data.conversation import Conversation
 from lightning_hub.data.masking.reference import MaskedConversation, ReferenceMasker, TokenSpan
 from lightning_hub.data.masking.sentinels import plain_turns
 from lightning_hub.data.sample_store import Ids, Indices
-from lightning_hub.ops.rows import IGNORED
+from lightning_hub.ops.batch import IGNORED
 
 AGREEING_EXAMPLES = 4
 """Examples of the same roles that the reference must mask with the same pattern before the pattern is used."""

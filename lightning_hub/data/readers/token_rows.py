@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lightning_hub.data.conversation import BadExampleError, Tokens
-from lightning_hub.ops.rows import IGNORED
+from lightning_hub.ops.batch import IGNORED
 
 LOSS_MASKS = ("loss_mask", "completion_mask", "assistant_masks", "assistant_mask")
 """Columns with 1 for a trained token, else 0; a token is trained if it has 1 in all of them."""

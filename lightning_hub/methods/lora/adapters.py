@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lightning_hub.errors import ConfigError
+from lightning_hub.methods.fingerprint import sampled
 from lightning_hub.methods.lora.layers import compute_in_layer_dtype
-from lightning_hub.methods.sampling import sampled
 from lightning_hub.methods.targets import Matrix, describe, matrices, refuse_shared, resolve
 
 Init = Literal["default", "gaussian", "orthogonal", "pissa", "pissa_niter_4", "pissa_niter_16", "olora", "eva"]

@@ -14,8 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_hub.errors import ConfigError
 from lightning_hub.methods.lora.adapters import ADAPTER, EVA, INIT, layers_of
+from lightning_hub.ops.batch import IGNORED, Row, Step
 from lightning_hub.ops.loss import Traits, inputs_of, parts_of
-from lightning_hub.ops.rows import IGNORED, Row, Step
 
 FORWARDS = 1000
 """Rows after which directions that still turn are given up."""

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from lightning_hub.checkpoints.export import write_export
 from lightning_hub.errors import HubError
+from lightning_hub.methods.cast_error import Survival
+from lightning_hub.methods.lora.adapter_io import check_answers, probe
 from lightning_hub.methods.lora.adapters import layers_of
-from lightning_hub.methods.lora.folder import check_answers, probe
-from lightning_hub.methods.rounding import Survival
 from lightning_hub.models.pretrained import Pretrained
 
 

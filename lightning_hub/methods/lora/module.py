@@ -17,6 +17,7 @@ from lightning_hub.checkpoints.rng import seed_anew
 from lightning_hub.config.rules import check_adapters
 from lightning_hub.errors import ConfigError
 from lightning_hub.methods.causal_lm import CausalLMModule
+from lightning_hub.methods.lora.adapter_io import fill_from, finished, read_config, write_adapter
 from lightning_hub.methods.lora.adapters import (
     EVA,
     INIT,
@@ -29,16 +30,15 @@ from lightning_hub.methods.lora.adapters import (
     wished,
 )
 from lightning_hub.methods.lora.eva import directions, fill_directions
-from lightning_hub.methods.lora.folder import fill_from, finished, read_config, write_adapter
-from lightning_hub.methods.lora.health import DeadAdapterError, Pulse, group_of
+from lightning_hub.methods.lora.liveness import DeadAdapterError, Pulse, group_of
 from lightning_hub.methods.lora.merge import write_merged
 from lightning_hub.methods.lora.quantization import Quantization, check_quantization, load_quantized
 from lightning_hub.ops.attention_proof import settle
+from lightning_hub.ops.batch import Step
 from lightning_hub.ops.loss import Traits
-from lightning_hub.ops.rows import Step
-from lightning_hub.parallel.crew import Crew
+from lightning_hub.parallel.collectives import Crew
 from lightning_hub.parallel.data_parallel import Placing, data_parallel
-from lightning_hub.parallel.parts import full_tensors
+from lightning_hub.parallel.dtensor import full_tensors
 from lightning_hub.parallel.strategies import MeshStrategy
 
 

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightning_hub.methods.osft.chain import Earlier, Spans, protect
-from lightning_hub.methods.osft.change import Change, Piece
-from lightning_hub.methods.osft.split import split
-from lightning_hub.methods.osft.surgery import Site
-from lightning_hub.parallel.crew import Crew, is_several
-from lightning_hub.parallel.parts import own_part, part_of
+from lightning_hub.methods.osft.inject import Site
+from lightning_hub.methods.osft.previous_tasks import Earlier, Spans, protect
+from lightning_hub.methods.osft.subspace import split
+from lightning_hub.methods.osft.weight_delta import Change, Piece
+from lightning_hub.parallel.collectives import Crew, is_several
+from lightning_hub.parallel.dtensor import own_part, part_of
 
 VERSION = 3
 """Of the algorithm: a change of what it computes raises it, and old entries are left alone."""

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 from lightning_hub.errors import ConfigError
 from lightning_hub.ops.attention_proof import proven_head
-from lightning_hub.ops.rows import Row
-from lightning_hub.parallel.sharding import decoder_blocks
+from lightning_hub.ops.batch import Row
+from lightning_hub.parallel.fsdp import decoder_blocks
 
 LEAST_PROTECTED = 0.1
 """``m``: the share of its directions that even a layer without any importance protects."""

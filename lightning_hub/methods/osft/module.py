@@ -12,17 +12,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_hub.checkpoints.checkpoint_io import read_state
 from lightning_hub.checkpoints.export import write_export
-from lightning_hub.checkpoints.plugin import read_state
 from lightning_hub.errors import ConfigError
 from lightning_hub.methods.causal_lm import CausalLMModule
 from lightning_hub.methods.osft.bases import BasesCache, fill_bases
-from lightning_hub.methods.osft.chain import Earlier
-from lightning_hub.methods.osft.delta import Complement
+from lightning_hub.methods.osft.delta_exact import Complement
+from lightning_hub.methods.osft.export import DELTA_FILE, Leaking, describe_sizes, merged, merged_state, write_changes
 from lightning_hub.methods.osft.importance import ratios, similarities
-from lightning_hub.methods.osft.product import DELTA_FILE, Leaking, describe_sizes, merged, merged_state, write_changes
-from lightning_hub.methods.osft.progress import Progressing
-from lightning_hub.methods.osft.surgery import (
+from lightning_hub.methods.osft.inject import (
     RATIO,
     Form,
     Parametrization,
@@ -32,13 +30,15 @@ from lightning_hub.methods.osft.surgery import (
     merged_name,
     sites,
 )
-from lightning_hub.methods.osft.telling import by_shape
+from lightning_hub.methods.osft.previous_tasks import Earlier
+from lightning_hub.methods.osft.progress import Progressing
+from lightning_hub.methods.osft.summary import by_shape
 from lightning_hub.methods.targets import ALL_LINEAR, Matrix, describe, matrices, resolve
 from lightning_hub.ops.loss import Traits
-from lightning_hub.parallel.crew import Crew
+from lightning_hub.parallel.collectives import Crew
+from lightning_hub.parallel.dtensor import full_state
+from lightning_hub.parallel.fsdp import decoder_blocks
 from lightning_hub.parallel.lightning_internals import trainer_of
-from lightning_hub.parallel.parts import full_state
-from lightning_hub.parallel.sharding import decoder_blocks
 from lightning_hub.parallel.strategies import MeshStrategy
 from lightning_hub.runs.folder import default_cache_dir
 

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from lightning_hub.errors import ConfigError
 from lightning_hub.methods.osft import OSFT
 from lightning_hub.methods.osft.bases import BasesCache, fill_bases
-from lightning_hub.methods.osft.chain import Earlier, protect
-from lightning_hub.methods.osft.product import DELTA_FILE
-from lightning_hub.methods.osft.split import split, trained_rank
-from lightning_hub.methods.osft.surgery import Form, add_changes, sites
+from lightning_hub.methods.osft.export import DELTA_FILE
+from lightning_hub.methods.osft.inject import Form, add_changes, sites
+from lightning_hub.methods.osft.previous_tasks import Earlier, protect
+from lightning_hub.methods.osft.subspace import split, trained_rank
 from lightning_hub.methods.targets import resolve
 from lightning_hub.models.pretrained import Pretrained
 from tests.methods.osft.test_module import leaks, random_model

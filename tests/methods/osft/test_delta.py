@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_hub.methods.osft.bases import KEPT, decompose
-from lightning_hub.methods.osft.delta import Complement, Delta
-from lightning_hub.methods.osft.split import DecompositionError, Split, split, trained_rank
+from lightning_hub.methods.osft.delta_exact import Complement, Delta
+from lightning_hub.methods.osft.subspace import DecompositionError, Split, split, trained_rank
 
 SHAPES = {"square": (24, 24), "tall": (40, 16), "wide": (16, 40)}
 

@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM, Phi3Config, PreTrainedModel
 
 from lightning_hub.errors import ConfigError
 from lightning_hub.methods.osft.bases import BasesCache, fill_bases
-from lightning_hub.methods.osft.chain import Earlier
-from lightning_hub.methods.osft.change import Change, Fused
-from lightning_hub.methods.osft.product import DELTA_FILE, merged, write_changes
-from lightning_hub.methods.osft.split import split
-from lightning_hub.methods.osft.surgery import Form, Site, add_changes, sites
-from lightning_hub.methods.osft.usv import Usv
+from lightning_hub.methods.osft.delta_usv import Usv
+from lightning_hub.methods.osft.export import DELTA_FILE, merged, write_changes
+from lightning_hub.methods.osft.inject import Form, Site, add_changes, sites
+from lightning_hub.methods.osft.previous_tasks import Earlier
+from lightning_hub.methods.osft.subspace import split
+from lightning_hub.methods.osft.weight_delta import Change, Fused
 from lightning_hub.methods.targets import resolve
 from tests.methods.test_targets import MIXTRAL
 from tests.ops.models import CONFIGS, SHAPE, VOCABULARY

@@ -15,16 +15,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lightning_hub.errors import HubError
-from lightning_hub.launch.place import Place
+from lightning_hub.launch.environment import Place
 from lightning_hub.methods.osft import OSFT
 from lightning_hub.methods.osft.bases import BasesCache, fill_bases
 from lightning_hub.methods.osft.importance import ratios, similarities
-from lightning_hub.methods.osft.split import DecompositionError
-from lightning_hub.methods.osft.surgery import Form, add_changes, sites
+from lightning_hub.methods.osft.inject import Form, add_changes, sites
+from lightning_hub.methods.osft.subspace import DecompositionError
 from lightning_hub.methods.run_context import RunContext, run_context
 from lightning_hub.methods.targets import resolve
-from lightning_hub.ops.rows import Row
-from lightning_hub.parallel.joining import join, leave
+from lightning_hub.ops.batch import Row
+from lightning_hub.parallel.process_group import join, leave
 from lightning_hub.runs.manifest import DamagedError
 from tests.conftest import WriteRows
 from tests.ops.models import VOCABULARY, make

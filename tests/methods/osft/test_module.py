@@ -19,14 +19,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lightning_hub.errors import ConfigError
 from lightning_hub.methods.osft import OSFT
 from lightning_hub.methods.osft.bases import BasesCache, cost, decompose, fill_bases, share_out
-from lightning_hub.methods.osft.delta import Delta
-from lightning_hub.methods.osft.product import DELTA_FILE
-from lightning_hub.methods.osft.split import split
-from lightning_hub.methods.osft.surgery import Form, Site, add_changes, sites
+from lightning_hub.methods.osft.delta_exact import Delta
+from lightning_hub.methods.osft.export import DELTA_FILE
+from lightning_hub.methods.osft.inject import Form, Site, add_changes, sites
+from lightning_hub.methods.osft.subspace import split
 from lightning_hub.methods.targets import Matrix, resolve
 from lightning_hub.models.generation import complete
 from lightning_hub.models.pretrained import Pretrained
-from lightning_hub.parallel.sharding import check_dtypes, decoder_blocks
+from lightning_hub.parallel.fsdp import check_dtypes, decoder_blocks
 from tests.methods.test_targets import MIXTRAL
 from tests.ops.models import CONFIGS, VOCABULARY
 

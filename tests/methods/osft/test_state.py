@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from benchmarks.osft_cost import FORMS, state_gb, with_changes
 from benchmarks.strategy_memory import MODELS
 from lightning_hub.methods.osft.bases import BasesCache, fill_bases
-from lightning_hub.methods.osft.surgery import add_changes, sites
+from lightning_hub.methods.osft.inject import add_changes, sites
 from lightning_hub.methods.targets import resolve
 from tests.ops.models import CONFIGS, VOCABULARY
 

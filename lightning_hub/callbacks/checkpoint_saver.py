@@ -1,0 +1,247 @@
+"""When a run's state is saved, and in which form: one that always means "n steps are finished"."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from torch.optim.lr_scheduler import LambdaLR
+
+from lightning_hub.checkpoints import state_dict
+from lightning_hub.checkpoints.async_saver import Background
+from lightning_hub.checkpoints.checkpoint_io import FolderCheckpointIO
+from lightning_hub.checkpoints.resume_check import compare
+from lightning_hub.checkpoints.rng import random_state
+from lightning_hub.checkpoints.settings import CheckpointSettings
+from lightning_hub.checkpoints.storage import point_latest, prune
+from lightning_hub.errors import ConfigError, ExitCode, HubError
+from lightning_hub.parallel.collectives import Crew
+from lightning_hub.parallel.data_parallel import data_parallel, strategy_word
+from lightning_hub.parallel.lightning_internals import is_validation_next, progress_of_finished_steps
+from lightning_hub.runs.manifest import committed
+
+Wish: TypeAlias = Literal["checkpoint", "stop"] | None
+
+
+class StopRun(HubError):  # no fault: somebody asked for it
+    """The run was asked to stop, and has saved its state."""
+
+    exit_code = ExitCode.STOPPED
+    kind = "signal"
+    label = "stopped"
+
+
+class SaveCheckpoints(Checkpoint):
+    """Saves at step boundaries only, and never between a step and the validation that belongs to it.
+
+    Lightning can stop and go on in the middle of a validation, with a different state for each place. Ours has one:
+    n steps are finished, and validated where that was due. A resumed run needs no other case, which is what makes
+    it exact.
+
+    Args:
+        settings: When to save and what to keep.
+        folder: The run's folder of checkpoints.
+        facts: What a resume compares with; those of the data are added when it is known.
+        wish: What somebody asks for now: a checkpoint, a stop after a checkpoint, or nothing.
+        saved: Told the step and path of every committed checkpoint (rank 0).
+        allow_changed_data: Whether a resume may find other data or batch settings.
+    """
+
+    def __init__(
+        self,
+        settings: CheckpointSettings,
+        folder: Path,
+        facts: dict[str, str],
+        wish: Callable[[], Wish],
+        saved: Callable[[int, Path], None],
+        *,
+        allow_changed_data: bool = False,
+    ) -> None:
+        self.settings = settings
+        self.folder = folder
+        self.facts = facts
+        self.wish = wish
+        self.saved = saved
+        self.allow_changed_data = allow_changed_data
+        self._stopping = False
+        self._due = False
+        self._saved_step = -1
+        self._saved_at = time.monotonic()
+        self._scores: dict[int, float] = {}
+        self._resumed: dict[str, Any] | None = None
+        self._background = Background() if settings.asynchronous else None
+        self._unmarked: tuple[int, Path] | None = None
+
+    # ---- when ------------------------------------------------------------------------------------------------------
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
+        """Save if it is time, unless a validation comes first."""
+        self._mark(wait=False)
+        settings, step = self.settings, trainer.global_step
+        minutes = (time.monotonic() - self._saved_at) / 60
+        self._due = (
+            self._due
+            or bool(settings.every_n_steps and step % settings.every_n_steps == 0)
+            or bool(settings.every_minutes and minutes >= settings.every_minutes)
+        )
+        wish = self.wish()
+        self._stopping = wish == "stop"
+        self._due = self._due or wish is not None
+        if self._due and not is_validation_next(trainer):
+            self.save(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save what waited for the validation, and what the validation found to be among the best."""
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        best = self.settings.best
+        score = trainer.callback_metrics.get(best.metric) if best else None
+        if best is not None and score is not None:
+            self._scores[trainer.global_step] = float(score)
+            self._due = self._due or trainer.global_step in self._best_steps()
+        if self._due:
+            self.save(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save at the end of the epoch, and at the end of the run."""
+        epochs = self.settings.every_n_epochs
+        done, steps = trainer.current_epoch + 1, trainer.max_steps
+        last = trainer.should_stop or done == trainer.max_epochs or 0 <= steps <= trainer.global_step
+        if last or (epochs and done % epochs == 0):
+            self.save(trainer)
+
+    # ---- what ------------------------------------------------------------------------------------------------------
+
+    def save(self, trainer: Trainer) -> None:
+        """Commit a checkpoint of this step, make it the latest, and remove what need not be kept.
+
+        Where saves are asynchronous, all but the copy happens later; a stop and the next save wait for it.
+        """
+        step = trainer.global_step
+        if step != self._saved_step:
+            self._mark(wait=True)
+            target = self.folder / f"step-{step}"
+            with self._in_background(trainer.strategy.checkpoint_io):
+                trainer.save_checkpoint(target)
+            self._saved_step, self._saved_at, self._due = step, time.monotonic(), False
+            self._unmarked = step, target
+            self._mark(wait=self._background is None or self._stopping)
+            if self._stopping:
+                remedy = f"go on with: lightning-hub runs resume {self.folder.parent}"
+                raise StopRun(f"on request, after step {step}; its checkpoint is {target}", remedy=remedy)
+
+    @contextmanager
+    def _in_background(self, checkpoint_io: CheckpointIO) -> Iterator[None]:
+        """Let a save be written in the background, if it is to be; those of others are not."""
+        if not isinstance(checkpoint_io, FolderCheckpointIO):
+            yield
+            return
+        checkpoint_io.background = self._background
+        try:
+            yield
+        finally:
+            checkpoint_io.background = None
+
+    def _mark(self, *, wait: bool) -> None:
+        """Once the last save is whole on every rank, make it known.
+
+        Raises:
+            Exception: What went wrong in it, the same on every rank.
+        """
+        if self._unmarked is None or not (self._background is None or self._background.ended(wait=wait)):
+            return
+        step, target = self._unmarked
+        self._unmarked = None
+        Crew().on_first(lambda: self._committed(step, target))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Wait for the last save."""
+        self._mark(wait=True)
+
+    def _committed(self, step: int, target: Path) -> None:
+        """Make a committed checkpoint the latest, say so, and remove what need not be kept."""
+        point_latest(target)
+        self.saved(step, target)
+        # Later steps are of an attempt that this one did not go on from: they are given up, not counted as newest.
+        newest = [path for saved, path in committed(self.folder) if saved <= step][: self.settings.keep]
+        prune(self.folder, {*newest, *(self.folder / f"step-{best}" for best in self._best_steps())})
+
+    def _best_steps(self) -> list[int]:
+        best = self.settings.best
+        if best is None:
+            return []
+        return sorted(self._scores, key=lambda step: self._scores[step], reverse=best.mode == "max")[: best.keep]
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Bring everything into the form that any topology can go on from.
+
+        Tensors go by name, in the parts that this rank holds; loops have their one form; of the schedule only the
+        step is kept.
+        """
+        checkpoint["loops"]["fit_loop"].update(progress_of_finished_steps(trainer, checkpoint["loops"]["fit_loop"]))
+        checkpoint["state_dict"] = state_dict.weights(pl_module)
+        checkpoint["optimizer_states"] = state_dict.optimizer_state(pl_module, trainer.optimizers)
+        checkpoint["lr_schedulers"] = []
+        checkpoint["schedule_steps"] = [config.scheduler.last_epoch for config in trainer.lr_scheduler_configs]
+        checkpoint["random_state"] = (data_parallel(trainer.strategy).rank, random_state())
+        checkpoint["world_size"], checkpoint["strategy"] = trainer.world_size, strategy_word(trainer.strategy)
+        checkpoint["facts"] = dict(self.facts)
+
+    # ---- going on --------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Tell Lightning that weights do not come to it: they are filled in place, each rank's part by itself."""
+        pl_module.strict_loading = False
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Fill the weights, and keep the rest until there is an optimizer, and training starts."""
+        if "facts" not in checkpoint:
+            raise ConfigError(
+                "this checkpoint holds weights only", where="--resume", remedy="resume from one that holds everything"
+            )
+        state_dict.fill_weights(pl_module, checkpoint["restored"].weights)
+        self._resumed = checkpoint
+        self._saved_step = checkpoint["global_step"]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note what a resume of this run must find unchanged, and fill the optimizer from the checkpoint."""
+        binding = trainer.datamodule.facts()  # type: ignore[attr-defined]  # Lightning types its trainer without one
+        self.facts.update(binding)
+        self.facts["processes"] = f"{trainer.world_size} ({strategy_word(trainer.strategy)})"
+        if self._resumed is None:
+            return
+        compare(
+            self._resumed["facts"],
+            self.facts,
+            binding,
+            allowed=self.allow_changed_data,
+            speak=trainer.is_global_zero,
+        )
+        for optimizer in trainer.optimizers:
+            state_dict.fill_optimizer(pl_module, optimizer, self._resumed["restored"].optimizer)
+        for config, step in zip(trainer.lr_scheduler_configs, self._resumed["schedule_steps"], strict=True):
+            assert isinstance(config.scheduler, LambdaLR), "learning rates are a function of the step"
+            state_dict.set_schedule(config.scheduler, step)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go on with the random numbers where the checkpoint left off: set-up draws random numbers of its own."""
+        if self._resumed is not None:
+            self._resumed["restored"].restore_random(data_parallel(trainer.strategy).rank)
+            self._resumed = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the scores of the best checkpoints."""
+        return {"scores": torch.tensor([list(pair) for pair in self._scores.items()], dtype=torch.float64)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the scores of the best checkpoints."""
+        self._scores = {int(step): score for step, score in state_dict["scores"].tolist()}

@@ -1,0 +1,70 @@
+"""A summary of a run before its first step: model, what trains, data, number of steps."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+if TYPE_CHECKING:
+    from lightning_hub.data.datamodule import ChatData
+    from lightning_hub.methods.causal_lm import CausalLMModule
+
+
+class Announcement(Callback):
+    """Prints model, data and steps when training starts, on rank 0."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the lines."""
+        if trainer.is_global_zero:
+            data = cast("ChatData", trainer.datamodule)  # type: ignore[attr-defined]  # typed without one
+            module = cast("CausalLMModule", pl_module)
+            lines = [_model(module), *module.summary_lines(), *_kernels(module), *_data(data), _steps(trainer, data)]
+            print("\n".join(lines), flush=True)
+
+
+def _model(module: CausalLMModule) -> str:
+    sizes = [(parameter.numel(), parameter.requires_grad, parameter.dtype) for parameter in module.parameters()]
+    total, trained = module.num_parameters, sum(size for size, trains, _ in sizes if trains)
+    dtypes = ", ".join(sorted({str(dtype).removeprefix("torch.") for _, _, dtype in sizes}))
+    share = "all trained" if trained == total else f"{trained:,} trained ({trained / total:.2%})"
+    return f"model  {module.source}: {total:,} parameters, {share}, {dtypes}"
+
+
+def _kernels(module: CausalLMModule) -> list[str]:
+    """Return what was found out about the model that makes it slower than others."""
+    assert module.loss_head is not None, "configure_model has run"
+    traits = module.loss_head.traits
+    notes = []
+    if not traits.is_packable:
+        notes.append(f"documents run one by one with {traits.attention}: {traits.reason}")
+    if traits.longest is not None:
+        notes.append(f"rows with a document of more than {traits.longest:,} tokens run one by one: {traits.reason}")
+    if not traits.is_linear:
+        notes.append("the model's head is more than one linear layer: the loss is computed from whole logits")
+    if traits.adds_to_loss:
+        notes.append("the model's own loss has other terms than the cross-entropy of the next token: they are left out")
+    return [f"note   {note}" for note in notes]
+
+
+def _data(data: ChatData) -> list[str]:
+    report = data.prepared.report
+    layouts = ", ".join(f"{source}: {layout}" for source, layout in report.formats.items())
+    fill = data.packing_report()["fill"]
+    lines = [
+        f"data   {layouts}",
+        f"       {report.samples:,} samples, {report.tokens:,} tokens, {report.trained_share:.1%} of them trained; "
+        f"rows of {data.batching.max_tokens:,} are {fill:.1%} full",
+    ]
+    dropped = [f"{count:,} rows dropped: {reason}" for reason, count in report.dropped.items() if count]
+    dropped += [f"{report.truncated:,} rows cut, {report.tokens_lost:,} tokens lost"] if report.truncated else []
+    return lines + [f"note   {line}" for line in [*dropped, *(f"{note}: {n}" for note, n in report.notes.items())]]
+
+
+def _steps(trainer: Trainer, data: ChatData) -> str:
+    batching = data.batching
+    size = f"{batching.effective_batch_size:,} samples" if batching.effective_batch_size else None
+    size = size or f"{batching.tokens_per_step:,} token slots"
+    total = trainer.estimated_stepping_batches
+    known = f"{int(total):,} in all, " if total != float("inf") else ""
+    return f"steps  {known}{len(data.plan):,} an epoch, {size} each"

@@ -1,0 +1,67 @@
+"""Find secrets written literally in a recipe; they belong in the environment, where ``${env:NAME}`` reads them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from lightning_hub.config.recipe import Recipe, keyed_fault
+from lightning_hub.config.yaml_reader import KeyPath, Plain
+from lightning_hub.errors import ConfigError
+
+_REMEDY = "put it into an environment variable and write ${env:NAME}"
+_REFERENCE = re.compile(r"\$\{env:[A-Za-z_]\w*\}")
+
+_SECRET_KEY = re.compile(
+    r"(^|.*[_.-])(pass(word|wd|phrase)|secrets?|credentials?|api_?keys?|(access|private|secret|auth|account)_?keys?)$"
+    r"|^((auth|access|hf|hub|huggingface|api|bearer|refresh|github|git|wandb|login|user|session|write|read)_?)*tokens?$",
+)
+"""Keys whose text is a secret. Tokens of a model (``cls_token``, ``pad_token``) are none."""
+
+_SECRET_VALUE = re.compile(
+    r"\bhf_[A-Za-z0-9]{16,}|\bsk-[A-Za-z0-9_-]{16,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}"
+    r"|\b(AKIA|ASIA)[0-9A-Z]{16}\b|\bxox[abprs]-[A-Za-z0-9-]{10,}|\beyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]{5,}"
+    r"|\bglpat-[\w-]{16,}|-----BEGIN [A-Z ]*PRIVATE KEY-----"
+    r"|\b[a-zA-Z][\w+.-]*://[^/\s:@]*:(?!\$\{env:)[^/\s@]+@",
+)
+"""Texts that are secrets wherever they stand: keys of known services, and URLs with a password."""
+
+
+def mask(text: str) -> str:
+    """Return the text with every recognisable secret hidden."""
+    return _SECRET_VALUE.sub("***", text)
+
+
+def is_secret(key: str, value: Plain) -> bool:
+    """Say whether this option holds a literal secret."""
+    if not isinstance(value, str) or not value or _REFERENCE.fullmatch(value):
+        return False
+    return _SECRET_VALUE.search(value) is not None or _SECRET_KEY.fullmatch(key.lower()) is not None
+
+
+def check_secrets(recipe: Recipe) -> Iterator[ConfigError]:
+    """Yield one fault for each literal secret, comments included; none repeats the secret."""
+    told: set[str | None] = set()
+    for path, value in _scalars(recipe.tree, ()):
+        names = [str(key) for key in path if isinstance(key, str)]
+        if is_secret(names[-1] if names else "", value):
+            told.add(recipe.where(path))
+            yield keyed_fault(recipe, path, "a secret is written literally (not shown)", _REMEDY)
+    for source in recipe.sources:
+        if source.name.startswith("--"):
+            continue  # a flag's value is part of the tree
+        for number, line in enumerate(source.text.splitlines(), 1):
+            where = f"{source.name}:{number}"
+            if _SECRET_VALUE.search(line) and where not in told:
+                yield ConfigError("a secret is written in this line (not shown)", where=where, remedy=_REMEDY)
+
+
+def _scalars(value: Plain, path: KeyPath) -> Iterator[tuple[KeyPath, Plain]]:
+    if isinstance(value, dict):
+        for key, child in value.items():
+            yield from _scalars(child, (*path, key))
+    elif isinstance(value, list):
+        for index, child in enumerate(value):
+            yield from _scalars(child, (*path, index))
+    else:
+        yield path, value

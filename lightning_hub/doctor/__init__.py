@@ -1,0 +1,1 @@
+"""Checks of a machine, and proofs that its numbers are right."""

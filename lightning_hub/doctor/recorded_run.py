@@ -1,0 +1,158 @@
+"""The small training that proofs compare: the product's own step, data and strategies, on a calm model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import Strategy
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_hub.data.datamodule import ChatData
+from lightning_hub.doctor.sample_data import ROWS
+from lightning_hub.methods.sft import SFT
+from lightning_hub.models.pretrained import Pretrained
+from lightning_hub.ops.batch import Step
+from lightning_hub.parallel.data_parallel import data_parallel
+from lightning_hub.parallel.process_group import GivenPlace
+
+
+@dataclass(frozen=True)
+class Material:
+    """What the processes of a proof share, in a folder of theirs."""
+
+    folder: Path
+
+    @property
+    def rows(self) -> Path:
+        """The chats, which are there."""
+        return self.folder / ROWS
+
+    @property
+    def model(self) -> Path:
+        """The model to train."""
+        return self.folder / "model"
+
+    @property
+    def reference(self) -> Path:
+        """What one process has seen."""
+        return self.folder / "reference.pt"
+
+    def make_model(self) -> None:
+        """Write the embedded model at half of its weights.
+
+        As it was trained it is so sure of its answers that float32 rounding alone moves a gradient by more than
+        1e-5, also between two ways of packing in one process.
+        """
+        pretrained = Pretrained("demo")
+        model = pretrained.load(dtype=torch.float32, attn_implementation="sdpa")
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(0.5)
+        model.save_pretrained(self.model)
+        pretrained.tokenizer.save_pretrained(self.model)
+
+    def data(self) -> ChatData:
+        """Return the chats in rows of 96 tokens, eight samples a step."""
+        return ChatData(str(self.rows), max_seq_len=96, effective_batch_size=8, shuffle=False)
+
+
+@dataclass
+class Seen:
+    """What a training has seen: per step the loss, the gradient norm and, if wanted, the gradients; final weights."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    gradients: list[dict[str, Tensor]] = field(default_factory=list)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Watched(SFT):
+    """SFT that notes what it does.
+
+    Args:
+        model: The model's folder.
+        learning_rate: 0 keeps the weights, and all gradients.
+    """
+
+    def __init__(self, model: str, learning_rate: float) -> None:
+        super().__init__(model, learning_rate=learning_rate, lr_scheduler="linear")
+        self.seen = Seen()
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Note the gradients before they are clipped."""
+        if self.learning_rate == 0:
+            found = {name: parameter.grad for name, parameter in self.named_parameters()}
+            self.seen.gradients.append({name: grad.clone() for name, grad in found.items() if grad is not None})
+
+    def on_train_batch_end(self, outputs: object, batch: Step, batch_idx: int) -> None:
+        """Note the loss of the whole step and the norm of its gradient."""
+        assert self.grad_norm is not None, "every step is logged"
+        self.seen.losses.append(float(data_parallel(self.trainer.strategy).mean(self.step_loss)))
+        self.seen.norms.append(float(self.grad_norm))
+
+
+def train(
+    material: Material,
+    accelerator: str,
+    strategy: str | Strategy = "auto",
+    environment: GivenPlace | None = None,
+    learning_rate: float = 3e-4,
+) -> tuple[Watched, ChatData]:
+    """Train one epoch in float32 and return the module, which has seen it, and its data.
+
+    Every rank must call this; only rank 0 sees the final weights.
+
+    Args:
+        material: What to train on.
+        accelerator: ``cpu`` or ``cuda``.
+        strategy: How the processes work together.
+        environment: This process among the others; None if it is alone.
+        learning_rate: 0 keeps the weights.
+    """
+    torch.set_float32_matmul_precision("highest")
+    torch.manual_seed(0)
+    module, data = Watched(str(material.model), learning_rate), material.data()
+    trainer = Trainer(
+        accelerator=accelerator,
+        devices=environment.world_size() if environment else 1,
+        strategy=strategy,
+        plugins=environment,
+        max_epochs=1,
+        gradient_clip_val=1.0,
+        use_distributed_sampler=False,
+        log_every_n_steps=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    trainer.fit(module, data)
+    module.seen.weights = {name: tensor.detach().clone().cpu() for name, tensor in module.export_state()[1].items()}
+    return module, data
+
+
+def accelerator() -> str:
+    """Return what the ranks of a proof run on: two GPUs where there are as many, else the CPU."""
+    return "cuda" if torch.cuda.device_count() >= 2 else "cpu"
+
+
+def distance(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Return how far two sets of tensors are apart as one vector, relative to the second."""
+    difference = [one.float() - other.float() for one, other in zip(found, expected, strict=True)]
+    return float(torch.nn.utils.get_total_norm(difference) / torch.nn.utils.get_total_norm(expected))
+
+
+def worst(found: Sequence[float], expected: Sequence[float]) -> float:
+    """Return the largest relative difference of numbers in order."""
+    return largest([abs(one - other) / abs(other) for one, other in zip(found, expected, strict=True)])
+
+
+def largest(errors: Sequence[float]) -> float:
+    """Return the largest error; one that is no number is the largest, which ``max`` may pass over."""
+    return float(torch.tensor(errors, dtype=torch.float64).max())

@@ -1,0 +1,133 @@
+"""The proofs that one process can give, and what one process sees for the ranks to be compared with.
+
+usage: python -m lightning_hub.doctor.single_rank FOLDER CHECK...
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from lightning_hub.checkpoints.export import write_export
+from lightning_hub.doctor.findings import DISTRUST, Finding, equality, write_findings
+from lightning_hub.doctor.recorded_run import Material, accelerator, distance, largest, train, worst
+from lightning_hub.models.pretrained import Pretrained
+from lightning_hub.ops.attention import PACKED
+from lightning_hub.ops.attention_proof import proven_head
+from lightning_hub.ops.batch import IGNORED, Row
+from lightning_hub.ops.loss import inputs_of
+from lightning_hub.parent import die_with_parent
+
+LOGITS, GRADIENTS = 1e-5, 1e-6
+"""Bounds of relative errors in float32."""
+
+
+def main(folder: Path, wanted: list[str]) -> None:
+    """Make the model and give the proofs that are wanted."""
+    die_with_parent()
+    material = Material(folder)
+    material.make_model()
+    proofs = {"packed": packed, "accumulated": accumulated, "exported": exported}
+    findings = [finding for name, proof in proofs.items() if name in wanted for finding in proof(material)]
+    if "ranks" in wanted:
+        torch.save(vars(train(material, accelerator())[0].seen), material.reference)
+    write_findings(findings, folder / "one_process.json")
+
+
+def packed(material: Material) -> list[Finding]:
+    """Compare a packed row with its documents alone in the model as transformers makes it."""
+    data = material.data()
+    data.open(Pretrained(str(material.model)))
+    row = max(data.plan.step(0, 0).rows, key=lambda row: len(row.lengths))
+    assert len(row.lengths) > 1, "the row is packed"
+    model = Pretrained(str(material.model)).load(dtype=torch.float32, attn_implementation=PACKED).eval()
+    head = proven_head(model)
+    head(row).backward()
+    with torch.no_grad():
+        together = model(**inputs_of(model, row)).logits[0]
+    plain = _plain(material.model)
+    alone = [plain(document.input_ids, use_cache=False).logits[0] for document in row.documents()]
+    losses = [_loss(logits, document) for logits, document in zip(alone, row.documents(), strict=True)]
+    torch.stack(losses).sum().backward()
+    of = f"{len(alone)} documents in a row, alone in transformers"
+    how = head.traits.reason or f"{head.traits.attention}, {len(alone)} documents in a forward"
+    packs = head.traits.is_packable
+    return [
+        Finding("packed = unpacked: one forward", packs, how, None if packs else DISTRUST),
+        equality("packed = unpacked: logits", distance([together], [torch.cat(alone)]), LOGITS, of),
+        equality("packed = unpacked: gradients", distance(_gradients(model), _gradients(plain)), GRADIENTS, of),
+    ]
+
+
+def accumulated(material: Material) -> list[Finding]:
+    """Compare the training step over several rows with one padded batch in the model as transformers makes it."""
+    module, data = train(material, "cpu", learning_rate=0.0)
+    rows = [len(data.plan.rows(0, index)) for index in range(len(data.plan))]
+    assert max(rows) > 1, "steps have several rows"
+    losses, errors = [], []
+    for index, found in enumerate(module.seen.gradients):
+        plain = _plain(material.model)
+        losses.append(_padded_loss(plain, data.plan.step(0, index).rows))
+        expected = {name: parameter.grad for name, parameter in plain.named_parameters()}
+        both = [(grad, expected[name.removeprefix("model.")]) for name, grad in found.items()]
+        errors.append(distance([ours for ours, _ in both], [theirs for _, theirs in both if theirs is not None]))
+    of = f"{len(rows)} steps of up to {max(rows)} rows, as padded batches in transformers"
+    return [
+        equality("accumulated = one batch: loss", worst(module.seen.losses, losses), GRADIENTS, of),
+        equality("accumulated = one batch: gradients", largest(errors), GRADIENTS, of),
+    ]
+
+
+def exported(material: Material) -> list[Finding]:
+    """Compare the trained module with the folder that it was exported to."""
+    module, data = train(material, "cpu")
+    model, weights = module.export_state()
+    folder = material.folder / "export"
+    write_export(folder, model, weights, data.tokenizer)
+    model.eval()
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    document = next(data.plan.step(0, 0).rows[0].documents())
+    with torch.no_grad():
+        ours = model(**inputs_of(model, document)).logits
+        theirs = plain(document.input_ids, use_cache=False).logits
+    of = "logits of the folder in transformers, after a training"
+    return [equality("exported = trained", distance([theirs], [ours]), LOGITS, of)]
+
+
+def _plain(folder: Path) -> PreTrainedModel:
+    """Return the model with nothing of ours in it."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="sdpa"
+    )
+    return model
+
+
+def _loss(logits: Tensor, document: Row) -> Tensor:
+    """Return the summed cross-entropy of a lone document; ``logits`` has shape ``(tokens, vocabulary)``."""
+    return F.cross_entropy(logits[:-1], document.labels[0, 1:], ignore_index=IGNORED, reduction="sum")
+
+
+def _padded_loss(plain: PreTrainedModel, rows: tuple[Row, ...]) -> float:
+    """Run all documents as one padded batch and return the mean loss of its trained tokens, gradients made."""
+    documents = [document for row in rows for document in row.documents()]
+    pad = torch.nn.utils.rnn.pad_sequence
+    ids = pad([document.input_ids[0] for document in documents], batch_first=True)
+    labels = pad([document.labels[0] for document in documents], batch_first=True, padding_value=IGNORED)
+    mask = pad([torch.ones_like(document.input_ids[0]) for document in documents], batch_first=True)
+    logits = plain(ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+    loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
+    loss.backward()
+    return float(loss.detach())
+
+
+def _gradients(model: PreTrainedModel) -> list[Tensor]:
+    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

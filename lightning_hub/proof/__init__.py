@@ -1,1 +1,0 @@
-"""``lightning-hub doctor``: is this machine fit for training, and are its numbers right?"""

@@ -1,0 +1,135 @@
+"""A process that is one of several: it joins the others, does its part, and takes leave of them."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lightning_hub.config.recipe import Recipe
+from lightning_hub.errors import ExitCode, HubError, first_line, is_disk_trouble
+from lightning_hub.launch.attempt import Begun, begin
+from lightning_hub.launch.devices import visible_gpus
+from lightning_hub.launch.environment import Place
+from lightning_hub.launch.options import Options
+from lightning_hub.launch.run_setup import run_folder, write_run
+from lightning_hub.launch.topology import mesh_of, uses_gpus
+from lightning_hub.models.pretrained import Pretrained
+from lightning_hub.parallel.collectives import Crew
+from lightning_hub.parallel.process_group import GivenPlace, join, leave
+from lightning_hub.parallel.tensor_parallel import check_model
+from lightning_hub.parent import die_with_parent
+from lightning_hub.runs.folder import RunFolder
+from lightning_hub.runs.rank_writer import RankWriter, classify
+from lightning_hub.runs.writer import RunWriter, StatusWriter
+from lightning_hub.training.run import Session
+
+
+def as_rank(place: Place, recipe: Recipe, tree: dict[str, Any], options: Options) -> int:
+    """Be one rank of a training.
+
+    Where this package has started the ranks, their supervisor keeps the run folder; else rank 0 does.
+    """
+    if place.launcher in ("fit", "torchrun"):  # whose agent or supervisor would end them, were it still there
+        die_with_parent()
+    try:
+        with together(place, tree) as environment:
+            if place.run_dir is not None:
+                begun, status = _told_by_supervisor(place, options)
+                code = _train(tree, begun, status, environment, options)
+            else:
+                code = _train_and_keep(place, recipe, tree, options, environment)
+        atexit._run_exitfuncs()
+    except HubError as error:
+        _leave_word(place, error)
+        print(f"{error.label}: {error}", file=sys.stderr)
+        code = int(error.exit_code)
+    except Exception as error:
+        _leave_word(place, error)
+        if classify(error) == "comm":
+            print(f"error: lost another rank: {first_line(error)}", file=sys.stderr)
+        elif is_disk_trouble(error):
+            print(f"error: the disk does not take what is written: {error}; free some space", file=sys.stderr)
+        else:
+            traceback.print_exc()
+        code = int(ExitCode.FAILED)
+    return _abandon(code)
+
+
+@contextmanager
+def together(place: Place, tree: dict[str, Any]) -> Iterator[GivenPlace | None]:
+    """Join the others and take leave of them; a process that is alone gets None.
+
+    Raises:
+        ConfigError: The model cannot be cut as the strategy says; found before anybody waits for anybody.
+    """
+    if place.is_alone:
+        yield None
+        return
+    trainer, model = tree["trainer"], str(tree["model"]["init_args"]["model"])
+    mesh = mesh_of(trainer["strategy"], place.world_size)
+    if mesh is not None and mesh.tp > 1:
+        check_model(Pretrained(model).config, mesh.tp)
+    yield join(place, on_gpu=uses_gpus(trainer, visible_gpus(os.environ)))
+    leave()
+
+
+def _told_by_supervisor(place: Place, options: Options) -> tuple[Begun, StatusWriter | None]:
+    assert place.run_dir is not None, "a supervisor of ours has started this rank"
+    folder = RunFolder(place.run_dir)
+    checkpoint = None if options.resume == "never" else Path(options.resume)
+    return Begun(folder, place.attempt, checkpoint), StatusWriter(folder) if place.rank == 0 else None
+
+
+def _train_and_keep(
+    place: Place, recipe: Recipe, tree: dict[str, Any], options: Options, environment: GivenPlace | None
+) -> int:
+    """Train where another launcher has started the ranks: rank 0 makes the run folder and tells the others."""
+    kept: list[RunWriter] = []
+
+    def make() -> Begun:
+        kept.append(write_run(run_folder(tree, options), recipe, tree, options, place.launcher))
+        return begin(kept[0], options.resume, tree=tree, trusted=options.trust_checkpoint, world_size=place.world_size)
+
+    begun = Crew().on_first(make)
+    code: int = ExitCode.FAILED
+    try:
+        code = _train(tree, begun, kept[0] if kept else None, environment, options)
+    except HubError as error:
+        code = error.exit_code
+        raise
+    finally:
+        for run in kept:
+            run.close(code)
+    return code
+
+
+def _train(
+    tree: dict[str, Any],
+    begun: Begun,
+    status: StatusWriter | None,
+    environment: GivenPlace | None,
+    options: Options,
+) -> int:
+    return Session(tree, begun, status, environment=environment, options=options).fit()
+
+
+def _leave_word(place: Place, error: Exception) -> None:
+    """Write what ended this rank before it had a session that would have written it."""
+    if place.run_dir is None or getattr(error, "exit_code", None) == ExitCode.STOPPED:
+        return
+    writer = RankWriter(RunFolder(place.run_dir), place.attempt, rank=place.rank, world_size=place.world_size)
+    if not writer.files.error.exists():
+        writer.record_error(error)
+
+
+def _abandon(code: int) -> NoReturn:
+    """End at once: threads of the process group may wait for ranks that are gone, or abort a normal exit."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
