@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-TESTS = ("tests/training/test_chat.py", "tests/runs/test_commands.py", "tests/launch/test_place.py")
+TESTS = ("tests/training/test_chat.py", "tests/commands/test_runs.py", "tests/launch/test_environment.py")
 """Quick tests of verbs that look for runs, and of what is read from the environment."""
 
 

@@ -28,8 +28,8 @@ from tests.conftest import PATIENCE
 
 IMPORTED = [
     "tests.warm",
-    "tests.parallel.harness",
-    "tests.parallel.stories",
+    "tests.parallel.multiprocess",
+    "tests.parallel.resume_cases",
     "lightning_hub.methods.lora",
     "lightning_hub.methods.osft",
     "lightning_hub.training.worker",

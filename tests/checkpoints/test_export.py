@@ -13,7 +13,7 @@ import pytest
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from lightning_hub.checkpoints.export import write_export
-from tests.data.families import make_tokenizer
+from tests.data.template_families import make_tokenizer
 
 TEMPLATES = {"default": "{{ messages }}", "rag": "{{ messages }} with documents"}
 

@@ -13,7 +13,7 @@ import pytest
 from lightning_hub.data.readers.sources import open_source
 from lightning_hub.data.settings import Source
 from lightning_hub.errors import ConfigError
-from tests.data.families import TEMPLATES, make_tokenizer
+from tests.data.template_families import TEMPLATES, make_tokenizer
 from tests.data.test_prepare import Prepare, pairs, run, tokenizer, write
 
 __all__ = ["run", "tokenizer"]

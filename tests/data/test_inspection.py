@@ -11,7 +11,7 @@ from lightning_hub.data.inspection import Inspector, describe, report_lines
 from lightning_hub.data.prepare import prepare
 from lightning_hub.data.settings import DataSettings
 from lightning_hub.errors import DataError
-from tests.data.families import TEMPLATES, make_tokenizer
+from tests.data.template_families import TEMPLATES, make_tokenizer
 from tests.data.test_prepare import chat, write
 
 KEYS = [

@@ -20,7 +20,7 @@ from lightning_hub.data.readers.files import read_examples
 from lightning_hub.data.readers.limits import ExampleLimits
 from lightning_hub.data.settings import DataSettings
 from lightning_hub.errors import DataError
-from tests.data.families import TEMPLATES, make_tokenizer
+from tests.data.template_families import TEMPLATES, make_tokenizer
 
 SMALL = ExampleLimits(max_bytes=4_000_000, max_depth=1_000)
 GOOD = {"text": "the fox"}

@@ -26,7 +26,7 @@ from lightning_hub.data.sample_store import SampleStore
 from lightning_hub.data.settings import DataSettings, InputError, OnLong, Source
 from lightning_hub.errors import ConfigError, DataError
 from lightning_hub.ops.batch import IGNORED
-from tests.data.families import TEMPLATES, make_tokenizer
+from tests.data.template_families import TEMPLATES, make_tokenizer
 
 
 @pytest.fixture(scope="module")

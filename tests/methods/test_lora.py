@@ -31,7 +31,7 @@ from lightning_hub.ops.attention import PACKED
 from lightning_hub.ops.attention_proof import proven_head
 from lightning_hub.runs.folder import RunFolder
 from tests.conftest import WriteRows
-from tests.parallel.harness import Case, calm, plan, trained
+from tests.parallel.multiprocess import Case, calm, plan, trained
 from tests.parallel.test_topology import ONE, saved
 
 SMALL: dict[str, Any] = {"r": 4, "alpha": 8.0, "learning_rate": 1e-2, "lr_scheduler": "constant"}

@@ -22,9 +22,9 @@ from lightning_hub.ops.loss import inputs_of
 from lightning_hub.runs.folder import RunFolder
 from lightning_hub.runs.metrics import read_metrics
 from tests.conftest import WriteRows
-from tests.methods.test_lora_health import with_experts
-from tests.parallel.harness import processes
-from tests.parallel.stories import Story, prepare, tell, tell_all
+from tests.methods.test_lora_liveness import with_experts
+from tests.parallel.multiprocess import processes
+from tests.parallel.resume_cases import Story, prepare, tell, tell_all
 
 LAYERS = ["q_proj", "v_proj", "down_proj"]
 STILL = {"init": "eva", "r": 4, "targets": LAYERS, "learning_rate": 1e-30}

@@ -16,7 +16,7 @@ from lightning_hub.methods.lora.quantization import Quantization
 from lightning_hub.models.pretrained import Pretrained
 from lightning_hub.ops.attention import PACKED
 from tests.methods.test_lora import SMALL, peft_loop, train
-from tests.parallel.harness import Case, calm, trained
+from tests.parallel.multiprocess import Case, calm, trained
 from tests.parallel.test_topology import ONE
 
 installed = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")

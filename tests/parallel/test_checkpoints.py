@@ -27,10 +27,10 @@ from lightning_hub.runs.folder import RunFolder
 from lightning_hub.runs.manifest import verify
 from lightning_hub.training.run import export
 from tests.conftest import WriteRows
-from tests.parallel.harness import processes
-from tests.parallel.stories import Story, Told, prepare, tell
+from tests.parallel.memory_probe import Samples, heaviest_moment, save_heavy_model, weighed
+from tests.parallel.multiprocess import processes
+from tests.parallel.resume_cases import Story, Told, prepare, tell
 from tests.parallel.test_resume import assert_same
-from tests.parallel.weighing import Samples, heaviest_moment, save_heavy_model, weighed
 
 
 def full_disk_on_rank_1(*args: object) -> Files:

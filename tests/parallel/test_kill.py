@@ -15,8 +15,8 @@ import pytest
 
 from lightning_hub.runs.manifest import committed, newest_whole, verify
 from tests.conftest import WriteRows
-from tests.parallel.harness import TIME_LIMIT, started
-from tests.parallel.stories import TOPOLOGIES, Story, tell
+from tests.parallel.multiprocess import TIME_LIMIT, started
+from tests.parallel.resume_cases import TOPOLOGIES, Story, tell
 
 OTHER_DEVICE = Path("/dev/shm")
 

@@ -22,7 +22,7 @@ from lightning_hub.parallel.dtensor import own_part
 from lightning_hub.parallel.fsdp import Sharding
 from lightning_hub.parallel.memory import strategy_memory
 from lightning_hub.parallel.strategies import DDP, FSDP, ModelParallel
-from tests.parallel.harness import Shares, Topology, make_trainer, processes
+from tests.parallel.multiprocess import Shares, Topology, make_trainer, processes
 from tests.parallel.test_topology import saved
 
 TOPOLOGIES = [

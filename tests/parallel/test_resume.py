@@ -15,8 +15,8 @@ from lightning_hub.methods.osft import OSFT
 from lightning_hub.methods.sft import SFT
 from lightning_hub.runs.manifest import newest_whole, read_manifest
 from tests.conftest import WriteRows
-from tests.parallel.harness import calm, processes
-from tests.parallel.stories import Story, Told, tell_all
+from tests.parallel.multiprocess import calm, processes
+from tests.parallel.resume_cases import Story, Told, tell_all
 
 NOISY = {"neftune_alpha": 5.0, "lr_scheduler": "cosine"}
 """Random numbers in every step, another learning rate in each."""

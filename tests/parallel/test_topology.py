@@ -17,7 +17,7 @@ from lightning_hub.methods.lora import LoRA
 from lightning_hub.methods.osft import OSFT
 from lightning_hub.parallel.strategies import DDP, FSDP, ModelParallel, strategy_for
 from tests.ops.models import CONFIGS, LEAKING, make
-from tests.parallel.harness import Case, Seen, Topology, calm, launch
+from tests.parallel.multiprocess import Case, Seen, Topology, calm, launch
 
 ONE = Topology("one process", 1, partial(strategy_for, None, 1))
 

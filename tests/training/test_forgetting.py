@@ -21,7 +21,7 @@ from lightning_hub.parallel.strategies import DDP, FSDP
 from lightning_hub.runs.folder import RunFolder
 from lightning_hub.runs.metrics import read_metrics
 from tests.conftest import WriteRows
-from tests.parallel.harness import Topology, make_trainer, processes
+from tests.parallel.multiprocess import Topology, make_trainer, processes
 from tests.training.conftest import Fit
 
 ONE = Topology("one process", 1, partial(str, "auto"))

@@ -9,7 +9,7 @@ import torch
 
 from lightning_hub.methods.osft import OSFT
 from lightning_hub.parallel.strategies import strategy_for
-from tests.parallel.harness import Shares, Topology, make_trainer
+from tests.parallel.multiprocess import Shares, Topology, make_trainer
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from lightning_hub.methods.osft import OSFT
 from lightning_hub.methods.sft import SFT
-from tests.parallel.harness import Shares, calm, make_trainer, processes
-from tests.parallel.stories import TOPOLOGIES
+from tests.parallel.multiprocess import Shares, calm, make_trainer, processes
+from tests.parallel.resume_cases import TOPOLOGIES
 
 FORMS: dict[str, dict[str, Any]] = {
     "full, merged": {"forward": "merged"},

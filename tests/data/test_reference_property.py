@@ -13,8 +13,8 @@ from lightning_hub.data.conversation import Conversation, Message, Refused, Role
 from lightning_hub.data.encode import Encoder
 from lightning_hub.data.masking.sentinels import SentinelInserter
 from lightning_hub.data.settings import DataSettings
-from tests.data.families import FAMILIES
-from tests.data.test_turns import stretches
+from tests.data.template_families import FAMILIES
+from tests.data.test_reference import stretches
 
 ENCODERS = {}
 for family in FAMILIES:

@@ -21,7 +21,7 @@ from lightning_hub.models.pretrained import Pretrained
 from lightning_hub.ops.batch import Step
 from tests.methods.test_lora import SMALL
 from tests.ops.models import SHAPE
-from tests.parallel.harness import Case, trained
+from tests.parallel.multiprocess import Case, trained
 from tests.parallel.test_topology import ONE
 
 

@@ -14,7 +14,7 @@ from lightning_hub.methods.lora.liveness import DeadAdapterError
 from lightning_hub.methods.nonfinite import UnfitStepError
 from lightning_hub.parallel.collectives import Crew, largest, worst
 from lightning_hub.parallel.process_group import join, leave
-from tests.parallel.harness import processes
+from tests.parallel.multiprocess import processes
 
 
 def agree() -> list[object]:

@@ -18,8 +18,8 @@ from lightning_hub.checkpoints.tensors import write_tensors
 from lightning_hub.errors import HubError
 from lightning_hub.runs.manifest import committed, verify
 from tests.conftest import WriteRows
-from tests.parallel.harness import processes
-from tests.parallel.stories import Story, tell
+from tests.parallel.multiprocess import processes
+from tests.parallel.resume_cases import Story, tell
 from tests.parallel.test_checkpoints import full_disk_on_rank_1
 
 

@@ -13,8 +13,8 @@ from lightning_hub.errors import ConfigError
 from lightning_hub.methods.sft import SFT
 from lightning_hub.models.generation import Messages
 from lightning_hub.parallel.strategies import FSDP, ModelParallel
-from tests.parallel.harness import Shares, Topology, make_trainer, processes
-from tests.parallel.weighing import Samples, heaviest_moment, save_heavy_model, weighed
+from tests.parallel.memory_probe import Samples, heaviest_moment, save_heavy_model, weighed
+from tests.parallel.multiprocess import Shares, Topology, make_trainer, processes
 
 TOPOLOGIES = {
     "one": Topology("one", 1, partial(str, "auto")),

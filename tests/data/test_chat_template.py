@@ -14,8 +14,8 @@ from lightning_hub.data.encode import Encoder
 from lightning_hub.data.masking.chat_template import built_in_templates, resolve_template
 from lightning_hub.data.settings import DataSettings
 from lightning_hub.errors import ConfigError
-from tests.data.families import make_tokenizer
-from tests.data.test_turns import PLAIN, stretches
+from tests.data.template_families import make_tokenizer
+from tests.data.test_reference import PLAIN, stretches
 
 ENDS = {
     "chatml": ("<s>", "</s>", "{}<|im_end|>"),

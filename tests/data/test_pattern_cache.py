@@ -13,7 +13,7 @@ from lightning_hub.data.conversation import Conversation, Message, Refused
 from lightning_hub.data.encode import Encoder, to_sample
 from lightning_hub.data.masking.pattern_cache import AGREEING_EXAMPLES
 from lightning_hub.data.settings import DataSettings
-from tests.data.families import FAMILIES, Family
+from tests.data.template_families import FAMILIES, Family
 
 WORDS = [
     "the",

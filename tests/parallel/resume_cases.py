@@ -20,7 +20,7 @@ from lightning_hub.methods.run_context import RunContext, run_context
 from lightning_hub.methods.sft import SFT
 from lightning_hub.ops.batch import IGNORED, Step
 from lightning_hub.parallel.strategies import DDP, FSDP, ModelParallel
-from tests.parallel.harness import Topology, make_trainer
+from tests.parallel.multiprocess import Topology, make_trainer
 
 TOPOLOGIES = {
     "single": Topology("single", 1, partial(str, "auto")),

@@ -13,7 +13,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from lightning_hub.checkpoints import state_dict
 from lightning_hub.checkpoints.checkpoint_io import FolderCheckpointIO
 from lightning_hub.parallel.dtensor import full_state, own_part, part_of
-from tests.parallel.harness import processes
+from tests.parallel.multiprocess import processes
 
 
 def cut_and_gather(folder: Path) -> tuple[list[bool], bool, list[bool]]:

@@ -28,8 +28,8 @@ from lightning_hub.parallel.process_group import join, leave
 from lightning_hub.runs.manifest import DamagedError
 from tests.conftest import WriteRows
 from tests.ops.models import VOCABULARY, make
-from tests.parallel.harness import processes
-from tests.parallel.stories import Story, Told, tell_all
+from tests.parallel.multiprocess import processes
+from tests.parallel.resume_cases import Story, Told, tell_all
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "adaptive": {"ranks": "adaptive", "rank_bounds": (0.05, 0.6), "learning_rate": 1e-3},

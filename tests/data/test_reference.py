@@ -12,7 +12,7 @@ from lightning_hub.data.conversation import Conversation, Message, Refused, Tool
 from lightning_hub.data.encode import Encoder, Sample
 from lightning_hub.data.settings import DataSettings
 from lightning_hub.ops.batch import IGNORED
-from tests.data.families import FAMILIES, Family, make_tokenizer
+from tests.data.template_families import FAMILIES, Family, make_tokenizer
 
 PLAIN = (
     Message("user", "first question"),

@@ -16,7 +16,7 @@ from lightning_hub.commands import doctor
 from lightning_hub.doctor import proofs
 from lightning_hub.doctor.children import Child, ChildrenFailedError, run_children
 from lightning_hub.doctor.findings import equality
-from tests.proof.faulty import FAULTS
+from tests.doctor.faulty import FAULTS
 from tests.warm import Warm, hub
 
 
