@@ -10,7 +10,7 @@ from typing import TypedDict, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_hub.callbacks.recorder import TrainedModule
+from lightning_hub.callbacks.recorder import HasStepMetrics
 
 
 class Notes(TypedDict):
@@ -41,7 +41,7 @@ class Clock(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         """Note the end of a step."""
-        self.mark(float(cast("TrainedModule", pl_module).step_loss))
+        self.mark(float(cast("HasStepMetrics", pl_module).step_loss))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the notes."""

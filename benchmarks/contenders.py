@@ -28,14 +28,14 @@ from lightning_hub.cli import run
 from lightning_hub.data.datamodule import ChatData
 from lightning_hub.data.step_plan import StepLoader
 from lightning_hub.models.pretrained import Pretrained
-from lightning_hub.ops.attention import PACKED, borders_of
-from lightning_hub.ops.attention_proof import proven_head
-from lightning_hub.ops.batch import Row, Step
+from lightning_hub.ops.attention import PACKED, cu_seqlens_of
+from lightning_hub.ops.attention_proof import proven_loss
+from lightning_hub.ops.batch import PackedSequence, StepBatch
 
 RANK, ALPHA = 16, 32
 LEARNING_RATE, WEIGHT_DECAY, BETAS, CLIP = 1e-4, 0.01, (0.9, 0.95), 1.0
 
-RowLoss = Callable[[Row], Tensor]
+RowLoss = Callable[[PackedSequence], Tensor]
 
 
 def ours(work: Path, steps: int, tokens: int, out: Path) -> None:
@@ -69,7 +69,7 @@ def _fit(work: Path, steps: int, tokens: int, out: Path, method: str, *flags: st
 def raw(work: Path, steps: int, tokens: int, out: Path) -> None:
     """Train with a bare loop and the same kernels."""
     model = _load(work)
-    _loop(model, proven_head(model), _steps(work, steps, tokens), out)
+    _loop(model, proven_loss(model), _steps(work, steps, tokens), out)
 
 
 def lora_raw(work: Path, steps: int, tokens: int, out: Path) -> None:
@@ -77,16 +77,16 @@ def lora_raw(work: Path, steps: int, tokens: int, out: Path) -> None:
     model = _load(work)
     torch.manual_seed(42)  # as the command line seeds itself
     get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"))
-    _loop(model, proven_head(model), _steps(work, steps, tokens), out)
+    _loop(model, proven_loss(model), _steps(work, steps, tokens), out)
 
 
 def raw_full_logits(work: Path, steps: int, tokens: int, out: Path) -> None:
     """Train with a bare loop that makes the logits of every token."""
     model = _load(work)
 
-    def loss(row: Row) -> Tensor:
+    def loss(row: PackedSequence) -> Tensor:
         inputs: dict[str, Any] = {"input_ids": row.input_ids, "position_ids": row.position_ids, "use_cache": False}
-        logits = model(**inputs, **borders_of(row)).logits[0, :-1].float()
+        logits = model(**inputs, **cu_seqlens_of(row)).logits[0, :-1].float()
         return F.cross_entropy(logits, row.labels[0, 1:], reduction="sum")
 
     _loop(model, loss, _steps(work, steps, tokens), out)
@@ -99,13 +99,13 @@ def _load(work: Path) -> PreTrainedModel:
     return model
 
 
-def _steps(work: Path, steps: int, tokens: int) -> Iterator[Step]:
+def _steps(work: Path, steps: int, tokens: int) -> Iterator[StepBatch]:
     data = ChatData(train=str(work / "rows.jsonl"), max_seq_len=tokens, tokens_per_step=tokens)
     data.open(Pretrained(str(work / "model")))
     return islice(StepLoader(data.plan, lambda: (0, 0), rank=0, world_size=1), steps)
 
 
-def _loop(model: PreTrainedModel, loss_of: RowLoss, steps: Iterable[Step], out: Path) -> None:
+def _loop(model: PreTrainedModel, loss_of: RowLoss, steps: Iterable[StepBatch], out: Path) -> None:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": WEIGHT_DECAY},

@@ -34,8 +34,8 @@ from lightning_hub.demo.methods import known_and_new, method_flags, write_facts
 from lightning_hub.demo.tasks import METHODS, turned_words
 from lightning_hub.models.pretrained import EMBEDDED_FOLDER, ROOM_FOLDER, Pretrained
 from lightning_hub.ops.attention import PACKED
-from lightning_hub.ops.attention_proof import proven_head
-from lightning_hub.ops.batch import IGNORED
+from lightning_hub.ops.attention_proof import proven_loss
+from lightning_hub.ops.batch import IGNORE_INDEX
 from lightning_hub.runs.files import Json
 
 WIDTH, BATCH, STEPS, RATE, DECAY = 128, 32, 450, 3e-3, 1.5
@@ -78,7 +78,7 @@ def lesson(seed: int, steps: int, tokenizer: PreTrainedTokenizerBase) -> StepPla
         question, answer = row["messages"]
         asked = tokenizer.apply_chat_template([question], add_generation_prompt=True, return_dict=False)
         said = [*tokenizer(answer["content"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-        pairs.append(([*asked, *said], [IGNORED] * len(asked) + said))
+        pairs.append(([*asked, *said], [IGNORE_INDEX] * len(asked) + said))
     return StepPlan(SampleStore.from_pairs(pairs), BatchSettings(512, BATCH, None, shuffle=True, seed=seed))
 
 
@@ -91,7 +91,7 @@ def trained(seed: int, steps: int = STEPS) -> LlamaForCausalLM:
     filling = [parameter.detach().clone() for parameter in parameters if parameter.ndim == 2]
     optimizer = WholeMatrix(parameters, RATE, DECAY)
     schedule = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 50, (steps - step) / (0.4 * steps)))
-    head, plan = proven_head(model), lesson(seed, steps, tokenizer)
+    head, plan = proven_loss(model), lesson(seed, steps, tokenizer)
     for index in range(steps):
         step = plan.step(0, index)
         optimizer.zero_grad()

@@ -25,9 +25,9 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.records import table
-from lightning_hub.ops.attention import PACKED, borders_of, packed_attention
-from lightning_hub.ops.attention_proof import proven_head
-from lightning_hub.ops.batch import Row
+from lightning_hub.ops.attention import PACKED, cu_seqlens_of, packed_attention
+from lightning_hub.ops.attention_proof import proven_loss
+from lightning_hub.ops.batch import PackedSequence
 
 LENGTHS = (1, 300, 7, 128, 1000, 64)
 BAR = 1e-4
@@ -140,7 +140,7 @@ def model_checks(device: str) -> Iterator[Check]:
     row = _row().to(device)
     truth_model = _model(device, "sdpa")
     truth, truth_gradients = _alone(truth_model, row), _full_logits(truth_model, row)
-    merged = Row(row.input_ids, row.labels, row.position_ids, (0, row.num_tokens), (0,))
+    merged = PackedSequence(row.input_ids, row.labels, row.position_ids, (0, row.num_tokens), (0,))
     assert difference(_logits(_model(device, PACKED), merged), truth) > 0.1, "this could not notice a leak"
     for dtype in ("float32", "bfloat16", "bfloat16 mixed"):
         plain, packed = _model(device, "sdpa", dtype), _model(device, PACKED, dtype)
@@ -154,13 +154,13 @@ def model_checks(device: str) -> Iterator[Check]:
             )
 
 
-def _row() -> Row:
+def _row() -> PackedSequence:
     generator = torch.Generator().manual_seed(1)
     documents = []
     for length in LENGTHS:
         ids = torch.randint(3, 4000, (length,), generator=generator)
         documents.append((ids, ids.where(torch.rand(length, generator=generator) < 0.6, -100)))
-    return Row.pack(documents)
+    return PackedSequence.pack(documents)
 
 
 def _model(device: str, attention: str, dtype: str = "float32") -> PreTrainedModel:
@@ -181,17 +181,17 @@ def _precision(device: str, dtype: str) -> AbstractContextManager[object]:
 
 
 @torch.no_grad()
-def _logits(model: PreTrainedModel, row: Row) -> list[Tensor]:
+def _logits(model: PreTrainedModel, row: PackedSequence) -> list[Tensor]:
     inputs: dict[str, Any] = {"input_ids": row.input_ids, "position_ids": row.position_ids, "use_cache": False}
-    return [model(**inputs, **borders_of(row)).logits]
+    return [model(**inputs, **cu_seqlens_of(row)).logits]
 
 
 @torch.no_grad()
-def _alone(model: PreTrainedModel, row: Row) -> list[Tensor]:
+def _alone(model: PreTrainedModel, row: PackedSequence) -> list[Tensor]:
     return [torch.cat([model(document.input_ids, use_cache=False).logits for document in row.documents()], dim=1)]
 
 
-def _full_logits(model: PreTrainedModel, row: Row) -> list[Tensor]:
+def _full_logits(model: PreTrainedModel, row: PackedSequence) -> list[Tensor]:
     """Return loss and gradients by way of the logits of every token, documents alone."""
     loss = torch.zeros((), device=row.labels.device)
     for document in row.documents():
@@ -200,10 +200,10 @@ def _full_logits(model: PreTrainedModel, row: Row) -> list[Tensor]:
     return _gradients(model, loss)
 
 
-def _fused(model: PreTrainedModel, row: Row) -> list[Tensor]:
-    head = proven_head(model)
-    assert head.traits.is_linear, "this architecture ends in one linear layer"
-    assert head.traits.is_packable, "this architecture keeps documents apart"
+def _fused(model: PreTrainedModel, row: PackedSequence) -> list[Tensor]:
+    head = proven_loss(model)
+    assert head.capabilities.has_linear_head, "this architecture ends in one linear layer"
+    assert head.capabilities.isolates_documents, "this architecture keeps documents apart"
     return _gradients(model, head(row))
 
 

@@ -31,7 +31,7 @@ from transformers.utils import logging as transformers_logging
 from lightning_hub.errors import ConfigError
 from lightning_hub.methods.sft import SFT
 from lightning_hub.models.pretrained import Pretrained
-from lightning_hub.ops.batch import IGNORED, Row, Step
+from lightning_hub.ops.batch import IGNORE_INDEX, PackedSequence, StepBatch
 from lightning_hub.ops.loss import accepted_by
 from lightning_hub.ops.miniature import NoMiniatureError, build, shrink, small_config
 from lightning_hub.ops.small_sizes import VOCABULARY
@@ -104,7 +104,7 @@ class Outcome:
     errors: dict[str, float] = field(default_factory=dict)
 
 
-def steps() -> list[Step]:
+def steps() -> list[StepBatch]:
     """Return the steps of a training: documents of different lengths, about half of their tokens trained."""
     generator = torch.Generator().manual_seed(5)
     made = []
@@ -114,12 +114,12 @@ def steps() -> list[Step]:
             pairs = []
             for length in lengths:
                 ids = torch.randint(3, VOCABULARY - 8, (length,), generator=generator)
-                labels = ids.where(torch.rand(length, generator=generator) < 0.5, IGNORED)
+                labels = ids.where(torch.rand(length, generator=generator) < 0.5, IGNORE_INDEX)
                 labels[-1] = ids[-1]
                 pairs.append((ids, labels))
-            packed.append(Row.pack(pairs))
-        trained = sum(int((row.labels != IGNORED).sum()) for row in packed)
-        made.append(Step(tuple(packed), trained, sum(row.num_tokens for row in packed)))
+            packed.append(PackedSequence.pack(pairs))
+        trained = sum(int((row.labels != IGNORE_INDEX).sum()) for row in packed)
+        made.append(StepBatch(tuple(packed), trained, sum(row.num_tokens for row in packed)))
     return made
 
 
@@ -169,7 +169,7 @@ def gradients(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in named}
 
 
-def plain_training(folder: Path, todo: Sequence[Step]) -> tuple[PreTrainedModel, list[float], dict[str, Tensor]]:
+def plain_training(folder: Path, todo: Sequence[StepBatch]) -> tuple[PreTrainedModel, list[float], dict[str, Tensor]]:
     """Train transformers' own model: eager attention, one document a forward, one division for the step."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), eps=1e-3, weight_decay=0.0)
@@ -180,7 +180,7 @@ def plain_training(folder: Path, todo: Sequence[Step]) -> tuple[PreTrainedModel,
         total = 0.0
         for document in (document for row in step.rows for document in row.documents()):
             logits = model(input_ids=document.input_ids, **accepted_by(model, use_cache=False)).logits[0, :-1].float()
-            loss = F.cross_entropy(logits, document.labels[0, 1:], reduction="sum", ignore_index=IGNORED)
+            loss = F.cross_entropy(logits, document.labels[0, 1:], reduction="sum", ignore_index=IGNORE_INDEX)
             (loss / step.num_trained).backward()
             total += float(loss) / step.num_trained
         first = first or gradients(model)
@@ -189,7 +189,7 @@ def plain_training(folder: Path, todo: Sequence[Step]) -> tuple[PreTrainedModel,
     return model, losses, first
 
 
-def our_training(folder: Path, todo: Sequence[Step], attention: str = "auto") -> Watched:
+def our_training(folder: Path, todo: Sequence[StepBatch], attention: str = "auto") -> Watched:
     """Train the same model by ``SFT``.
 
     Raises:
@@ -205,7 +205,7 @@ def our_training(folder: Path, todo: Sequence[Step], attention: str = "auto") ->
     return module
 
 
-def logits_of(model: PreTrainedModel, todo: Iterable[Step]) -> Tensor:
+def logits_of(model: PreTrainedModel, todo: Iterable[StepBatch]) -> Tensor:
     """Return the logits of all documents, one a forward."""
     with torch.no_grad():
         documents = (document for step in todo for row in step.rows for document in row.documents())
@@ -234,8 +234,8 @@ def outcome_of(family: str, attention: str = "auto") -> Outcome:
         assert module.model is not None, "it is built by then"
         assert module.loss_head is not None, "it is built by then"
         plain, losses, first = plain_training(folder, todo)
-        traits = module.loss_head.traits
-        way = "packed" if traits.is_packable else f"one by one, {traits.attention}"
+        traits = module.loss_head.capabilities
+        way = "packed" if traits.isolates_documents else f"one by one, {traits.attention}"
         largest = max(float(gradient.abs().max()) for gradient in first.values())
         errors = {
             "losses": max(abs(a - b) / b for a, b in zip(module.losses, losses, strict=True)),

@@ -41,7 +41,7 @@ from benchmarks.records import ONE_THREAD, record, table
 from benchmarks.scenes import SCENES, Embedded, Room, Scene, room_left
 from lightning_hub.data.step_plan import StepPlan
 from lightning_hub.methods.schedule import Schedule
-from lightning_hub.ops.loss import LossHead, Traits
+from lightning_hub.ops.loss import CausalLMLoss, ModelCapabilities
 from lightning_hub.runs.files import Json
 
 GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
@@ -113,9 +113,11 @@ FIGURES = ("average", "learnt", "kept", "backward_transfer")
 """What is told of outcomes."""
 
 
-def teach(taught: Learner, steps: StepPlan, rate: float, traits: Traits, weight_decay: float = 0.0) -> PreTrainedModel:
+def teach(
+    taught: Learner, steps: StepPlan, rate: float, traits: ModelCapabilities, weight_decay: float = 0.0
+) -> PreTrainedModel:
     """Train for one pass over the steps and return the plain model that comes out."""
-    head = LossHead(taught.model, traits=traits)
+    head = CausalLMLoss(taught.model, traits=traits)
     taught.model.train()
     optimizer = AdamW(taught.trained, lr=rate, betas=(0.9, 0.98), weight_decay=weight_decay)
     schedule = LambdaLR(optimizer, Schedule("wsd", min(20, len(steps) // 5), len(steps), 0.0))

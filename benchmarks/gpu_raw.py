@@ -28,7 +28,7 @@ from lightning_hub.data.datamodule import ChatData
 from lightning_hub.data.step_plan import StepLoader
 from lightning_hub.models.pretrained import Pretrained
 from lightning_hub.ops.attention import PACKED
-from lightning_hub.ops.attention_proof import proven_head
+from lightning_hub.ops.attention_proof import proven_loss
 
 
 def read(folder: Path, kind: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -61,7 +61,7 @@ def train(given: argparse.Namespace) -> dict[str, Any]:
     torch.set_float32_matmul_precision("high")  # as the trainer sets it
     mixed = given.precision == "bf16-mixed"
     model = read(given.work / "model", given.kind, torch.float32 if mixed else torch.bfloat16, device)
-    loss_of = proven_head(model)
+    loss_of = proven_loss(model)
     data = ChatData(
         train=str(given.work / "rows.jsonl"),
         max_seq_len=given.longest,

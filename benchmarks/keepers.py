@@ -20,13 +20,13 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 from lightning_hub.methods.osft import OSFT
-from lightning_hub.methods.osft.bases import BasesCache, fill_bases
+from lightning_hub.methods.osft.bases import BasesCache, compute_bases
 from lightning_hub.methods.osft.delta_exact import Complement
-from lightning_hub.methods.osft.export import merged as merged_changes
+from lightning_hub.methods.osft.export import merge_delta as merged_changes
 from lightning_hub.methods.osft.export import write_changes
 from lightning_hub.methods.osft.inject import Parametrization
-from lightning_hub.methods.osft.subspace import split, trained_rank
-from lightning_hub.methods.targets import ALL_LINEAR, Matrix, resolve
+from lightning_hub.methods.osft.subspace import split_subspace, trained_rank
+from lightning_hub.methods.targets import ALL_LINEAR, WeightMatrix, resolve_targets
 
 PEER = "mini_trainer"
 """The package of the method's authors, version 0.9.0: it contends where it can be imported, and nothing needs it."""
@@ -116,9 +116,9 @@ def learner(name: str, plain: PreTrainedModel, ratio: float, chain: Chain | None
     return _osft(model, ratio, "thin" if "thin" in name else "full", form, chain if "chained" in name else None)
 
 
-def targets(model: PreTrainedModel) -> list[Matrix]:
+def targets(model: PreTrainedModel) -> list[WeightMatrix]:
     """Return the weights that every method but full fine-tuning changes: all linear layers of the blocks."""
-    return resolve(model, ALL_LINEAR)
+    return resolve_targets(model, ALL_LINEAR)
 
 
 def layers(model: PreTrainedModel) -> list[str]:
@@ -157,9 +157,9 @@ def _osft(
     module = OSFT("demo", ratio, ALL_LINEAR, complement, previous=earlier, forward="merged", parametrization=form)
     module.choose_trainable(model)
     module.model = model
-    found = list(module.sites())
+    found = list(module.parametrized_weights())
     with tempfile.TemporaryDirectory() as folder:  # weights that no run will meet again
-        fill_bases(found, BasesCache(Path(folder)), module.earlier)
+        compute_bases(found, BasesCache(Path(folder)), module.previous_tasks)
 
     def merged() -> PreTrainedModel:
         if chain:
@@ -193,7 +193,7 @@ def _osf(model: PreTrainedModel, ratio: float) -> OSFConfig:
     return OSFConfig(target_modules=layers(model), rank_pattern=dict(kept))
 
 
-def _protected(matrix: Matrix, ratio: float) -> int:
+def _protected(matrix: WeightMatrix, ratio: float) -> int:
     """Return how many of the directions of a weight are protected."""
     short = min(matrix.shape)
     return short - trained_rank(ratio, short)
@@ -234,10 +234,12 @@ def leak(before: PreTrainedModel, after: PreTrainedModel, ratio: float) -> float
     return max(_shares(before, after, targets(before), ratio))
 
 
-def _shares(before: PreTrainedModel, after: PreTrainedModel, chosen: Iterable[Matrix], ratio: float) -> Iterable[float]:
+def _shares(
+    before: PreTrainedModel, after: PreTrainedModel, chosen: Iterable[WeightMatrix], ratio: float
+) -> Iterable[float]:
     for matrix in chosen:
         start, end = (model.get_parameter(matrix.full_name).detach().double() for model in (before, after))
-        parts, change = split(start, trained_rank(ratio, min(matrix.shape))), end - start
+        parts, change = split_subspace(start, trained_rank(ratio, min(matrix.shape))), end - start
         kept = parts.protected
         for inside in (parts.u[:, :kept].mT @ change, change @ parts.v[:kept].mT):
             yield float(inside.norm() / change.norm())

@@ -26,9 +26,9 @@ from benchmarks.work import SHAPES, chat_lengths, make_model, make_rows
 from lightning_hub.data.datamodule import ChatData
 from lightning_hub.methods.causal_lm import CausalLMModule
 from lightning_hub.methods.osft import OSFT
-from lightning_hub.methods.osft.inject import Form, add_changes
+from lightning_hub.methods.osft.inject import DeltaConfig, inject_deltas
 from lightning_hub.methods.sft import SFT
-from lightning_hub.methods.targets import resolve
+from lightning_hub.methods.targets import resolve_targets
 from lightning_hub.runs.files import Json
 
 RATIO = 0.25
@@ -40,7 +40,11 @@ CONTENDERS: dict[str, Callable[[str], CausalLMModule]] = {
     "osft usv": lambda model: OSFT(model, RATIO, parametrization="usv", learning_rate=1e-5),
 }
 
-FORMS = {"full": Form(RATIO), "thin": Form(RATIO, "thin"), "usv": Form(RATIO, parametrization="usv")}
+FORMS = {
+    "full": DeltaConfig(RATIO),
+    "thin": DeltaConfig(RATIO, "thin"),
+    "usv": DeltaConfig(RATIO, parametrization="usv"),
+}
 
 
 class Clock(Callback):
@@ -82,12 +86,12 @@ def _of(model: PreTrainedModel, part: str) -> Iterator[torch.nn.Parameter]:
     return (parameter for name, parameter in model.named_parameters() if part in name)
 
 
-def with_changes(config: PretrainedConfig, form: Form, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+def with_changes(config: PretrainedConfig, form: DeltaConfig, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
     """Return a model with changes under its layers, without memory."""
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.requires_grad_(False)
-    add_changes(model, resolve(model, "all-linear"), form)
+    inject_deltas(model, resolve_targets(model, "all-linear"), form)
     return model
 
 

@@ -31,8 +31,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lightning_hub.data.sample_store import SampleStore
 from lightning_hub.data.step_plan import BatchSettings, StepPlan
 from lightning_hub.ops.attention import PACKED
-from lightning_hub.ops.attention_proof import proven_head
-from lightning_hub.ops.batch import IGNORED
+from lightning_hub.ops.attention_proof import proven_loss
+from lightning_hub.ops.batch import IGNORE_INDEX
 from lightning_hub.runs.folder import default_cache_dir
 
 LETTERS, SEPARATOR = 24, 0
@@ -83,7 +83,7 @@ def plan(task: Task, count: int, seed: int, batch: int, row: int) -> StepPlan:
     """Return the steps that random questions of a task make; answers are trained."""
     source = random.Random(seed)
     asked = [task(source) for _ in range(count)]
-    pairs = [([*q, SEPARATOR, *a], [IGNORED] * (len(q) + 1) + a) for q, a in asked]
+    pairs = [([*q, SEPARATOR, *a], [IGNORE_INDEX] * (len(q) + 1) + a) for q, a in asked]
     return StepPlan(SampleStore.from_pairs(pairs), BatchSettings(row, batch, None, shuffle=True, seed=seed))
 
 
@@ -124,7 +124,7 @@ class Recipe:
         optimizer = WholeMatrix(parameters, self.rate, self.decay)
         fall = 0.4 * self.steps
         schedule = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 50, (self.steps - step) / fall))
-        head = proven_head(made)
+        head = proven_loss(made)
         steps = plan(tasks(self.seed)[0], self.steps * self.batch, self.seed, self.batch, row=512)
         for index in range(self.steps):
             step = steps.step(0, index)

@@ -16,13 +16,13 @@ from benchmarks.keepers import targets
 from lightning_hub.data.sample_store import SampleStore
 from lightning_hub.data.step_plan import BatchSettings, StepPlan
 from lightning_hub.demo.tasks import PRETRAINING, SHOUT, Conversation, Task, conversations
-from lightning_hub.methods.osft.subspace import split, trained_rank
+from lightning_hub.methods.osft.subspace import split_subspace, trained_rank
 from lightning_hub.models.generation import complete
 from lightning_hub.models.pretrained import Pretrained
 from lightning_hub.ops.attention import PACKED
-from lightning_hub.ops.attention_proof import traits_of
-from lightning_hub.ops.batch import IGNORED
-from lightning_hub.ops.loss import Traits
+from lightning_hub.ops.attention_proof import capabilities_of
+from lightning_hub.ops.batch import IGNORE_INDEX
+from lightning_hub.ops.loss import ModelCapabilities
 
 ROW = 512
 """Tokens of a row."""
@@ -42,7 +42,7 @@ class Scene(Protocol):
     def model(self, seed: int) -> PreTrainedModel:
         """Return the model that knows the first task."""
 
-    def traits(self) -> Traits:
+    def traits(self) -> ModelCapabilities:
         """Return what is known about the models."""
 
     def lesson(self, place: int, seed: int, steps: int) -> StepPlan:
@@ -70,7 +70,7 @@ class Room:
         """Return the model of a seed, which has learnt to reverse."""
         return _room_model(room.Recipe(seed, self.steps))
 
-    def traits(self) -> Traits:
+    def traits(self) -> ModelCapabilities:
         """Return what is known about models of this kind."""
         return _room_traits()
 
@@ -89,8 +89,8 @@ def _room_model(recipe: room.Recipe) -> PreTrainedModel:
 
 
 @cache
-def _room_traits() -> Traits:
-    return traits_of(room.Recipe(0).model())
+def _room_traits() -> ModelCapabilities:
+    return capabilities_of(room.Recipe(0).model())
 
 
 DOUBLE = Task("double", "Double {word}.", lambda word: word + word)
@@ -108,7 +108,7 @@ class Embedded:
         """Return the embedded model, whatever the seed."""
         return _embedded()[1]
 
-    def traits(self) -> Traits:
+    def traits(self) -> ModelCapabilities:
         """Return what is known about it."""
         return _embedded()[2]
 
@@ -122,7 +122,7 @@ class Embedded:
                 "list[int]", tokenizer.apply_chat_template(turns[:-1], add_generation_prompt=True, return_dict=False)
             )
             whole = cast("list[int]", tokenizer.apply_chat_template(turns, return_dict=False))
-            pairs.append((whole, [IGNORED] * len(asked) + whole[len(asked) :]))
+            pairs.append((whole, [IGNORE_INDEX] * len(asked) + whole[len(asked) :]))
         return StepPlan(SampleStore.from_pairs(pairs), BatchSettings(ROW, self.batch, None, shuffle=True, seed=seed))
 
     def test(self, model: PreTrainedModel, place: int, seed: int) -> float:
@@ -137,11 +137,11 @@ class Embedded:
 
 
 @cache
-def _embedded() -> tuple[Pretrained, PreTrainedModel, Traits]:
+def _embedded() -> tuple[Pretrained, PreTrainedModel, ModelCapabilities]:
     """Return the embedded model in float32, and what is known of it."""
     pretrained = Pretrained("demo")
     model = pretrained.load(dtype=torch.float32, attn_implementation=PACKED)
-    return pretrained, model, traits_of(model)
+    return pretrained, model, capabilities_of(model)
 
 
 SCENES: dict[str, Callable[[], Scene]] = {"room": Room, "embedded": Embedded}
@@ -177,7 +177,8 @@ def room_left(model: PreTrainedModel, ask: Callable[[], object], ratio: float) -
     """
     chosen = targets(model)
     splits = {
-        one.module: split(model.get_parameter(one.full_name), trained_rank(ratio, min(one.shape))) for one in chosen
+        one.module: split_subspace(model.get_parameter(one.full_name), trained_rank(ratio, min(one.shape)))
+        for one in chosen
     }
     inputs = {name: [0.0, 0.0] for name in splits}  # in the small directions, in all
 

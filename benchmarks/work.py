@@ -66,7 +66,7 @@ def make_model(folder: Path, shape: Shape, seed: int = 0, device: str = "cpu") -
 
 
 def chat_lengths(count: int, mean: float, longest: int, seed: int) -> npt.NDArray[np.int64]:
-    """Return lengths as chats have them: log-normal, a few very long ones cut at ``longest``."""
+    """Return lengths as chats have them: log-normal, a few very long ones cut at ``max_document_length``."""
     sigma = 0.9
     drawn = np.random.default_rng(seed).lognormal(np.log(mean) - sigma**2 / 2, sigma, count)
     return np.clip(drawn, SMALLEST, longest).astype(np.int64)

@@ -27,7 +27,7 @@ from docstring_parser import parse as parse_docstring
 from lightning_hub.config import registry
 from lightning_hub.config.schema import SCHEMA_FILE, ClassRecord, OptionRecord
 from lightning_hub.config.types import parse_type
-from lightning_hub.config.yaml_reader import Plain
+from lightning_hub.config.yaml_reader import YamlValue
 
 _SIMPLE: dict[object, str] = {
     int: "int",
@@ -96,7 +96,7 @@ class Generator:
         elif parameter.default is parameter.empty:
             record["required"] = True
         elif is_plain(default := plain_default(parameter.default)):
-            record["default"] = cast(Plain, default)
+            record["default"] = cast(YamlValue, default)
         bases = (registry.SHOWN_AS.get(base.__name__, base.__name__) for base in owner.__mro__)
         keys = (f"{base}.{parameter.name}" for base in bases)
         if bounds := next((registry.RANGES[key] for key in keys if key in registry.RANGES), None):

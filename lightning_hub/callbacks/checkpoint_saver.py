@@ -15,19 +15,19 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_hub.checkpoints import state_dict
-from lightning_hub.checkpoints.async_saver import Background
+from lightning_hub.checkpoints.async_saver import AsyncSaver
 from lightning_hub.checkpoints.checkpoint_io import FolderCheckpointIO
-from lightning_hub.checkpoints.resume_check import compare
+from lightning_hub.checkpoints.resume_check import check_resume
 from lightning_hub.checkpoints.rng import random_state
 from lightning_hub.checkpoints.settings import CheckpointSettings
 from lightning_hub.checkpoints.storage import point_latest, prune
 from lightning_hub.errors import ConfigError, ExitCode, HubError
-from lightning_hub.parallel.collectives import Crew
-from lightning_hub.parallel.data_parallel import data_parallel, strategy_word
+from lightning_hub.parallel.collectives import Ranks
+from lightning_hub.parallel.data_parallel import data_parallel, strategy_name
 from lightning_hub.parallel.lightning_internals import is_validation_next, progress_of_finished_steps
-from lightning_hub.runs.manifest import committed
+from lightning_hub.runs.manifest import list_checkpoints
 
-Wish: TypeAlias = Literal["checkpoint", "stop"] | None
+SaveRequest: TypeAlias = Literal["checkpoint", "stop"] | None
 
 
 class StopRun(HubError):  # no fault: somebody asked for it
@@ -38,7 +38,7 @@ class StopRun(HubError):  # no fault: somebody asked for it
     label = "stopped"
 
 
-class SaveCheckpoints(Checkpoint):
+class CheckpointSaver(Checkpoint):
     """Saves at step boundaries only, and never between a step and the validation that belongs to it.
 
     Lightning can stop and go on in the middle of a validation, with a different state for each place. Ours has one:
@@ -59,25 +59,25 @@ class SaveCheckpoints(Checkpoint):
         settings: CheckpointSettings,
         folder: Path,
         facts: dict[str, str],
-        wish: Callable[[], Wish],
-        saved: Callable[[int, Path], None],
+        request: Callable[[], SaveRequest],
+        on_saved: Callable[[int, Path], None],
         *,
         allow_changed_data: bool = False,
     ) -> None:
         self.settings = settings
         self.folder = folder
         self.facts = facts
-        self.wish = wish
-        self.saved = saved
+        self.request = request
+        self.on_saved = on_saved
         self.allow_changed_data = allow_changed_data
         self._stopping = False
-        self._due = False
+        self._is_due = False
         self._saved_step = -1
         self._saved_at = time.monotonic()
         self._scores: dict[int, float] = {}
         self._resumed: dict[str, Any] | None = None
-        self._background = Background() if settings.asynchronous else None
-        self._unmarked: tuple[int, Path] | None = None
+        self._background = AsyncSaver() if settings.asynchronous else None
+        self._unpublished: tuple[int, Path] | None = None
 
     # ---- when ------------------------------------------------------------------------------------------------------
 
@@ -85,18 +85,18 @@ class SaveCheckpoints(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         """Save if it is time, unless a validation comes first."""
-        self._mark(wait=False)
+        self._publish(wait=False)
         settings, step = self.settings, trainer.global_step
         minutes = (time.monotonic() - self._saved_at) / 60
-        self._due = (
-            self._due
+        self._is_due = (
+            self._is_due
             or bool(settings.every_n_steps and step % settings.every_n_steps == 0)
             or bool(settings.every_minutes and minutes >= settings.every_minutes)
         )
-        wish = self.wish()
+        wish = self.request()
         self._stopping = wish == "stop"
-        self._due = self._due or wish is not None
-        if self._due and not is_validation_next(trainer):
+        self._is_due = self._is_due or wish is not None
+        if self._is_due and not is_validation_next(trainer):
             self.save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -107,8 +107,8 @@ class SaveCheckpoints(Checkpoint):
         score = trainer.callback_metrics.get(best.metric) if best else None
         if best is not None and score is not None:
             self._scores[trainer.global_step] = float(score)
-            self._due = self._due or trainer.global_step in self._best_steps()
-        if self._due:
+            self._is_due = self._is_due or trainer.global_step in self._best_steps()
+        if self._is_due:
             self.save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -128,13 +128,13 @@ class SaveCheckpoints(Checkpoint):
         """
         step = trainer.global_step
         if step != self._saved_step:
-            self._mark(wait=True)
+            self._publish(wait=True)
             target = self.folder / f"step-{step}"
             with self._in_background(trainer.strategy.checkpoint_io):
                 trainer.save_checkpoint(target)
-            self._saved_step, self._saved_at, self._due = step, time.monotonic(), False
-            self._unmarked = step, target
-            self._mark(wait=self._background is None or self._stopping)
+            self._saved_step, self._saved_at, self._is_due = step, time.monotonic(), False
+            self._unpublished = step, target
+            self._publish(wait=self._background is None or self._stopping)
             if self._stopping:
                 remedy = f"go on with: lightning-hub runs resume {self.folder.parent}"
                 raise StopRun(f"on request, after step {step}; its checkpoint is {target}", remedy=remedy)
@@ -151,28 +151,28 @@ class SaveCheckpoints(Checkpoint):
         finally:
             checkpoint_io.background = None
 
-    def _mark(self, *, wait: bool) -> None:
+    def _publish(self, *, wait: bool) -> None:
         """Once the last save is whole on every rank, make it known.
 
         Raises:
             Exception: What went wrong in it, the same on every rank.
         """
-        if self._unmarked is None or not (self._background is None or self._background.ended(wait=wait)):
+        if self._unpublished is None or not (self._background is None or self._background.ended(wait=wait)):
             return
-        step, target = self._unmarked
-        self._unmarked = None
-        Crew().on_first(lambda: self._committed(step, target))
+        step, target = self._unpublished
+        self._unpublished = None
+        Ranks().run_on_rank_zero(lambda: self._committed(step, target))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Wait for the last save."""
-        self._mark(wait=True)
+        self._publish(wait=True)
 
     def _committed(self, step: int, target: Path) -> None:
         """Make a committed checkpoint the latest, say so, and remove what need not be kept."""
         point_latest(target)
-        self.saved(step, target)
+        self.on_saved(step, target)
         # Later steps are of an attempt that this one did not go on from: they are given up, not counted as newest.
-        newest = [path for saved, path in committed(self.folder) if saved <= step][: self.settings.keep]
+        newest = [path for saved, path in list_checkpoints(self.folder) if saved <= step][: self.settings.keep]
         prune(self.folder, {*newest, *(self.folder / f"step-{best}" for best in self._best_steps())})
 
     def _best_steps(self) -> list[int]:
@@ -193,7 +193,7 @@ class SaveCheckpoints(Checkpoint):
         checkpoint["lr_schedulers"] = []
         checkpoint["schedule_steps"] = [config.scheduler.last_epoch for config in trainer.lr_scheduler_configs]
         checkpoint["random_state"] = (data_parallel(trainer.strategy).rank, random_state())
-        checkpoint["world_size"], checkpoint["strategy"] = trainer.world_size, strategy_word(trainer.strategy)
+        checkpoint["world_size"], checkpoint["strategy"] = trainer.world_size, strategy_name(trainer.strategy)
         checkpoint["facts"] = dict(self.facts)
 
     # ---- going on --------------------------------------------------------------------------------------------------
@@ -208,7 +208,7 @@ class SaveCheckpoints(Checkpoint):
             raise ConfigError(
                 "this checkpoint holds weights only", where="--resume", remedy="resume from one that holds everything"
             )
-        state_dict.fill_weights(pl_module, checkpoint["restored"].weights)
+        state_dict.load_weights(pl_module, checkpoint["restored"].weights)
         self._resumed = checkpoint
         self._saved_step = checkpoint["global_step"]
 
@@ -216,10 +216,10 @@ class SaveCheckpoints(Checkpoint):
         """Note what a resume of this run must find unchanged, and fill the optimizer from the checkpoint."""
         binding = trainer.datamodule.facts()  # type: ignore[attr-defined]  # Lightning types its trainer without one
         self.facts.update(binding)
-        self.facts["processes"] = f"{trainer.world_size} ({strategy_word(trainer.strategy)})"
+        self.facts["processes"] = f"{trainer.world_size} ({strategy_name(trainer.strategy)})"
         if self._resumed is None:
             return
-        compare(
+        check_resume(
             self._resumed["facts"],
             self.facts,
             binding,
@@ -227,10 +227,10 @@ class SaveCheckpoints(Checkpoint):
             speak=trainer.is_global_zero,
         )
         for optimizer in trainer.optimizers:
-            state_dict.fill_optimizer(pl_module, optimizer, self._resumed["restored"].optimizer)
+            state_dict.load_optimizer_state(pl_module, optimizer, self._resumed["restored"].optimizer)
         for config, step in zip(trainer.lr_scheduler_configs, self._resumed["schedule_steps"], strict=True):
             assert isinstance(config.scheduler, LambdaLR), "learning rates are a function of the step"
-            state_dict.set_schedule(config.scheduler, step)
+            state_dict.set_scheduler_step(config.scheduler, step)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on with the random numbers where the checkpoint left off: set-up draws random numbers of its own."""

@@ -17,7 +17,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lightning_hub.ops.batch import Step
+from lightning_hub.ops.batch import StepBatch
 
 PEAK_FLOPS = {
     "B200": 2250e12,
@@ -74,7 +74,7 @@ class FlopsCounter:
         layers = getattr(config, "num_hidden_layers", 0) or 0
         return cls(inside, _layer_flops(head) if isinstance(head, nn.Module) else 0.0, 3 * 2.0 * layers * width)
 
-    def of_step(self, step: Step, data_parallel_size: int) -> float:
+    def of_step(self, step: StepBatch, data_parallel_size: int) -> float:
         """Return the operations of a step over all ranks; the lengths of other ranks' documents are taken to be alike.
 
         Args:

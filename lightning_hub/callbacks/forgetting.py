@@ -11,14 +11,14 @@ from torch import Tensor
 
 from lightning_hub.errors import ConfigError
 from lightning_hub.models.pretrained import Pretrained
-from lightning_hub.ops.batch import IGNORED, Row, Step
+from lightning_hub.ops.batch import IGNORE_INDEX, PackedSequence, StepBatch
 from lightning_hub.parallel.data_parallel import data_parallel
 
 
-class OffersOthers(Protocol):
+class HasEvalLoaders(Protocol):
     """A data module that prepares other data as it prepares its own."""
 
-    def eval_loader_for(self, pretrained: Pretrained, paths: str | list[str], where: str) -> Iterable[Step]:
+    def eval_loader_for(self, pretrained: Pretrained, paths: str | list[str], where: str) -> Iterable[StepBatch]:
         """Return this rank's rows of other data, each as a step of its own."""
 
 
@@ -26,7 +26,7 @@ class HasLoss(Protocol):
     """A module that turns a row into the summed loss of its trained tokens."""
 
     model: torch.nn.Module
-    loss_head: Callable[[Row], Tensor]
+    loss_head: Callable[[PackedSequence], Tensor]
     pretrained: Pretrained
 
 
@@ -46,12 +46,12 @@ class Forgetting(Callback):
             raise ConfigError("names no data", where=place, remedy="write NAME: FILE, or leave the callback out")
         self.eval_also = eval_also
         self.write: Callable[[int, Mapping[str, float]], None] = lambda step, values: None
-        self._steps: dict[str, Iterable[Step]] = {}
+        self._steps: dict[str, Iterable[StepBatch]] = {}
         self._last_step = -1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Prepare the data, before any weight is read."""
-        data = cast("OffersOthers", trainer.datamodule)  # type: ignore[attr-defined]  # typed without one
+        data = cast("HasEvalLoaders", trainer.datamodule)  # type: ignore[attr-defined]  # typed without one
         pretrained = cast("HasLoss", pl_module).pretrained
         for name, paths in self.eval_also.items():
             place = f"trainer.callbacks.Forgetting.eval_also.{name}"
@@ -86,13 +86,13 @@ class Forgetting(Callback):
         self.write(trainer.global_step, found)
 
     @staticmethod
-    def _loss(trainer: Trainer, pl_module: LightningModule, steps: Iterable[Step]) -> float:
+    def _loss(trainer: Trainer, pl_module: LightningModule, steps: Iterable[StepBatch]) -> float:
         """Return the loss per trained token over all ranks: two sums, one division."""
         sums = torch.zeros(2, dtype=torch.float64, device=pl_module.device)
         with trainer.precision_plugin.val_step_context():
             for step in steps:
                 for row in trainer.strategy.batch_to_device(step).rows:
                     sums[0] += cast("HasLoss", pl_module).loss_head(row)
-                    sums[1] += (row.labels != IGNORED).sum()
+                    sums[1] += (row.labels != IGNORE_INDEX).sum()
         total, count = data_parallel(trainer.strategy).sum(sums).tolist()
         return float(total / max(1.0, count))

@@ -49,13 +49,13 @@ class GenerateSamples(Callback):
     ) -> None:
         """Answer the prompts if it is time."""
         if trainer.global_step % self.every_n_steps == 0:
-            self._answer(trainer, pl_module)
+            self._generate(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Answer the prompts once more, after the last step."""
-        self._answer(trainer, pl_module)
+        self._generate(trainer, pl_module)
 
-    def _answer(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _generate(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step == self._last_step:
             return
         self._last_step = trainer.global_step

@@ -8,8 +8,8 @@ from typing import cast
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.progress import MofNCompleteColumn, TextColumn
 
-from lightning_hub.callbacks.recorder import Recorder, TrainedModule
-from lightning_hub.ops.batch import Step
+from lightning_hub.callbacks.recorder import HasStepMetrics, Recorder
+from lightning_hub.ops.batch import StepBatch
 from lightning_hub.progress_bar import SECONDS_BETWEEN_LINES, ProgressBar
 
 SECONDS_BETWEEN_LOSSES = 0.5
@@ -42,7 +42,7 @@ class ProgressLine(Callback):
         self._bar = ProgressBar("step", _total(trainer), *columns, completed=trainer.global_step)
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: Step, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: StepBatch, batch_idx: int
     ) -> None:
         """Move the bar, or print a line if it is time."""
         if self._bar is None:
@@ -74,7 +74,7 @@ class ProgressLine(Callback):
             self._speed = (self.recorder.tokens - tokens) / (now - since)
             self._seen = (self.recorder.tokens, now)
         if now - self._loss_at >= SECONDS_BETWEEN_LOSSES:
-            self._loss, self._loss_at = f"{float(cast('TrainedModule', module).step_loss):.4f}", now
+            self._loss, self._loss_at = f"{float(cast('HasStepMetrics', module).step_loss):.4f}", now
         return f"loss {self._loss}  {self._speed:,.0f} tok/s"
 
 

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from lightning_hub.callbacks.flops import FlopsCounter, peak_flops
 from lightning_hub.callbacks.forgetting import Forgetting
 from lightning_hub.errors import HubError, first_line
-from lightning_hub.ops.batch import Step
-from lightning_hub.parallel.collectives import worst
+from lightning_hub.ops.batch import StepBatch
+from lightning_hub.parallel.collectives import max_with_rank
 from lightning_hub.parallel.data_parallel import data_parallel
 from lightning_hub.parallel.lightning_internals import is_last_step
 from lightning_hub.runs.rank_writer import RankWriter, classify
@@ -23,7 +23,7 @@ from lightning_hub.runs.timings import PhaseName
 from lightning_hub.runs.writer import StatusWriter
 
 
-class TrainedModule(Protocol):
+class HasStepMetrics(Protocol):
     """What the recorder reads of a module after a step."""
 
     step_loss: Tensor
@@ -36,7 +36,7 @@ class OutOfMemoryError(HubError):
 
     kind = "oom"
 
-    def __init__(self, step: int, batch: Step, cause: BaseException) -> None:
+    def __init__(self, step: int, batch: StepBatch, cause: BaseException) -> None:
         lengths = ", ".join(str(row.input_ids.numel()) for row in batch.rows)
         said = first_line(cause)
         super().__init__(
@@ -68,7 +68,7 @@ class Recorder(Callback):
         self.tokens = 0
         self.loss_tokens = 0
         self._lr = 0.0
-        self._batch: Step | None = None
+        self._batch: StepBatch | None = None
         self._places: dict[int, tuple[int, int]] = {}
         self.val_losses: dict[int, float] = {}
         self._interval_tokens = 0
@@ -117,35 +117,37 @@ class Recorder(Callback):
 
     # ---- steps -------------------------------------------------------------------------------------------------------
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Step, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: StepBatch, batch_idx: int
+    ) -> None:
         """Say that a step begins; what was saved before it took no training time."""
         if self.pulse.phase == "save":
             self._since += time.monotonic() - self.pulse.doing_since
             self.timer.enter("steps")
         self.pulse.phase = "train"
-        self.pulse.do("forward")
+        self.pulse.begin("forward")
         self._batch = batch
         step = trainer.global_step + 1
         self._places = {step: (trainer.current_epoch, batch_idx), step - 1: self._places.get(step - 1, (0, 0))}
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Say that a backward begins."""
-        self.pulse.do("backward")
+        self.pulse.begin("backward")
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Say that the optimizer begins, and with which learning rate."""
-        self.pulse.do("optimizer")
+        self.pulse.begin("optimizer")
         self._lr = float(optimizer.param_groups[0]["lr"])
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: Step, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: StepBatch, batch_idx: int
     ) -> None:
         """Count the step, and log it if it is its turn."""
         step = trainer.global_step
         if self.timer.phase == "first step":
             self.timer.enter("steps")
         self.pulse.step, self.pulse.epoch = step, trainer.current_epoch
-        if cast("TrainedModule", pl_module).is_skipped:
+        if cast("HasStepMetrics", pl_module).is_skipped:
             self._note_samples(trainer, step, "skipped")
         self.tokens += batch.num_tokens
         self.loss_tokens += batch.num_trained
@@ -176,7 +178,7 @@ class Recorder(Callback):
             self.run.event(event, step=step, samples=plan.sample_indices(*self._places[step]))
 
     def _log_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        module = cast("TrainedModule", pl_module)
+        module = cast("HasStepMetrics", pl_module)
         seconds = time.perf_counter() - self._since
         loss = float(module.step_loss)
         values: dict[str, float | int] = {
@@ -192,7 +194,7 @@ class Recorder(Callback):
         if self._peak_flops is not None:
             values["mfu"] = self._interval_flops / seconds / self._peak_flops
         if torch.cuda.is_available():
-            values["memory_gb"], values["memory_rank"] = worst(torch.cuda.max_memory_allocated() / 1e9)
+            values["memory_gb"], values["memory_rank"] = max_with_rank(torch.cuda.max_memory_allocated() / 1e9)
             torch.cuda.reset_peak_memory_stats()
         self.pulse.loss = loss
         self._publish(trainer, values)
@@ -219,7 +221,7 @@ class Recorder(Callback):
         """Say that a validation begins."""
         self._before_validation = self.timer.enter("validation")
         self.pulse.phase = "eval"
-        self.pulse.do("validation")
+        self.pulse.begin("validation")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the validation loss; the one before training stands at step 0."""
@@ -239,7 +241,7 @@ class Recorder(Callback):
         """Say that a checkpoint is being written."""
         self.timer.enter("saving")
         self.pulse.phase = "save"
-        self.pulse.do("save checkpoint")
+        self.pulse.begin("save checkpoint")
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counters that go on after a resume."""

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from lightning_hub.methods.causal_lm import CausalLMModule
 
 
-class Announcement(Callback):
+class RunSummary(Callback):
     """Prints model, data and steps when training starts, on rank 0."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -34,13 +34,15 @@ def _model(module: CausalLMModule) -> str:
 def _kernels(module: CausalLMModule) -> list[str]:
     """Return what was found out about the model that makes it slower than others."""
     assert module.loss_head is not None, "configure_model has run"
-    traits = module.loss_head.traits
+    traits = module.loss_head.capabilities
     notes = []
-    if not traits.is_packable:
+    if not traits.isolates_documents:
         notes.append(f"documents run one by one with {traits.attention}: {traits.reason}")
-    if traits.longest is not None:
-        notes.append(f"rows with a document of more than {traits.longest:,} tokens run one by one: {traits.reason}")
-    if not traits.is_linear:
+    if traits.max_document_length is not None:
+        notes.append(
+            f"rows with a document of more than {traits.max_document_length:,} tokens run one by one: {traits.reason}"
+        )
+    if not traits.has_linear_head:
         notes.append("the model's head is more than one linear layer: the loss is computed from whole logits")
     if traits.adds_to_loss:
         notes.append("the model's own loss has other terms than the cross-entropy of the next token: they are left out")

@@ -8,10 +8,10 @@ from threading import Thread
 import torch.distributed
 from torch.distributed import ProcessGroup
 
-from lightning_hub.parallel.collectives import Crew
+from lightning_hub.parallel.collectives import Ranks
 
 
-class Background:
+class AsyncSaver:
     """One save at a time, in a thread that talks to those of the other ranks through a process group of its own."""
 
     def __init__(self) -> None:
@@ -19,13 +19,13 @@ class Background:
         self._fault: Exception | None = None
         self._group: ProcessGroup | None = None
 
-    def crew(self, *, alone: bool) -> Crew:
+    def ranks(self, *, alone: bool) -> Ranks:
         """Return the processes whose threads work together; every rank must call this at the same time."""
         if alone or not torch.distributed.is_initialized():
-            return Crew(alone=True)
+            return Ranks(alone=True)
         if self._group is None:
             self._group = torch.distributed.new_group(backend="gloo")
-        return Crew(group=self._group)
+        return Ranks(group=self._group)
 
     def start(self, work: Callable[[], object]) -> None:
         """Begin; what was begun before has ended."""
@@ -49,9 +49,9 @@ class Background:
         Raises:
             Exception: What went wrong in it, the same on every rank.
         """
-        if not wait and not all(Crew().exchange(self._thread is None or not self._thread.is_alive())):
+        if not wait and not all(Ranks().all_gather_object(self._thread is None or not self._thread.is_alive())):
             return False
-        Crew().together(self._join)
+        Ranks().run_on_all(self._join)
         return True
 
     def _join(self) -> None:

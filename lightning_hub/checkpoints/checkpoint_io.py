@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import CheckpointIO
 
-from lightning_hub.checkpoints.async_saver import Background
-from lightning_hub.checkpoints.rng import restore_random_state, seed_anew
-from lightning_hub.checkpoints.snapshot import Share, Snapshot
+from lightning_hub.checkpoints.async_saver import AsyncSaver
+from lightning_hub.checkpoints.rng import reseed, restore_random_state
+from lightning_hub.checkpoints.snapshot import Snapshot, SnapshotShard
 from lightning_hub.checkpoints.storage import Files, commit, write_file
-from lightning_hub.checkpoints.tensors import Stored, write_tensors
+from lightning_hub.checkpoints.tensors import TensorReader, write_tensors
 from lightning_hub.errors import ConfigError, first_line
-from lightning_hub.parallel.collectives import Crew
-from lightning_hub.runs.manifest import DamagedError, Manifest, chosen, verify
+from lightning_hub.parallel.collectives import Ranks
+from lightning_hub.runs.manifest import DamagedError, Manifest, resolve_checkpoint, verify
 
 WEIGHTS = "weights"
 OPTIMIZER = "optimizer"
@@ -36,7 +36,7 @@ _RANDOM = re.compile(r"random-(\d+)\.pt")
 class FolderCheckpointIO(CheckpointIO):
     """Writes a Lightning checkpoint as a committed folder and reads it back after verifying it.
 
-    What it reads holds no tensors but `Restored`, from which live ones are filled in place.
+    What it reads holds no tensors but `CheckpointTensors`, from which live ones are filled in place.
 
     Args:
         facts: What a resume compares with, written to the manifest.
@@ -46,7 +46,7 @@ class FolderCheckpointIO(CheckpointIO):
     def __init__(self, facts: dict[str, str] | None = None, *, trusted: bool = False) -> None:
         self.facts = {} if facts is None else facts
         self.trusted = trusted
-        self.background: Background | None = None
+        self.background: AsyncSaver | None = None
         """Where saves are written; none in the training's own thread."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: object = None) -> None:
@@ -58,12 +58,12 @@ class FolderCheckpointIO(CheckpointIO):
         self._save(Snapshot.of(checkpoint), Path(path), alone=False)
 
     def _save(self, snapshot: Snapshot, path: Path, *, alone: bool) -> None:
-        mine = snapshot.share(Crew(alone=alone))
+        mine = snapshot.share(Ranks(alone=alone))
         manifest = Manifest(snapshot.step, snapshot.world_size, snapshot.strategy, facts=dict(self.facts))
         if self.background is None:
-            _commit(path, manifest, mine, Crew(alone=alone))
+            _commit(path, manifest, mine, Ranks(alone=alone))
             return
-        crew, copy = self.background.crew(alone=alone), mine.on_host()
+        crew, copy = self.background.ranks(alone=alone), mine.on_host()
         self.background.start(lambda: _commit(path, manifest, copy, crew))
 
     def load_checkpoint(
@@ -75,18 +75,20 @@ class FolderCheckpointIO(CheckpointIO):
             ConfigError: This is no folder of ours.
             DamagedError: It is not what its manifest says.
         """
-        folder, crew = chosen(str(path), trusted=self.trusted), Crew()
+        folder, crew = resolve_checkpoint(str(path), trusted=self.trusted), Ranks()
         if self.trusted:
             names = [file.name for file in folder.iterdir()]
         else:
-            names = [*crew.together(lambda: verify(folder, crew.rank, crew.size))[0].files]
+            names = [*crew.run_on_all(lambda: verify(folder, crew.rank, crew.size))[0].files]
         state = read_state(folder)
         weights, optimizer = (
-            Stored(folder / name for name in sorted(names) if name.startswith(kind) and name.endswith(".safetensors"))
+            TensorReader(
+                folder / name for name in sorted(names) if name.startswith(kind) and name.endswith(".safetensors")
+            )
             for kind in (WEIGHTS, OPTIMIZER)
         )
         random = {int(match[1]): folder / name for name in names if (match := _RANDOM.fullmatch(name))}
-        restored = Restored(weights, optimizer, random)
+        restored = CheckpointTensors(weights, optimizer, random)
         return {**state, "state_dict": {}, "optimizer_states": [], "lr_schedulers": [], "restored": restored}
 
     def remove_checkpoint(self, path: str | Path) -> None:
@@ -95,7 +97,7 @@ class FolderCheckpointIO(CheckpointIO):
 
 
 @dataclass(frozen=True)
-class Restored:
+class CheckpointTensors:
     """What live tensors and random generators are filled from.
 
     Attributes:
@@ -104,8 +106,8 @@ class Restored:
         random: Files of random states by share of the data.
     """
 
-    weights: Stored
-    optimizer: Stored
+    weights: TensorReader
+    optimizer: TensorReader
     random: dict[int, Path]
 
     def restore_random(self, share: int) -> None:
@@ -114,7 +116,7 @@ class Restored:
         if nearest is not None:
             restore_random_state(_load(self.random[nearest]))
             if nearest != share:
-                seed_anew(share)
+                reseed(share)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -126,13 +128,13 @@ def read_state(folder: Path) -> dict[str, Any]:
     return _load(folder / STATE)
 
 
-def _commit(path: Path, manifest: Manifest, mine: Share, crew: Crew) -> None:
+def _commit(path: Path, manifest: Manifest, mine: SnapshotShard, crew: Ranks) -> None:
     commit(path, manifest, lambda folder: _write(folder, mine, crew), mine.num_bytes, crew)
 
 
-def _write(folder: Path, mine: Share, crew: Crew) -> Files:
+def _write(folder: Path, mine: SnapshotShard, crew: Ranks) -> Files:
     snapshot, ending = mine.snapshot, ".safetensors"
-    if mine.several:
+    if mine.is_sharded:
         ending = f"-{crew.rank + 1:05d}-of-{crew.size:05d}{ending}"
     files: Files = {}
     for name, parts in ((WEIGHTS, snapshot.weights), (OPTIMIZER, snapshot.optimizer)):

@@ -34,7 +34,7 @@ def write_export(
     Raises:
         HubError: A written tensor differs from the one in memory.
     """
-    with whole_or_absent(target) as building:
+    with atomic_folder(target) as building:
         model.save_pretrained(building, state_dict=dict(weights))
         _tell_dtype(building, model, weights)
         tokenizer.save_pretrained(building)
@@ -52,7 +52,7 @@ def _tell_dtype(folder: Path, model: PreTrainedModel, weights: Mapping[str, Tens
 
 
 @contextmanager
-def whole_or_absent(target: Path) -> Iterator[Path]:
+def atomic_folder(target: Path) -> Iterator[Path]:
     """Give a folder to write and check; it gets its name, in the place of an older one, when that has gone well.
 
     What lies beside it for that time has a hidden name: ``NAME.old`` may be a folder of somebody's own.

@@ -13,7 +13,7 @@ from lightning_hub.errors import ConfigError
 Facts = dict[str, str]
 
 
-def compare(before: Facts, now: Facts, binding: Facts, *, allowed: bool, speak: bool) -> None:
+def check_resume(before: Facts, now: Facts, must_match: Facts, *, allowed: bool, speak: bool) -> None:
     """Name everything that has changed since a checkpoint, and refuse what would change the steps.
 
     A checkpoint of an earlier version can lack a binding fact: then the run resumes, with a note.
@@ -21,7 +21,7 @@ def compare(before: Facts, now: Facts, binding: Facts, *, allowed: bool, speak: 
     Args:
         before: Facts of the run that wrote the checkpoint.
         now: Facts of this one.
-        binding: Those of them that decide the order and content of the steps.
+        must_match: Those of them that decide the order and content of the steps.
         allowed: Whether these may change, because somebody said so.
         speak: Whether this process says the others (rank 0).
 
@@ -29,7 +29,7 @@ def compare(before: Facts, now: Facts, binding: Facts, *, allowed: bool, speak: 
         ConfigError: A binding fact has changed.
     """
     changed = {name: (before[name], now[name]) for name in before if name in now and before[name] != now[name]}
-    refused = {} if allowed else {name: change for name, change in changed.items() if name in binding}
+    refused = {} if allowed else {name: change for name, change in changed.items() if name in must_match}
     if refused:
         raise ConfigError(
             f"changed since the checkpoint: {'; '.join(_said(name, change) for name, change in refused.items())}",
@@ -40,7 +40,7 @@ def compare(before: Facts, now: Facts, binding: Facts, *, allowed: bool, speak: 
         return
     for name, change in changed.items():
         print(f"note: {_said(name, change)} since the checkpoint", file=sys.stderr)
-    if unknown := [_HASHES.get(name, name) for name in binding if name not in before]:
+    if unknown := [_HASHES.get(name, name) for name in must_match if name not in before]:
         note = f"note: {', '.join(unknown)} could not be compared: an earlier version wrote the checkpoint"
         print(note, file=sys.stderr)
 
@@ -64,7 +64,7 @@ KEYS = (
 """What shapes a training beside the method's own options."""
 
 
-def recipe_facts(tree: dict[str, Any]) -> dict[str, str]:
+def recipe_fingerprint(tree: dict[str, Any]) -> dict[str, str]:
     """Return the method's options and what else of a recipe shapes the numbers, by their keys."""
     facts = {}
     for key in KEYS:
@@ -93,7 +93,7 @@ def check_limits(checkpoint: Path, max_epochs: int | None) -> None:
         raise ConfigError(message, where="trainer.max_epochs", remedy=remedy)
 
 
-def check_lasting(checkpoint: Path, facts: dict[str, str], names: Iterable[str]) -> None:
+def check_fixed_options(checkpoint: Path, facts: dict[str, str], names: Iterable[str]) -> None:
     """Refuse options of the method that say what the tensors of a checkpoint are, if they are not those it was made by.
 
     Some would not fit; others would, and mean another model.

@@ -31,7 +31,7 @@ def restore_random_state(state: dict[str, Any]) -> None:
     random.setstate((version, tuple(internal), gauss))
 
 
-def seed_anew(share: int) -> None:
+def reseed(share: int) -> None:
     """Seed all generators for a share of the data that had none, from where the generators stand."""
     seed = (int(torch.randint(2**31, ())) + share) % 2**31
     torch.manual_seed(seed)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightning_hub.checkpoints.tensors import Part
+from lightning_hub.checkpoints.tensors import Shard
 from lightning_hub.errors import HubError
-from lightning_hub.parallel.collectives import Crew
+from lightning_hub.parallel.collectives import Ranks
 
 Key: TypeAlias = tuple[str, str, tuple[int, ...]]
 """What identifies a part in every process: its kind, the name of the whole, and where it begins."""
@@ -47,9 +47,9 @@ class Snapshot:
     step: int
     world_size: int
     strategy: str
-    weights: dict[str, Part]
+    weights: dict[str, Shard]
     aliases: dict[str, str]
-    optimizer: dict[str, Part]
+    optimizer: dict[str, Shard]
     random: tuple[int, dict[str, Any]] | None
     state: dict[str, Any]
 
@@ -69,29 +69,29 @@ class Snapshot:
             state=state,
         )
 
-    def share(self, crew: Crew) -> Share:
+    def share(self, crew: Ranks) -> SnapshotShard:
         """Return what this process writes: each part is written by the first process that holds it.
 
         Raises:
             NotFiniteError: Some process holds numbers that are not finite.
         """
-        held = crew.together(self._checked_keys)
+        held = crew.run_on_all(self._checked_keys)
         owners: dict[Key, int] = {}
         for rank, keys in enumerate(held):
             for key in keys:
                 owners.setdefault(key, rank)
         mine = {key for key in held[crew.rank] if owners[key] == crew.rank}
 
-        def own(kind: str, parts: dict[str, Part]) -> dict[str, Part]:
+        def own(kind: str, parts: dict[str, Shard]) -> dict[str, Shard]:
             return {name: part for name, part in parts.items() if (kind, name, part.offsets) in mine}
 
         random = self.random if self.random is not None and _random_key(self.random[0]) in mine else None
         kept = replace(
             self, weights=own("weights", self.weights), optimizer=own("optimizer", self.optimizer), random=random
         )
-        return Share(kept, several=any(rank > 0 and kind != "random" for (kind, *_), rank in owners.items()))
+        return SnapshotShard(kept, is_sharded=any(rank > 0 and kind != "random" for (kind, *_), rank in owners.items()))
 
-    def _kinds(self) -> dict[str, dict[str, Part]]:
+    def _kinds(self) -> dict[str, dict[str, Shard]]:
         return {"weights": self.weights, "optimizer": self.optimizer}
 
     def _checked_keys(self) -> list[Key]:
@@ -130,7 +130,7 @@ class Snapshot:
 
 
 @dataclass(frozen=True)
-class Share:
+class SnapshotShard:
     """What one process writes of a checkpoint.
 
     Attributes:
@@ -139,7 +139,7 @@ class Share:
     """
 
     snapshot: Snapshot
-    several: bool
+    is_sharded: bool
 
     @property
     def num_bytes(self) -> int:
@@ -147,7 +147,7 @@ class Share:
         parts = [*self.snapshot.weights.values(), *self.snapshot.optimizer.values()]
         return sum(part.data.nbytes for part in parts)
 
-    def on_host(self) -> Share:
+    def on_host(self) -> SnapshotShard:
         """Return a copy in host memory, which later steps do not change."""
         given = self.snapshot
         copied = replace(
@@ -156,7 +156,7 @@ class Share:
         return replace(self, snapshot=copied)
 
 
-def _copied(parts: dict[str, Part]) -> dict[str, Part]:
+def _copied(parts: dict[str, Shard]) -> dict[str, Shard]:
     return {name: replace(part, data=part.data.to("cpu", copy=True)) for name, part in parts.items()}
 
 
@@ -164,20 +164,20 @@ def _random_key(share: int) -> Key:
     return "random", str(share), ()
 
 
-def _untied(state: Mapping[str, Part | Tensor]) -> tuple[dict[str, Part], dict[str, str]]:
+def _untied(state: Mapping[str, Shard | Tensor]) -> tuple[dict[str, Shard], dict[str, str]]:
     """Return each tensor once, and the further names of tensors that have several."""
     first: dict[object, str] = {}
     identity: object
-    parts: dict[str, Part] = {}
+    parts: dict[str, Shard] = {}
     aliases: dict[str, str] = {}
     for name, given in state.items():
-        if isinstance(given, Part):
+        if isinstance(given, Shard):
             part, identity = given, id(given)
         elif isinstance(given, DTensor):
             message = "weights alone of a model whose parts lie on several ranks cannot be saved"
             raise HubError(message, where="save_weights_only", remedy="save everything, and export from that")
         else:
-            part, identity = Part.of(given), (given.data_ptr(), given.shape) if given.numel() else id(given)
+            part, identity = Shard.of(given), (given.data_ptr(), given.shape) if given.numel() else id(given)
         if identity in first:
             aliases[name] = first[identity]
         else:

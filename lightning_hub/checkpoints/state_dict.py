@@ -14,27 +14,27 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from lightning_hub.checkpoints.tensors import Part, Stored
+from lightning_hub.checkpoints.tensors import Shard, TensorReader
 from lightning_hub.errors import ConfigError
-from lightning_hub.parallel.dtensor import offsets, own_part
+from lightning_hub.parallel.dtensor import local_tensor, shard_offsets
 
 
 @runtime_checkable
-class KeepsState(Protocol):
+class HasCheckpointState(Protocol):
     """A module that says which of its tensors a checkpoint holds; of another it holds all."""
 
     def checkpoint_state_dict(self) -> dict[str, Tensor]:
         """Return live tensors, each under all of its names."""
 
 
-def weights(module: nn.Module) -> dict[str, Part]:
+def weights(module: nn.Module) -> dict[str, Shard]:
     """Return this rank's parts of all weights; tied weights are the same object under two names."""
     state = _state(module)
     parts = {id(tensor): part(tensor) for tensor in state.values()}
     return {name: parts[id(tensor)] for name, tensor in state.items()}
 
 
-def optimizer_state(module: nn.Module, optimizers: Iterable[Optimizer]) -> dict[str, Part]:
+def optimizer_state(module: nn.Module, optimizers: Iterable[Optimizer]) -> dict[str, Shard]:
     """Return this rank's parts of the optimizers' tensors, as ``name of the weight/key``."""
     names = _names(module)
     return {
@@ -45,13 +45,13 @@ def optimizer_state(module: nn.Module, optimizers: Iterable[Optimizer]) -> dict[
     }
 
 
-def part(tensor: Tensor) -> Part:
+def part(tensor: Tensor) -> Shard:
     """Return what this rank holds of a tensor."""
     tensor = tensor.detach()
-    return Part(own_part(tensor), offsets(tensor), tuple(tensor.shape))
+    return Shard(local_tensor(tensor), shard_offsets(tensor), tuple(tensor.shape))
 
 
-def fill_weights(module: nn.Module, stored: Stored) -> None:
+def load_weights(module: nn.Module, stored: TensorReader) -> None:
     """Fill this rank's part of every weight in place.
 
     Raises:
@@ -68,7 +68,7 @@ def fill_weights(module: nn.Module, stored: Stored) -> None:
         stored.fill(name, part(tensor))
 
 
-def _make_room(module: nn.Module, name: str, stored: Stored) -> None:
+def _make_room(module: nn.Module, name: str, stored: TensorReader) -> None:
     """Give a buffer that a module may have or not the memory for what is stored of it."""
     path, _, leaf = name.rpartition(".")
     try:
@@ -76,11 +76,11 @@ def _make_room(module: nn.Module, name: str, stored: Stored) -> None:
     except AttributeError:  # the checkpoint is of another model
         return
     if leaf in owner._buffers and owner._buffers[leaf] is None:
-        device = next((own_part(parameter).device for parameter in owner.parameters()), None)
+        device = next((local_tensor(parameter).device for parameter in owner.parameters()), None)
         owner._buffers[leaf] = torch.empty(stored.shape(name), device=device)
 
 
-def fill_optimizer(module: nn.Module, optimizer: Optimizer, stored: Stored) -> None:
+def load_optimizer_state(module: nn.Module, optimizer: Optimizer, stored: TensorReader) -> None:
     """Give an optimizer that has made no step the state that is stored; it keeps the settings that it has."""
     names, keys = _names(module), _keys(stored)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -95,7 +95,7 @@ def fill_optimizer(module: nn.Module, optimizer: Optimizer, stored: Stored) -> N
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def set_schedule(scheduler: LambdaLR, step: int) -> None:
+def set_scheduler_step(scheduler: LambdaLR, step: int) -> None:
     """Let a schedule stand after ``step`` steps, whatever its learning rates were before."""
     rates = [base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
     for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
@@ -106,7 +106,7 @@ def set_schedule(scheduler: LambdaLR, step: int) -> None:
 
 def _state(module: nn.Module) -> dict[str, Tensor]:
     """Return the live tensors that are kept; asking for them makes full sharding let go of gathered weights."""
-    if isinstance(module, KeepsState):
+    if isinstance(module, HasCheckpointState):
         return module.checkpoint_state_dict()
     state: dict[str, Tensor] = module.state_dict(keep_vars=True)
     return state
@@ -116,7 +116,7 @@ def _names(module: nn.Module) -> dict[int, str]:
     return {id(tensor): name for name, tensor in reversed(_state(module).items())}
 
 
-def _keys(stored: Stored) -> dict[str, list[str]]:
+def _keys(stored: TensorReader) -> dict[str, list[str]]:
     keys: dict[str, list[str]] = {}
     for entry in stored.names():
         name, _, key = entry.rpartition("/")

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TypeAlias, TypeVar
 
 from lightning_hub.errors import HubError
-from lightning_hub.parallel.collectives import Crew
-from lightning_hub.runs.manifest import MANIFEST, Manifest, committed
+from lightning_hub.parallel.collectives import Ranks
+from lightning_hub.runs.manifest import MANIFEST, Manifest, list_checkpoints
 
 T = TypeVar("T")
 
@@ -60,7 +60,7 @@ def write_file(path: Path, blocks: Iterable[bytes | memoryview]) -> Files:
 
 
 def commit(
-    target: Path, manifest: Manifest, write: Callable[[Path], Files], needed_bytes: int = 0, crew: Crew | None = None
+    target: Path, manifest: Manifest, write: Callable[[Path], Files], needed_bytes: int = 0, crew: Ranks | None = None
 ) -> Manifest:
     """Build a folder and put it in place; every process of the crew must call this.
 
@@ -78,24 +78,24 @@ def commit(
         DiskFullError: There is no room, before or while writing; nothing is left behind.
         HubError: Whatever went wrong in one process, in all of them.
     """
-    crew = crew or Crew(alone=True)
+    crew = crew or Ranks(alone=True)
     building = target.with_name(target.name + ".tmp")
-    needed = sum(crew.exchange(needed_bytes))
+    needed = sum(crew.all_gather_object(needed_bytes))
 
     def put_in_place(parts: list[Files]) -> Manifest:
         whole = replace(manifest, files={name: entry for files in parts for name, entry in sorted(files.items())})
         _check_shared(building, whole)
         write_file(building / MANIFEST, [json.dumps(asdict(whole), indent=1).encode() + b"\n"])
         _flush(building)
-        retire(target)
+        delete_checkpoint(target)
         building.rename(target)
         _flush(target.parent)
         return whole
 
     try:
-        crew.on_first(lambda: _on_disk(target, lambda: _prepare(target, building, needed)))
-        parts = crew.together(lambda: _on_disk(target, lambda: write(building)))
-        return crew.on_first(lambda: _on_disk(target, lambda: put_in_place(parts)))
+        crew.run_on_rank_zero(lambda: _on_disk(target, lambda: _prepare(target, building, needed)))
+        parts = crew.run_on_all(lambda: _on_disk(target, lambda: write(building)))
+        return crew.run_on_rank_zero(lambda: _on_disk(target, lambda: put_in_place(parts)))
     except BaseException:
         if crew.rank == 0:
             shutil.rmtree(building, ignore_errors=True)
@@ -135,7 +135,7 @@ def point_latest(target: Path) -> None:
     link.replace(target.with_name(LATEST))
 
 
-def retire(target: Path) -> None:
+def delete_checkpoint(target: Path) -> None:
     """Remove a checkpoint, if it exists.
 
     It loses its name before its files, so that a kill in between leaves no damaged checkpoint behind.
@@ -149,9 +149,9 @@ def retire(target: Path) -> None:
 
 def prune(folder: Path, keep: set[Path]) -> None:
     """Remove committed checkpoints that are not in ``keep``, and half-built ones."""
-    for _, path in committed(folder):
+    for _, path in list_checkpoints(folder):
         if path not in keep:
-            retire(path)
+            delete_checkpoint(path)
     for leftover in [*folder.glob("step-*.old"), *folder.glob("step-*.tmp")]:
         shutil.rmtree(leftover, ignore_errors=True)
 

@@ -38,7 +38,7 @@ OTHER_MODEL = "resume with its model, method and options"
 
 
 @dataclass(frozen=True)
-class Part:
+class Shard:
     """What a process holds of a tensor: a block of it, all of it in the simplest case.
 
     Attributes:
@@ -52,12 +52,12 @@ class Part:
     shape: tuple[int, ...]
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Part:
+    def of(cls, tensor: Tensor) -> Shard:
         """Return a tensor that this process holds all of."""
         return cls(tensor.detach(), (0,) * tensor.ndim, tuple(tensor.shape))
 
 
-def write_tensors(path: Path, parts: Mapping[str, Part], aliases: Mapping[str, str]) -> Files:
+def write_tensors(path: Path, parts: Mapping[str, Shard], aliases: Mapping[str, str]) -> Files:
     """Write parts to a new safetensors file.
 
     Args:
@@ -89,7 +89,7 @@ def write_tensors(path: Path, parts: Mapping[str, Part], aliases: Mapping[str, s
     return write_file(path, _blocks(text, ordered))
 
 
-def _blocks(header: bytes, parts: Iterable[tuple[str, Part]]) -> Iterator[bytes | memoryview]:
+def _blocks(header: bytes, parts: Iterable[tuple[str, Shard]]) -> Iterator[bytes | memoryview]:
     yield struct.pack("<Q", len(header))
     yield header
     for _, part in parts:
@@ -97,7 +97,7 @@ def _blocks(header: bytes, parts: Iterable[tuple[str, Part]]) -> Iterator[bytes 
 
 
 @dataclass(frozen=True)
-class _Piece:
+class _StoredShard:
     """One written part: its file and its place in the whole tensor."""
 
     path: Path
@@ -105,7 +105,7 @@ class _Piece:
     shape: tuple[int, ...]
 
 
-class Stored:
+class TensorReader:
     """The tensors of a checkpoint, wherever their parts lie; none is read before it is wanted.
 
     Args:
@@ -116,7 +116,7 @@ class Stored:
     """
 
     def __init__(self, paths: Iterable[Path]) -> None:
-        self._pieces: dict[str, list[_Piece]] = {}
+        self._pieces: dict[str, list[_StoredShard]] = {}
         self._aliases: dict[str, str] = {}
         self._files: dict[Path, Any] = {}
         self._stack = ExitStack()  # files stay mapped until this object goes
@@ -134,7 +134,7 @@ class Stored:
         for name in file.keys():  # noqa: SIM118  # no dictionary
             shape = tuple(file.get_slice(name).get_shape())
             begin = tuple(offsets[name]["saved_offsets"]) if name in offsets else (0,) * len(shape)
-            self._pieces.setdefault(name, []).append(_Piece(path, begin, shape))
+            self._pieces.setdefault(name, []).append(_StoredShard(path, begin, shape))
 
     def names(self) -> list[str]:
         """Return the names of all tensors, aliases included."""
@@ -145,7 +145,7 @@ class Stored:
         ends = [[o + n for o, n in zip(piece.offsets, piece.shape, strict=True)] for piece in self._found(name)]
         return tuple(map(max, zip(*ends, strict=True)))
 
-    def fill(self, name: str, part: Part) -> None:
+    def fill(self, name: str, part: Shard) -> None:
         """Copy a block of a stored tensor into the memory of a live one; only that block is read.
 
         Raises:
@@ -169,13 +169,13 @@ class Stored:
         if filled != part.data.numel():
             raise DamagedError(f"{filled} of {part.data.numel()} numbers of {name} are stored")
 
-    def _found(self, name: str) -> list[_Piece]:
+    def _found(self, name: str) -> list[_StoredShard]:
         found = self._pieces.get(self._aliases.get(name, name))
         if found is None:
             raise DamagedError(f"{name} is not stored", remedy=OTHER_MODEL)
         return found
 
-    def _read(self, piece: _Piece, name: str, block: tuple[slice, ...]) -> Tensor:
+    def _read(self, piece: _StoredShard, name: str, block: tuple[slice, ...]) -> Tensor:
         file, stored = self._files[piece.path], self._aliases.get(name, name)
         found: Tensor = file.get_slice(stored)[block] if block else file.get_tensor(stored)
         return found

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lightning_hub.config.help import plain
+from lightning_hub.config.help import plain_text
 from lightning_hub.errors import ExitCode
-from lightning_hub.launch.messages import LOADING, notice
+from lightning_hub.launch.messages import LOADING, print_notice
 from lightning_hub.runs.model_name import model_of
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ COMMANDS = """\
 
 def main(argv: Sequence[str]) -> int:
     """Answer one prompt, or one line after another until the input ends."""
-    parser = argparse.ArgumentParser(prog="lightning-hub chat", description=plain(__doc__))
+    parser = argparse.ArgumentParser(prog="lightning-hub chat", description=plain_text(__doc__))
     parser.add_argument("run", metavar="RUN", help="a model folder, demo, a run or a hub id")
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="answer this and end")
     parser.add_argument("--system", help="a system message before the conversation")
@@ -34,13 +34,13 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--trust-remote-code", action="store_true", help="let Python files of the model run")
     given = parser.parse_args(argv)
     source = model_of(given.run, given.runs_root)
-    notice(LOADING)
+    print_notice(LOADING)
     from lightning_hub.models.chat import Chat  # 4 s: torch and transformers
 
     chat = Chat(source, system=given.system, trust_remote_code=given.trust_remote_code)
     limits = {"max_new_tokens": given.max_new_tokens, "temperature": given.temperature}
     if given.prompt is not None:
-        chat.answer(given.prompt, **limits)
+        chat.reply(given.prompt, **limits)
         return ExitCode.DONE
     interactive = sys.stdin.isatty()
     if interactive:
@@ -55,16 +55,16 @@ def main(argv: Sequence[str]) -> int:
         if line.startswith("/"):
             _command(chat, line)
         elif line:
-            chat.answer(line, **limits)
+            chat.reply(line, **limits)
 
 
 def _command(chat: Chat, line: str) -> None:
     """Do what a line that begins with a slash asks for; it is never sent to the model."""
     word, _, text = line.partition(" ")
     if word in ("/reset", "/new", "/clear"):
-        chat.begin_again()
+        chat.reset()
     elif word == "/system" and text.strip():
         chat.system = text.strip()
-        chat.begin_again()
+        chat.reset()
     else:
         print(COMMANDS if word == "/help" else f"no such command: {word}\n{COMMANDS}")

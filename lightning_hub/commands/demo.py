@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from lightning_hub.config.help import plain
+from lightning_hub.config.help import plain_text
 from lightning_hub.demo.tasks import METHODS
 from lightning_hub.runs.terminal import independent_of_terminal
 
 
 def main(argv: Sequence[str]) -> int:
     """Fine-tune the embedded model and show what it has learnt."""
-    parser = argparse.ArgumentParser(prog="lightning-hub demo", description=plain(__doc__))
+    parser = argparse.ArgumentParser(prog="lightning-hub demo", description=plain_text(__doc__))
     parser.add_argument(
         "--method", choices=METHODS, help="train a second embedded model with it, and test what that knew before, too"
     )

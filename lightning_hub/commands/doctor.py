@@ -6,8 +6,8 @@ import argparse
 import json
 from collections.abc import Iterable, Sequence
 
-from lightning_hub.config.help import plain
-from lightning_hub.doctor.environment import examine
+from lightning_hub.config.help import plain_text
+from lightning_hub.doctor.environment import check_machine
 from lightning_hub.doctor.findings import Finding
 from lightning_hub.doctor.proofs import PROOFS, prove
 from lightning_hub.errors import ExitCode
@@ -17,7 +17,7 @@ from lightning_hub.runs.folder import runs_root
 def main(argv: Sequence[str]) -> int:
     """Print a line for each check; 3 if one of the environment fails, 1 if a proof does."""
     given = _parser().parse_args(argv)
-    environment = _told(examine(runs_root(given.runs_root)), quiet=given.json)
+    environment = _told(check_machine(runs_root(given.runs_root)), quiet=given.json)
     proofs: list[Finding] = []
     if given.proof is not None:
         proofs = _told(prove(given.proof or list(PROOFS)), quiet=given.json)
@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="lightning-hub doctor", description=plain(__doc__))
+    parser = argparse.ArgumentParser(prog="lightning-hub doctor", description=plain_text(__doc__))
     parser.add_argument(
         "--proof",
         nargs="*",

@@ -7,17 +7,17 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_hub.config.help import plain
+from lightning_hub.config.help import plain_text
 from lightning_hub.errors import ConfigError, ExitCode
-from lightning_hub.launch.messages import LOADING, notice
-from lightning_hub.launch.resuming import newest_tree
-from lightning_hub.launch.topology import settle_alone
+from lightning_hub.launch.messages import LOADING, print_notice
+from lightning_hub.launch.resuming import newest_recipe
+from lightning_hub.launch.topology import single_process_topology
 from lightning_hub.runs.folder import find_run, runs_root
 
 
 def main(argv: Sequence[str]) -> int:
     """Write the export of a run."""
-    parser = argparse.ArgumentParser(prog="lightning-hub export", description=plain(__doc__))
+    parser = argparse.ArgumentParser(prog="lightning-hub export", description=plain_text(__doc__))
     parser.add_argument("run", metavar="RUN", help="an id, a unique beginning of one, or a path")
     parser.add_argument("--to", type=Path, help="the folder to write (default: RUN/export, RUN/export-merged)")
     parser.add_argument("--merge", action="store_true", help="merge an adapter into its base: a plain model folder")
@@ -30,9 +30,9 @@ def main(argv: Sequence[str]) -> int:
     folder = find_run(given.run, runs_root(given.runs_root))
     if given.to:
         _check_free(given.to)
-    tree = newest_tree(folder)
-    settle_alone(tree["trainer"])
-    notice(LOADING)
+    tree = newest_recipe(folder)
+    single_process_topology(tree["trainer"])
+    print_notice(LOADING)
     from lightning_hub.training.run import export  # 4 s: torch, lightning and transformers
 
     target = given.to or (folder.export_merged if given.merge else folder.export)

@@ -17,16 +17,16 @@ from lightning_hub.config.paths import with_absolute_paths
 from lightning_hub.config.recipe import Recipe
 from lightning_hub.config.yaml_writer import dump
 from lightning_hub.errors import ExitCode, HubError
-from lightning_hub.launch.attempt import Begun, begin
+from lightning_hub.launch.attempt import StartedAttempt, start_attempt
 from lightning_hub.launch.devices import visible_gpus
-from lightning_hub.launch.environment import find_place
-from lightning_hub.launch.local import Group, open_listener
-from lightning_hub.launch.messages import LOADING, note, notice
-from lightning_hub.launch.options import Options, parse
-from lightning_hub.launch.resuming import newest_tree
-from lightning_hub.launch.run_setup import checked, run_folder, write_run
+from lightning_hub.launch.environment import detect_process
+from lightning_hub.launch.local import RankGroup, open_listener
+from lightning_hub.launch.messages import LOADING, print_note, print_notice
+from lightning_hub.launch.options import RunOptions, parse
+from lightning_hub.launch.resuming import newest_recipe
+from lightning_hub.launch.run_setup import check_and_fill, run_folder, write_run
 from lightning_hub.launch.supervisor import rank_command, supervise
-from lightning_hub.launch.topology import Topology, settle
+from lightning_hub.launch.topology import Topology, resolve_topology
 from lightning_hub.runs.folder import RunFolder
 from lightning_hub.runs.terminal import independent_of_terminal
 from lightning_hub.runs.writer import RunWriter, StatusWriter
@@ -37,14 +37,14 @@ def main(argv: Sequence[str]) -> int:
     if show_help("fit", argv):
         return ExitCode.DONE
     command, options, _ = parse("fit", argv)
-    tree = checked(command.recipe, options, note)
+    tree = check_and_fill(command.recipe, options, print_note)
     if options.print_config:
         print(dump(tree), end="")
         return ExitCode.DONE
     return start(command.recipe, tree, options)
 
 
-def start(recipe: Recipe, tree: dict[str, Any], options: Options) -> int:
+def start(recipe: Recipe, tree: dict[str, Any], options: RunOptions) -> int:
     """Train: in this process, as one rank of those that a launcher has started, or in ranks that this one starts.
 
     A terminal that is closed meanwhile is let go, and the training goes on.
@@ -58,52 +58,52 @@ def start(recipe: Recipe, tree: dict[str, Any], options: Options) -> int:
         return _start(recipe, with_absolute_paths(tree, _stored(options)), options)
 
 
-def _stored(options: Options) -> dict[str, Any] | None:
+def _stored(options: RunOptions) -> dict[str, Any] | None:
     """Return the recipe of the run that is gone on with."""
     if options.run_dir is None or options.resume == "never" or not RunFolder(options.run_dir).config.is_file():
         return None
-    return newest_tree(RunFolder(options.run_dir))
+    return newest_recipe(RunFolder(options.run_dir))
 
 
-def _start(recipe: Recipe, tree: dict[str, Any], options: Options) -> int:
-    place = find_place(os.environ)
+def _start(recipe: Recipe, tree: dict[str, Any], options: RunOptions) -> int:
+    place = detect_process(os.environ)
     if place is None or (place.rank == 0 and place.launcher != "fit"):  # else who started this rank has said so
-        notice(LOADING)
-    topology = settle(recipe, tree["trainer"], place, visible_gpus(os.environ), say=note)
+        print_notice(LOADING)
+    topology = resolve_topology(recipe, tree["trainer"], place, visible_gpus(os.environ), say=print_note)
     if place is None and topology.world_size > 1:
         return _start_ranks(recipe, tree, options, topology)
-    if place is not None and not place.is_alone:
-        from lightning_hub.training.worker import as_rank  # 4 s: torch, lightning and transformers
+    if place is not None and not place.is_single:
+        from lightning_hub.training.worker import run_worker  # 4 s: torch, lightning and transformers
 
-        return as_rank(place, recipe, tree, options)
+        return run_worker(place, recipe, tree, options)
     run = write_run(run_folder(tree, options), recipe, tree, options)
-    begun = begin(run, options.resume, tree=tree, trusted=options.trust_checkpoint)
-    return _told(run, lambda: train(tree, begun, run, options))
+    begun = start_attempt(run, options.resume, tree=tree, trusted=options.trust_checkpoint)
+    return _run_and_close(run, lambda: train(tree, begun, run, options))
 
 
-def train(tree: dict[str, Any], begun: Begun, run: StatusWriter, options: Options) -> int:
+def train(tree: dict[str, Any], begun: StartedAttempt, run: StatusWriter, options: RunOptions) -> int:
     """Train in this process alone."""
-    from lightning_hub.training.run import Session  # 4 s: torch, lightning and transformers
+    from lightning_hub.training.run import TrainingRun  # 4 s: torch, lightning and transformers
 
-    return Session(tree, begun, run, options=options).fit()
+    return TrainingRun(tree, begun, run, options=options).fit()
 
 
-def _start_ranks(recipe: Recipe, tree: dict[str, Any], options: Options, topology: Topology) -> int:
+def _start_ranks(recipe: Recipe, tree: dict[str, Any], options: RunOptions, topology: Topology) -> int:
     """Start the ranks on this machine and supervise them."""
     with open_listener() as listener:
         run = write_run(run_folder(tree, options), recipe, tree, options)
         port = int(listener.getsockname()[1])
         trusted, world_size = options.trust_checkpoint, topology.world_size
-        begun = begin(run, options.resume, tree=tree, trusted=trusted, world_size=world_size, master_port=port)
+        begun = start_attempt(run, options.resume, tree=tree, trusted=trusted, world_size=world_size, master_port=port)
         own = begun.folder.attempt_config(begun.attempt)
         config = own if own.is_file() else begun.folder.config
         flags = ["--resume", str(begun.checkpoint)] if begun.checkpoint else []
         argv = rank_command(config, *flags, *options.permissions())
-        group = Group(begun.folder, begun.attempt, world_size, argv, listener)
-        return _told(run, lambda: supervise(run, group))
+        group = RankGroup(begun.folder, begun.attempt, world_size, argv, listener)
+        return _run_and_close(run, lambda: supervise(run, group))
 
 
-def _told(run: RunWriter, work: Callable[[], int]) -> int:
+def _run_and_close(run: RunWriter, work: Callable[[], int]) -> int:
     """Do the work of an attempt and close the run."""
     code: int = ExitCode.FAILED
     try:

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from lightning_hub.commands.recipe_arguments import settle_here, show_help
+from lightning_hub.commands.recipe_arguments import resolve_process, show_help
 from lightning_hub.errors import ExitCode
-from lightning_hub.launch.messages import LOADING, note, notice
+from lightning_hub.launch.messages import LOADING, print_note, print_notice
 from lightning_hub.launch.options import parse
-from lightning_hub.launch.run_setup import checked
+from lightning_hub.launch.run_setup import check_and_fill
 from lightning_hub.runs.model_name import model_of
 
 OWN_FLAGS = (
@@ -25,15 +25,15 @@ def main(argv: Sequence[str]) -> int:
     if show_help("predict", argv, OWN_FLAGS):
         return ExitCode.DONE
     command, options, given = parse("predict", _named_model(argv), ["--to"])
-    tree = checked(command.recipe, options, note)
-    place = settle_here(command.recipe, tree)
+    tree = check_and_fill(command.recipe, options, print_note)
+    place = resolve_process(command.recipe, tree)
     if place.rank == 0:
-        notice(LOADING)
-    from lightning_hub.training.run import answer
-    from lightning_hub.training.worker import together  # 4 s: torch, lightning and transformers
+        print_notice(LOADING)
+    from lightning_hub.training.run import predict
+    from lightning_hub.training.worker import process_group  # 4 s: torch, lightning and transformers
 
-    with together(place, tree) as environment:
-        lines = answer(tree, trust_remote_code=options.trust_remote_code, environment=environment)
+    with process_group(place, tree) as environment:
+        lines = predict(tree, trust_remote_code=options.trust_remote_code, environment=environment)
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     if place.rank == 0 and given.to:
         Path(given.to).write_text(text, encoding="utf-8")

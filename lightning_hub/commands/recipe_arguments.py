@@ -9,9 +9,9 @@ from typing import Any
 from lightning_hub.config.help import class_help, recipe_help
 from lightning_hub.config.recipe import Recipe
 from lightning_hub.launch.devices import visible_gpus
-from lightning_hub.launch.environment import Place, find_place
+from lightning_hub.launch.environment import ProcessInfo, detect_process
 from lightning_hub.launch.options import FLAGS
-from lightning_hub.launch.topology import settle, settle_alone
+from lightning_hub.launch.topology import resolve_topology, single_process_topology
 
 
 def show_help(verb: str, argv: Sequence[str], extra: Sequence[tuple[str, str]] = ()) -> bool:
@@ -24,11 +24,11 @@ def show_help(verb: str, argv: Sequence[str], extra: Sequence[tuple[str, str]] =
     return text is not None
 
 
-def settle_here(recipe: Recipe, tree: dict[str, Any]) -> Place:
+def resolve_process(recipe: Recipe, tree: dict[str, Any]) -> ProcessInfo:
     """Return the process of a verb that trains nothing: one of those that a launcher has started, or a single one."""
-    place = find_place(os.environ)
-    if place is None or place.is_alone:
-        settle_alone(tree["trainer"])
-        return Place()
-    settle(recipe, tree["trainer"], place, visible_gpus(os.environ))
+    place = detect_process(os.environ)
+    if place is None or place.is_single:
+        single_process_topology(tree["trainer"])
+        return ProcessInfo()
+    resolve_topology(recipe, tree["trainer"], place, visible_gpus(os.environ))
     return place

@@ -262,9 +262,9 @@ def _stop(arguments: argparse.Namespace) -> int:
     view = read_run(folder)
     if not view.is_live:
         raise ConfigError(f"{folder.id} does not run: it is {view.verdict.state}", where="RUN")
-    from lightning_hub.runs.stopping import ask_to_stop, stop_now  # 0.03 s, which a listing need not pay
+    from lightning_hub.runs.stopping import request_stop, stop_now  # 0.03 s, which a listing need not pay
 
-    sys.stdout.write((stop_now(folder) if arguments.now else ask_to_stop(folder, view)) + "\n")
+    sys.stdout.write((stop_now(folder) if arguments.now else request_stop(folder, view)) + "\n")
     return ExitCode.DONE
 
 

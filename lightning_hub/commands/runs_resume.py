@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from lightning_hub.commands.fit import start
 from lightning_hub.config.command import parse_command
 from lightning_hub.errors import ConfigError
-from lightning_hub.launch.messages import note
+from lightning_hub.launch.messages import print_note
 from lightning_hub.launch.options import VALUED, parse
 from lightning_hub.launch.resuming import check_work_left, newest_config
-from lightning_hub.launch.run_setup import checked
+from lightning_hub.launch.run_setup import check_and_fill
 from lightning_hub.runs.folder import RunFolder
 
 
@@ -25,8 +25,8 @@ def resume(folder: RunFolder, argv: Sequence[str]) -> int:
         raise ConfigError("the run has no config.yaml", where=str(folder.path), remedy="start a new run")
     given = ["--config", str(newest_config(folder)), "--run-dir", str(folder.path), "--resume", "must", *argv]
     command, options, _ = parse("runs resume", given)
-    tree = checked(command.recipe, options, note)
+    tree = check_and_fill(command.recipe, options, print_note)
     check_work_left(folder, tree)
     if parse_command(argv, valued=VALUED).recipe.tree:
-        note(f"this attempt runs with {' '.join(argv)}")
+        print_note(f"this attempt runs with {' '.join(argv)}")
     return start(command.recipe, tree, options)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from lightning_hub.commands.recipe_arguments import settle_here, show_help
+from lightning_hub.commands.recipe_arguments import resolve_process, show_help
 from lightning_hub.errors import ExitCode
-from lightning_hub.launch.messages import LOADING, note, notice
+from lightning_hub.launch.messages import LOADING, print_note, print_notice
 from lightning_hub.launch.options import parse
-from lightning_hub.launch.run_setup import checked
+from lightning_hub.launch.run_setup import check_and_fill
 
 
 def main(argv: Sequence[str]) -> int:
@@ -22,15 +22,15 @@ def evaluate_and_print(verb: str, argv: Sequence[str]) -> int:
     if show_help(verb, argv):
         return ExitCode.DONE
     command, options, _ = parse(verb, argv)
-    tree = checked(command.recipe, options, note)
-    place = settle_here(command.recipe, tree)
+    tree = check_and_fill(command.recipe, options, print_note)
+    place = resolve_process(command.recipe, tree)
     if place.rank == 0:
-        notice(LOADING)
-    from lightning_hub.training.run import measure
-    from lightning_hub.training.worker import together  # 4 s: torch, lightning and transformers
+        print_notice(LOADING)
+    from lightning_hub.training.run import evaluate
+    from lightning_hub.training.worker import process_group  # 4 s: torch, lightning and transformers
 
-    with together(place, tree) as environment:
-        found = measure(tree, verb, trust_remote_code=options.trust_remote_code, environment=environment)
+    with process_group(place, tree) as environment:
+        found = evaluate(tree, verb, trust_remote_code=options.trust_remote_code, environment=environment)
     if place.rank == 0:
         print(json.dumps(found))
     return ExitCode.DONE

@@ -6,15 +6,15 @@ import json
 from collections.abc import Iterable, Iterator
 
 from lightning_hub.config.recipe import CLASS_KEYS, SEED_OPTION, Recipe, keyed_fault
-from lightning_hub.config.registry import FOREIGN_SECTIONS, REFUSED
+from lightning_hub.config.registry import LIGHTNING_CLI_SECTIONS, REFUSED
 from lightning_hub.config.resolve import fill_defaults
 from lightning_hub.config.rules import check_rules, out_of_range
 from lightning_hub.config.safety import AllowList, check_names
 from lightning_hub.config.schema import SECTIONS, ClassInfo, Option, Schema, shipped_schema
-from lightning_hub.config.secrets import check_secrets, is_secret, mask
-from lightning_hub.config.suggest import elsewhere, nearest, strategy_with
-from lightning_hub.config.types import Type
-from lightning_hub.config.yaml_reader import KeyPath, Plain
+from lightning_hub.config.secrets import check_secrets, is_secret, mask_secrets
+from lightning_hub.config.suggest import find_in_other_sections, nearest, strategy_with
+from lightning_hub.config.types import OptionType
+from lightning_hub.config.yaml_reader import KeyPath, YamlValue
 from lightning_hub.errors import ConfigError
 
 _SHOWN = 80
@@ -36,7 +36,7 @@ class RecipeError(ConfigError):
         return "\n".join(str(fault) for fault in self.faults)
 
 
-def check(recipe: Recipe, *, allow_classes: Iterable[str] = (), schema: Schema | None = None) -> None:
+def check_recipe(recipe: Recipe, *, allow_classes: Iterable[str] = (), schema: Schema | None = None) -> None:
     """Refuse a recipe that names an unknown key, a wrong value, a forbidden class or a literal secret.
 
     Args:
@@ -55,7 +55,7 @@ def check(recipe: Recipe, *, allow_classes: Iterable[str] = (), schema: Schema |
 def find_faults(
     recipe: Recipe, *, allow_classes: Iterable[str] = (), schema: Schema | None = None
 ) -> list[ConfigError]:
-    """Return every fault of a recipe, none twice; see ``check``."""
+    """Return every fault of a recipe, none twice; see ``check_recipe``."""
     catalogue = schema or shipped_schema()
     allowed = AllowList.with_more(allow_classes)
     checker = _Checker(recipe, catalogue, allowed)
@@ -72,7 +72,9 @@ def find_faults(
 
 def _masked(fault: ConfigError) -> ConfigError:
     """Return a fault in which no key or value shows a secret."""
-    return ConfigError(mask(fault.message), where=mask(fault.where) if fault.where else None, remedy=fault.remedy)
+    return ConfigError(
+        mask_secrets(fault.message), where=mask_secrets(fault.where) if fault.where else None, remedy=fault.remedy
+    )
 
 
 def _position(fault: ConfigError, sources: list[str]) -> tuple[int, int]:
@@ -106,8 +108,8 @@ class _Checker:
 
     def sections(self) -> Iterator[ConfigError]:
         for key in self.recipe.tree:
-            if key in FOREIGN_SECTIONS:
-                yield self.fault((key,), "no section of a recipe", FOREIGN_SECTIONS[key])
+            if key in LIGHTNING_CLI_SECTIONS:
+                yield self.fault((key,), "no section of a recipe", LIGHTNING_CLI_SECTIONS[key])
             elif key not in SECTIONS:
                 yield self.unknown((key,), SECTIONS, "no section of a recipe", None)
         if "seed_everything" in self.recipe.tree:
@@ -134,9 +136,9 @@ class _Checker:
     def _any_source(self) -> str | None:
         return self.recipe.sources[0].name if self.recipe.sources else "--config"
 
-    def class_value(self, path: KeyPath, value: Plain, kind: str) -> Iterator[ConfigError]:
+    def class_value(self, path: KeyPath, value: YamlValue, kind: str) -> Iterator[ConfigError]:
         """Check a class given by name, or as ``class_path`` with ``init_args``."""
-        spec: Plain = {"class_path": value} if isinstance(value, str) else value
+        spec: YamlValue = {"class_path": value} if isinstance(value, str) else value
         names = [info.name for info in self.schema.of_kind(kind)]
         if not isinstance(spec, dict):
             yield self.fault(path, f"{_shown(path, value)} is no class", f"write class_path ({', '.join(names)})")
@@ -179,7 +181,7 @@ class _Checker:
             remedy = f"did you mean {near}?" if near else f"choose one of {', '.join(names)}, or give a full class path"
             yield self.fault(path, f"no {kind} class is named {name!r:.80}", remedy)
 
-    def options(self, path: KeyPath, value: Plain, info: ClassInfo) -> Iterator[ConfigError]:
+    def options(self, path: KeyPath, value: YamlValue, info: ClassInfo) -> Iterator[ConfigError]:
         """Check a mapping of options against its class."""
         if value is not None and not isinstance(value, dict):
             given_text = _shown(path, value)
@@ -196,7 +198,7 @@ class _Checker:
             elif not info.takes_other_keys:
                 yield self.unknown((*path, key), info.options, f"no option of {info.name}", info)
 
-    def option(self, path: KeyPath, value: Plain, option: Option) -> Iterator[ConfigError]:
+    def option(self, path: KeyPath, value: YamlValue, option: Option) -> Iterator[ConfigError]:
         """Check one value: type, range, and the classes and settings inside it."""
         if value is None and option.has_default and option.default is None:
             return
@@ -210,7 +212,7 @@ class _Checker:
                 path, f"{_shown(path, value)} is out of range", f"give a number {option.range or 'that is finite'}"
             )
 
-    def nested(self, path: KeyPath, value: Plain, type_: Type) -> Iterator[ConfigError]:
+    def nested(self, path: KeyPath, value: YamlValue, type_: OptionType) -> Iterator[ConfigError]:
         """Check the classes and settings that a value holds."""
         for member in type_.members():
             if member.head == "list" and isinstance(value, list):
@@ -221,7 +223,7 @@ class _Checker:
             elif member.head == "settings" and isinstance(value, dict) and (info := self.schema.find(str(member.word))):
                 yield from self.options(path, value, info)
 
-    def wrong_type(self, path: KeyPath, value: Plain, option: Option) -> ConfigError:
+    def wrong_type(self, path: KeyPath, value: YamlValue, option: Option) -> ConfigError:
         choices = option.type.choices()
         near = nearest(str(value), choices) if isinstance(value, str) else None
         remedy = f"did you mean {near}?" if near else None
@@ -230,7 +232,7 @@ class _Checker:
     def unknown(self, path: KeyPath, names: Iterable[str], what: str, here: ClassInfo | None) -> ConfigError:
         """Return the fault of an unknown key: the nearest name here, else the section that has it."""
         key = str(path[-1])
-        other = elsewhere(key, self.schema, here, self.chosen)
+        other = find_in_other_sections(key, self.schema, here, self.chosen)
         near = nearest(key, names)
         if near is not None and (other is None or near.lower() == key.lower()):
             return self.fault(path, what, f"did you mean {near}?")
@@ -242,7 +244,7 @@ class _Checker:
         return self.fault(path, what, f"known: {', '.join(names)}")
 
 
-def _shown(path: KeyPath, value: Plain) -> str:
+def _shown(path: KeyPath, value: YamlValue) -> str:
     """Return a value as a message shows it: short, and without secrets."""
     if is_secret(str(path[-1]), value):
         return "the value (not shown)"

@@ -65,7 +65,7 @@ def parse_command(argv: Iterable[str], schema: Schema | None = None, valued: Con
 
     A recipe may stand without ``--config`` and an override without its dashes: ``sft model.learning_rate=1e-5``.
 
-    Nothing is imported and no option is checked here; ``check`` does that with every fault at once.
+    Nothing is imported and no option is checked here; ``check_recipe`` does that with every fault at once.
 
     Args:
         argv: The arguments after the command's word.

@@ -18,7 +18,7 @@ WIDTH = 80
 """Columns that help is wrapped at: those of the smallest terminal."""
 
 
-def plain(text: str | None) -> str:
+def plain_text(text: str | None) -> str:
     """Return a docstring as help: without the marks of reStructuredText."""
     return (text or "").replace("``", "").replace("`", "")
 
@@ -53,13 +53,13 @@ def _section_help(section: str, name: str, schema: Schema) -> str:
         near = nearest(name, [info.name for info in known])
         remedy = f"did you mean {near}?" if near else f"use one of {', '.join(info.name for info in known)}"
         raise ConfigError(f"there is no {kind} {name!r}", where=f"--{section}.help", remedy=remedy)
-    return describe(chosen)
+    return describe_option(chosen)
 
 
 def overview(classes: Iterable[ClassInfo]) -> str:
     """Return classes with a line each."""
     listed = list(classes)
-    return "\n".join(_rows([(info.name, plain(info.summary)) for info in listed]))
+    return "\n".join(_rows([(info.name, plain_text(info.summary)) for info in listed]))
 
 
 def _rows(rows: Iterable[tuple[str, str]]) -> list[str]:
@@ -75,12 +75,12 @@ def _rows(rows: Iterable[tuple[str, str]]) -> list[str]:
     ]
 
 
-def describe(info: ClassInfo) -> str:
+def describe_option(info: ClassInfo) -> str:
     """Return a class with all its options: name, type, default, help."""
-    lines = [*textwrap.wrap(f"{info.name}: {plain(info.summary)}", WIDTH), f"({info.path})", ""]
+    lines = [*textwrap.wrap(f"{info.name}: {plain_text(info.summary)}", WIDTH), f"({info.path})", ""]
     for option in info.options.values():
         lines += textwrap.wrap(_signature(option), WIDTH, initial_indent="  ", subsequent_indent=" " * 8)
-        lines += _wrapped(plain(option.help))
+        lines += _wrapped(plain_text(option.help))
     return "\n".join(lines)
 
 

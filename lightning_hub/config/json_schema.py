@@ -10,7 +10,7 @@ import re
 from typing import Any
 
 from lightning_hub.config.schema import SECTIONS, ClassInfo, Option, Schema
-from lightning_hub.config.types import Type
+from lightning_hub.config.types import OptionType
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -83,7 +83,7 @@ def _option(option: Option) -> dict[str, Any]:
     return found
 
 
-def _type(kind: Type, bounds: str = "") -> Any:
+def _type(kind: OptionType, bounds: str = "") -> Any:
     if kind.head == "union":
         return {"anyOf": [_type(member, bounds) for member in kind.args]}
     if kind.head == "choice":

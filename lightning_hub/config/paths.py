@@ -7,9 +7,9 @@ import os
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from lightning_hub.config.yaml_reader import Plain
+from lightning_hub.config.yaml_reader import YamlValue
 
-INPUTS: dict[str, tuple[str, ...]] = {
+INPUT_PATHS: dict[str, tuple[str, ...]] = {
     "model": ("model", "adapter", "previous"),
     "data": ("train", "val", "predict", "chat_template"),
     "Forgetting": ("eval_also",),
@@ -17,13 +17,13 @@ INPUTS: dict[str, tuple[str, ...]] = {
 }
 """Options of a section, or of a callback, that may name what is read; some may also be a hub id or a word of ours."""
 
-OUTPUTS = ("default_root_dir", "dirpath", "save_dir")
+OUTPUT_PATHS = ("default_root_dir", "dirpath", "save_dir")
 """Options of the trainer, its callbacks and loggers that name folders to write."""
 
 _TEMPLATES = Path(__file__).parents[1] / "data" / "templates"
 
 
-def with_absolute_paths(tree: dict[str, Plain], kept: Plain = None) -> dict[str, Plain]:
+def with_absolute_paths(tree: dict[str, YamlValue], kept: YamlValue = None) -> dict[str, YamlValue]:
     """Return a recipe whose local paths are absolute. What is no path that exists (a hub id) stays as it is.
 
     Args:
@@ -40,8 +40,8 @@ def with_absolute_paths(tree: dict[str, Plain], kept: Plain = None) -> dict[str,
 
     full = dict(tree)
     for section in ("model", "data"):
-        full[section] = _changed_options(tree.get(section), INPUTS[section], absolute_input)
-    trainer = _changed(tree.get("trainer"), OUTPUTS, absolute_output)
+        full[section] = _changed_options(tree.get(section), INPUT_PATHS[section], absolute_input)
+    trainer = _changed(tree.get("trainer"), OUTPUT_PATHS, absolute_output)
     if isinstance(trainer, dict):
         for key in ("callbacks", "logger"):
             trainer[key] = _each_class(trainer.get(key), absolute_input, absolute_output)
@@ -49,28 +49,30 @@ def with_absolute_paths(tree: dict[str, Plain], kept: Plain = None) -> dict[str,
     return full
 
 
-def _each_class(value: Plain, absolute_input: Callable[[str], str], absolute_output: Callable[[str], str]) -> Plain:
+def _each_class(
+    value: YamlValue, absolute_input: Callable[[str], str], absolute_output: Callable[[str], str]
+) -> YamlValue:
     if isinstance(value, list):
         return [_each_class(item, absolute_input, absolute_output) for item in value]
     if not isinstance(value, dict):
         return value
-    names = INPUTS.get(str(value.get("class_path")).rpartition(".")[2], ())
-    return _changed_options(_changed_options(value, names, absolute_input), OUTPUTS, absolute_output)
+    names = INPUT_PATHS.get(str(value.get("class_path")).rpartition(".")[2], ())
+    return _changed_options(_changed_options(value, names, absolute_input), OUTPUT_PATHS, absolute_output)
 
 
-def _changed_options(spec: Plain, names: Collection[str], change: Callable[[str], str]) -> Plain:
+def _changed_options(spec: YamlValue, names: Collection[str], change: Callable[[str], str]) -> YamlValue:
     if not isinstance(spec, dict) or "init_args" not in spec:
         return spec
     return spec | {"init_args": _changed(spec["init_args"], names, change)}
 
 
-def _changed(options: Plain, names: Collection[str], change: Callable[[str], str]) -> Plain:
+def _changed(options: YamlValue, names: Collection[str], change: Callable[[str], str]) -> YamlValue:
     if not isinstance(options, dict):
         return options
     return {name: _mapped(value, change) if name in names else value for name, value in options.items()}
 
 
-def _mapped(value: Plain, change: Callable[[str], str]) -> Plain:
+def _mapped(value: YamlValue, change: Callable[[str], str]) -> YamlValue:
     """Change a path, each of a list of them, the ``path`` of a source with a weight, each of a mapping by name."""
     if isinstance(value, str):
         return change(value)
@@ -98,7 +100,7 @@ def _absolute(text: str) -> str:
     return os.path.abspath(Path(text).expanduser())  # noqa: PTH100  links stay as they are, `..` goes
 
 
-def _texts(value: Plain) -> list[str]:
+def _texts(value: YamlValue) -> list[str]:
     if isinstance(value, str):
         return [value]
     children = value if isinstance(value, list) else value.values() if isinstance(value, dict) else ()

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lightning_hub.config.schema import SECTIONS, Option, Schema, shipped_schema
-from lightning_hub.config.yaml_reader import KeyPath, Node, Place, Plain, read_file, read_text
+from lightning_hub.config.yaml_reader import KeyPath, SourcePosition, YamlNode, YamlValue, read_file, read_text
 from lightning_hub.errors import ConfigError
 
 CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
 
 
 @dataclass(frozen=True)
-class Source:
+class RecipeSource:
     """One input of a recipe, verbatim: a file with its text, or a flag with its value."""
 
     name: str
@@ -45,10 +45,10 @@ class Recipe:
         notes: What merging left out, in sentences to be shown.
     """
 
-    tree: dict[str, Plain]
-    sources: tuple[Source, ...] = ()
+    tree: dict[str, YamlValue]
+    sources: tuple[RecipeSource, ...] = ()
     notes: tuple[str, ...] = ()
-    _places: Mapping[KeyPath, Place] = field(default_factory=dict, repr=False, compare=False)
+    _places: Mapping[KeyPath, SourcePosition] = field(default_factory=dict, repr=False, compare=False)
 
     def where(self, path: str | KeyPath) -> str | None:
         """Return ``file:line`` or the flag that gave a key (or the nearest key above it), if any did."""
@@ -59,9 +59,9 @@ class Recipe:
             keys = keys[:-1]
         return None
 
-    def get(self, path: str) -> Plain:
+    def get(self, path: str) -> YamlValue:
         """Return the value at a dotted path, or None."""
-        value: Plain = self.tree
+        value: YamlValue = self.tree
         for key in _keys(path):
             if isinstance(value, dict):
                 value = value.get(str(key))
@@ -96,7 +96,7 @@ def build_recipe(
     merge = _Merge(catalogue)
     for file in files:
         node, text = read_file(file)
-        merge.overlay(node, Source(str(file), text))
+        merge.overlay(node, RecipeSource(str(file), text))
     for override in sorted(overrides, key=lambda item: not item.names_class(catalogue)):
         merge.override(override)
     return merge.recipe()
@@ -112,7 +112,7 @@ def recipe_from_text(text: str, source: str, schema: Schema | None = None) -> Re
     node = read_text(text, source)
     if not isinstance(node.value, dict | None):
         raise ConfigError("is not a mapping of sections", where=str(node.place))
-    merge.overlay(node if node.value is not None else Node({}, node.place), Source(source, text))
+    merge.overlay(node if node.value is not None else YamlNode({}, node.place), RecipeSource(source, text))
     return merge.recipe()
 
 
@@ -121,8 +121,8 @@ class _Merge:
 
     def __init__(self, schema: Schema) -> None:
         self.schema = schema
-        self.root = Node({}, Place(""))
-        self.sources: list[Source] = []
+        self.root = YamlNode({}, SourcePosition(""))
+        self.sources: list[RecipeSource] = []
         self.notes: list[str] = []
 
     def recipe(self) -> Recipe:
@@ -130,11 +130,11 @@ class _Merge:
         assert isinstance(tree, dict), "a recipe is a mapping"
         return Recipe(tree, tuple(self.sources), tuple(self.notes), dict(self.root.places()))
 
-    def overlay(self, node: Node, source: Source) -> None:
+    def overlay(self, node: YamlNode, source: RecipeSource) -> None:
         self.sources.append(source)
         self.root = self.merged(self.root, _with_class_nodes(node), ())
 
-    def merged(self, old: Node | None, new: Node, path: KeyPath) -> Node:
+    def merged(self, old: YamlNode | None, new: YamlNode, path: KeyPath) -> YamlNode:
         """Return the new node on top of the old one: mappings merge, everything else is replaced."""
         if old is None or not isinstance(new.value, dict) or not isinstance(old.value, dict):
             return new
@@ -142,9 +142,9 @@ class _Merge:
         both = dict(kept)
         for key, child in new.value.items():
             both[key] = self.merged(kept.get(key), child, (*path, key))
-        return Node.collection(both, new.place)
+        return YamlNode.collection(both, new.place)
 
-    def kept_for_class(self, old: dict[str, Node], new: Node, path: KeyPath) -> dict[str, Node]:
+    def kept_for_class(self, old: dict[str, YamlNode], new: YamlNode, path: KeyPath) -> dict[str, YamlNode]:
         """Return the old keys that still hold: a new class drops options that it does not have, and says so."""
         assert isinstance(new.value, dict), "only mappings are merged"
         before, after = old.get("class_path"), new.value.get("class_path")
@@ -161,19 +161,19 @@ class _Merge:
             f"{after.place}: {'.'.join(map(str, path))} is now {info.name}, which has no {names}: left out"
         )
         left = {key: child for key, child in args.items() if key in info.options}
-        return {**old, "init_args": Node.collection(left, old["init_args"].place)}
+        return {**old, "init_args": YamlNode.collection(left, old["init_args"].place)}
 
     def override(self, override: Override) -> None:
         value = _override_value(override)
-        self.sources.append(Source(override.flag, override.text or "true"))
-        keys = self.routed(override.keys)
-        value = self.fitted(value, keys, override)
-        self.root = self.assigned(self.root, keys, value, override, ())
+        self.sources.append(RecipeSource(override.flag, override.text or "true"))
+        keys = self.insert_init_args(override.keys)
+        value = self.coerce_to_option(value, keys, override)
+        self.root = self.set_value(self.root, keys, value, override, ())
 
-    def routed(self, keys: tuple[str, ...]) -> tuple[str, ...]:
+    def insert_init_args(self, keys: tuple[str, ...]) -> tuple[str, ...]:
         """Insert ``init_args`` where a class stands: ``model.learning_rate`` is ``model.init_args.learning_rate``."""
         out: list[str] = []
-        node: Node | None = self.root
+        node: YamlNode | None = self.root
         for key in keys:
             node = self.as_class(node)
             is_class = out in (["model"], ["data"]) or (
@@ -186,42 +186,42 @@ class _Merge:
             out.append(key)
         return tuple(out)
 
-    def as_class(self, node: Node | None) -> Node | None:
+    def as_class(self, node: YamlNode | None) -> YamlNode | None:
         """Return a class that stands there by its name alone as one that can have options."""
         is_name = node is not None and isinstance(node.value, str) and self.schema.find(node.value)
-        return Node.collection({"class_path": node}, node.place) if node is not None and is_name else node
+        return YamlNode.collection({"class_path": node}, node.place) if node is not None and is_name else node
 
-    def fitted(self, node: Node, keys: tuple[str, ...], override: Override) -> Node:
+    def coerce_to_option(self, node: YamlNode, keys: tuple[str, ...], override: Override) -> YamlNode:
         """Return the text itself where the option wants text: ``--data.train 2024`` is a file name."""
         option = find_option(self.root, keys, self.schema)
         if option is not None and option.type.kinds() and not override.append and self.schema.find(node.text or ""):
-            return Node.collection({"class_path": node}, node.place)
+            return YamlNode.collection({"class_path": node}, node.place)
         if option is None or node.text is None or option.type.accepts(node.plain()):
             return node
         if override.text is None:
             raise ConfigError(f"needs a value: {option.type.describe()}", where=override.flag)
         return replace(node, value=node.text) if option.type.accepts(node.text) else node
 
-    def assigned(
-        self, node: Node | None, keys: tuple[str, ...], value: Node, override: Override, path: KeyPath
-    ) -> Node:
+    def set_value(
+        self, node: YamlNode | None, keys: tuple[str, ...], value: YamlNode, override: Override, path: KeyPath
+    ) -> YamlNode:
         if not keys:
             return (
                 _appended(node, value) if override.append else self.merged(node, _with_class_nodes(value, path), path)
             )
         key, rest = keys[0], keys[1:]
         if node is not None and isinstance(node.value, list):
-            return self.assigned_item(node, key, rest, value, override, path)
+            return self.set_item(node, key, rest, value, override, path)
         children = dict(node.value) if node is not None and isinstance(node.value, dict) else {}
-        child = self.assigned(children.get(key), rest, value, override, (*path, key))
+        child = self.set_value(children.get(key), rest, value, override, (*path, key))
         if key == "class_path" and node is not None:
-            children = self.kept_for_class(children, Node({key: child}, child.place), path)
+            children = self.kept_for_class(children, YamlNode({key: child}, child.place), path)
         place = node.place if node is not None and node.place.source else value.place
-        return Node.collection({**children, key: child}, place)
+        return YamlNode.collection({**children, key: child}, place)
 
-    def assigned_item(
-        self, node: Node, key: str, rest: tuple[str, ...], value: Node, override: Override, path: KeyPath
-    ) -> Node:
+    def set_item(
+        self, node: YamlNode, key: str, rest: tuple[str, ...], value: YamlNode, override: Override, path: KeyPath
+    ) -> YamlNode:
         assert isinstance(node.value, list), "items are assigned in lists"
         if not key.isdigit() or int(key) >= len(node.value):
             known = f"0 to {len(node.value) - 1}" if node.value else "none yet, use +="
@@ -229,11 +229,11 @@ class _Merge:
             raise ConfigError(f"{key!r} is not an item of this list ({known})", where=override.flag, remedy=remedy)
         items = list(node.value)
         item = self.as_class(items[int(key)]) if rest else items[int(key)]
-        items[int(key)] = self.assigned(item, rest, value, override, (*path, int(key)))
-        return Node.collection(items, node.place)
+        items[int(key)] = self.set_value(item, rest, value, override, (*path, int(key)))
+        return YamlNode.collection(items, node.place)
 
 
-def _child(node: Node | None, key: str) -> Node | None:
+def _child(node: YamlNode | None, key: str) -> YamlNode | None:
     if node is not None and isinstance(node.value, dict):
         return node.value.get(key)
     if node is not None and isinstance(node.value, list) and key.isdigit() and int(key) < len(node.value):
@@ -241,45 +241,45 @@ def _child(node: Node | None, key: str) -> Node | None:
     return None
 
 
-def _appended(node: Node | None, value: Node) -> Node:
+def _appended(node: YamlNode | None, value: YamlNode) -> YamlNode:
     before = [] if node is None or node.value is None else node.value if isinstance(node.value, list) else [node]
     after = value.value if isinstance(value.value, list) else [value]
-    return Node.collection([*before, *after], value.place)
+    return YamlNode.collection([*before, *after], value.place)
 
 
-def _with_class_nodes(node: Node, path: KeyPath = ()) -> Node:
+def _with_class_nodes(node: YamlNode, path: KeyPath = ()) -> YamlNode:
     """Write ``model: LoRA`` as ``model: {class_path: LoRA}``, so that it merges with options."""
     if path in (("model",), ("data",)) and isinstance(node.value, str):
-        return Node.collection({"class_path": node}, node.place)
+        return YamlNode.collection({"class_path": node}, node.place)
     if len(path) == 1 and path[0] in SECTIONS[1:] and node.value is None:
-        return Node({}, node.place)  # a heading whose options are all commented out
+        return YamlNode({}, node.place)  # a heading whose options are all commented out
     if path or not isinstance(node.value, dict):
         return node
-    return Node.collection({key: _with_class_nodes(child, (key,)) for key, child in node.value.items()}, node.place)
+    return YamlNode.collection({key: _with_class_nodes(child, (key,)) for key, child in node.value.items()}, node.place)
 
 
-def _override_value(override: Override) -> Node:
-    place = Place(override.flag)
+def _override_value(override: Override) -> YamlNode:
+    place = SourcePosition(override.flag)
     if override.text is None:
-        return Node(True, place, "true")
+        return YamlNode(True, place, "true")
     try:
         node = read_text(override.text, override.flag)
     except ConfigError as error:
         if override.text.lstrip().startswith(("[", "{", '"', "'")):
             raise ConfigError(f"{override.text!r:.80} is not a value: {error.message}", where=override.flag) from None
-        return Node(override.text, place, override.text)
+        return YamlNode(override.text, place, override.text)
     return replace(_at(node, place), text=override.text)
 
 
-def _at(node: Node, place: Place) -> Node:
+def _at(node: YamlNode, place: SourcePosition) -> YamlNode:
     if isinstance(node.value, list):
-        return Node.collection([_at(child, place) for child in node.value], place)
+        return YamlNode.collection([_at(child, place) for child in node.value], place)
     if isinstance(node.value, dict):
-        return Node.collection({key: _at(child, place) for key, child in node.value.items()}, place)
+        return YamlNode.collection({key: _at(child, place) for key, child in node.value.items()}, place)
     return replace(node, place=place)
 
 
-def find_option(root: Node, keys: tuple[str, ...], schema: Schema) -> Option | None:
+def find_option(root: YamlNode, keys: tuple[str, ...], schema: Schema) -> Option | None:
     """Return the option that a key path names in this recipe, if the catalogue knows it."""
     if keys == ("seed_everything",):
         return SEED_OPTION
@@ -294,7 +294,7 @@ def find_option(root: Node, keys: tuple[str, ...], schema: Schema) -> Option | N
     return option
 
 
-def _class_name(node: Node | None) -> str | None:
+def _class_name(node: YamlNode | None) -> str | None:
     named = _child(node, "class_path") if node is not None else None
     return str(named.value) if named is not None else None
 

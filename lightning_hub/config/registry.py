@@ -6,7 +6,7 @@ A new class of ours is one line here.
 
 from __future__ import annotations
 
-from lightning_hub.config.yaml_reader import Plain
+from lightning_hub.config.yaml_reader import YamlValue
 
 _CALLBACKS = "lightning.pytorch.callbacks."
 _LOGGERS = "lightning.pytorch.loggers."
@@ -71,7 +71,7 @@ TYPES: dict[str, str] = {
 }
 """Types that a signature does not tell: words that Lightning checks late, or not at all."""
 
-DEFAULTS: dict[str, Plain] = {
+DEFAULTS: dict[str, YamlValue] = {
     "Trainer.use_distributed_sampler": False,  # Lightning's sampler halves the steps in silence
     "Trainer.logger": False,  # the run folder has the metrics; others are by choice
     "Trainer.num_sanity_val_steps": 0,  # -1 validates before the first step
@@ -137,7 +137,7 @@ REFUSED: dict[str, str] = {
 }
 """Lightning classes that would break what the exact step promises, with what to use."""
 
-FOREIGN_SECTIONS: dict[str, str] = {
+LIGHTNING_CLI_SECTIONS: dict[str, str] = {
     "optimizer": "set model.init_args.learning_rate, betas, eps and weight_decay",
     "lr_scheduler": "set model.init_args.lr_scheduler and warmup_steps",
     "ckpt_path": "give --resume PATH",

@@ -6,29 +6,29 @@ from dataclasses import dataclass
 
 from lightning_hub.config.recipe import SEED_OPTION, Recipe
 from lightning_hub.config.schema import SECTIONS, ClassInfo, Schema, shipped_schema
-from lightning_hub.config.types import Type
-from lightning_hub.config.yaml_reader import Plain
+from lightning_hub.config.types import OptionType
+from lightning_hub.config.yaml_reader import YamlValue
 
 
 @dataclass(frozen=True)
-class Change:
+class OptionChange:
     """One key that differs: its dotted path with both values, ``given`` telling which side has it."""
 
     path: str
-    before: Plain
-    after: Plain
+    before: YamlValue
+    after: YamlValue
     in_before: bool = True
     in_after: bool = True
 
 
-def fill_defaults(recipe: Recipe, schema: Schema | None = None) -> dict[str, Plain]:
+def fill_defaults(recipe: Recipe, schema: Schema | None = None) -> dict[str, YamlValue]:
     """Return the checked recipe with the defaults of the catalogue filled in.
 
     Sections and options stand in the catalogue's order, classes keep their short names, and options of classes
     that the catalogue does not know stay as given: equal recipes give equal trees.
     """
     catalogue = schema or shipped_schema()
-    tree: dict[str, Plain] = {"seed_everything": recipe.tree.get("seed_everything", SEED_OPTION.default)}
+    tree: dict[str, YamlValue] = {"seed_everything": recipe.tree.get("seed_everything", SEED_OPTION.default)}
     for section in SECTIONS[1:]:
         value = recipe.tree.get(section)
         if section in ("model", "data"):
@@ -39,7 +39,7 @@ def fill_defaults(recipe: Recipe, schema: Schema | None = None) -> dict[str, Pla
     return tree
 
 
-def with_class_paths(tree: Plain, schema: Schema | None = None) -> Plain:
+def with_class_paths(tree: YamlValue, schema: Schema | None = None) -> YamlValue:
     """Return a tree in which classes of the catalogue stand under their full paths.
 
     The parser knows short names only of classes that somebody has imported already.
@@ -54,22 +54,22 @@ def with_class_paths(tree: Plain, schema: Schema | None = None) -> Plain:
     return full | {"class_path": info.path} if info else full
 
 
-def _class_form(value: Plain, schema: Schema) -> Plain:
-    spec: Plain = {"class_path": value} if isinstance(value, str) else value
+def _class_form(value: YamlValue, schema: Schema) -> YamlValue:
+    spec: YamlValue = {"class_path": value} if isinstance(value, str) else value
     if not isinstance(spec, dict):
         return spec
     name, args = spec.get("class_path"), spec.get("init_args")
     info = schema.find(str(name))
     given = args if isinstance(args, dict) else {}
-    form: dict[str, Plain] = {
+    form: dict[str, YamlValue] = {
         "class_path": info.name if info else name,
         "init_args": _filled(given, info, schema) if info else given,
     }
     return form | {key: child for key, child in spec.items() if key not in form}
 
 
-def _filled(given: dict[str, Plain], info: ClassInfo, schema: Schema) -> dict[str, Plain]:
-    full: dict[str, Plain] = {}
+def _filled(given: dict[str, YamlValue], info: ClassInfo, schema: Schema) -> dict[str, YamlValue]:
+    full: dict[str, YamlValue] = {}
     for name, option in info.options.items():
         if name in given:
             full[name] = _value_form(given[name], option.type, schema)
@@ -78,7 +78,7 @@ def _filled(given: dict[str, Plain], info: ClassInfo, schema: Schema) -> dict[st
     return full | {name: value for name, value in given.items() if name not in full}
 
 
-def _value_form(value: Plain, type_: Type, schema: Schema) -> Plain:
+def _value_form(value: YamlValue, type_: OptionType, schema: Schema) -> YamlValue:
     for member in type_.members():
         if member.head == "list" and isinstance(value, list):
             value = [_value_form(item, member.args[0], schema) for item in value]
@@ -89,23 +89,23 @@ def _value_form(value: Plain, type_: Type, schema: Schema) -> Plain:
     return value
 
 
-def _is_class(value: Plain, type_: Type, schema: Schema) -> bool:
+def _is_class(value: YamlValue, type_: OptionType, schema: Schema) -> bool:
     return isinstance(value, dict) or schema.find(str(value)) is not None or type_.names_only_a_class(value)
 
 
-def diff(before: Plain, after: Plain, path: str = "") -> list[Change]:
+def diff(before: YamlValue, after: YamlValue, path: str = "") -> list[OptionChange]:
     """Return what differs between two trees, key by key; lists of plain values count as one value."""
     if isinstance(before, dict) and isinstance(after, dict):
         keys = dict.fromkeys((*before, *after))
         return [change for key in keys for change in _diff_key(before, after, key, f"{path}.{key}" if path else key)]
-    return [] if _same(before, after) else [Change(path, before, after)]
+    return [] if _same(before, after) else [OptionChange(path, before, after)]
 
 
-def _diff_key(before: dict[str, Plain], after: dict[str, Plain], key: str, path: str) -> list[Change]:
+def _diff_key(before: dict[str, YamlValue], after: dict[str, YamlValue], key: str, path: str) -> list[OptionChange]:
     if key in before and key in after:
         return diff(before[key], after[key], path)
-    return [Change(path, before.get(key), after.get(key), key in before, key in after)]
+    return [OptionChange(path, before.get(key), after.get(key), key in before, key in after)]
 
 
-def _same(before: Plain, after: Plain) -> bool:
+def _same(before: YamlValue, after: YamlValue) -> bool:
     return type(before) is type(after) and repr(before) == repr(after)

@@ -10,7 +10,7 @@ from dataclasses import replace
 from lightning_hub.config.recipe import Recipe, keyed_fault
 from lightning_hub.config.registry import CLASSES
 from lightning_hub.config.suggest import nearest
-from lightning_hub.config.yaml_reader import KeyPath, Plain
+from lightning_hub.config.yaml_reader import KeyPath, YamlValue
 from lightning_hub.errors import ConfigError
 
 MEASURED = ("loss", "grad_norm")
@@ -21,7 +21,7 @@ _SHIPPED = frozenset(path.rpartition(".")[2] for path in CLASSES)
 _DEVICE_WORDS = re.compile(r"auto|-1|\d+(\s*,\s*\d+)*,?")
 
 
-def out_of_range(value: Plain, bounds: str) -> bool:
+def out_of_range(value: YamlValue, bounds: str) -> bool:
     """Say whether a number breaks bounds such as ``"> 0, <= 1"``, or is infinite."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
@@ -35,7 +35,7 @@ def out_of_range(value: Plain, bounds: str) -> bool:
     return False
 
 
-def check_rules(recipe: Recipe, filled: dict[str, Plain]) -> Iterator[ConfigError]:
+def check_rules(recipe: Recipe, filled: dict[str, YamlValue]) -> Iterator[ConfigError]:
     """Yield one fault for each rule that the recipe breaks.
 
     Args:
@@ -137,11 +137,11 @@ def _metrics(recipe: Recipe) -> Iterator[ConfigError]:
             yield keyed_fault(recipe, path, f"{metric!r} is never measured", remedy)
 
 
-def _short(name: Plain) -> str:
+def _short(name: YamlValue) -> str:
     return str(name).rpartition(".")[2]
 
 
-def _mappings(value: Plain, path: KeyPath) -> Iterator[tuple[KeyPath, str, Plain]]:
+def _mappings(value: YamlValue, path: KeyPath) -> Iterator[tuple[KeyPath, str, YamlValue]]:
     """Yield each key of each mapping as (path of the mapping, key, value)."""
     if isinstance(value, dict):
         for key, child in value.items():

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from lightning_hub.config.recipe import Recipe, keyed_fault
 from lightning_hub.config.schema import Option, Schema
-from lightning_hub.config.yaml_reader import KeyPath, Plain
+from lightning_hub.config.yaml_reader import KeyPath, YamlValue
 from lightning_hub.errors import ConfigError
 
 ALLOWED_PREFIXES = ("lightning_hub", "lightning.pytorch", "torch.optim", "torch.utils.data")
@@ -107,7 +107,7 @@ def _is_imported(option: Option) -> bool:
     return any(word in text for word in ("class[", "callable", "object"))
 
 
-def _values(tree: Plain, schema: Schema) -> Iterator[tuple[KeyPath, Plain, Option | None]]:
+def _values(tree: YamlValue, schema: Schema) -> Iterator[tuple[KeyPath, YamlValue, Option | None]]:
     """Yield every scalar of the recipe with its path and, where the catalogue knows it, its option."""
     if not isinstance(tree, dict):
         return
@@ -119,8 +119,8 @@ def _values(tree: Plain, schema: Schema) -> Iterator[tuple[KeyPath, Plain, Optio
 
 
 def _below(
-    value: Plain, path: KeyPath, options: dict[str, Option], option: Option | None, schema: Schema
-) -> Iterator[tuple[KeyPath, Plain, Option | None]]:
+    value: YamlValue, path: KeyPath, options: dict[str, Option], option: Option | None, schema: Schema
+) -> Iterator[tuple[KeyPath, YamlValue, Option | None]]:
     if isinstance(value, list):
         for index, item in enumerate(value):
             yield from _below(item, (*path, index), {}, option, schema)

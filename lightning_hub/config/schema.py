@@ -9,8 +9,8 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TypedDict
 
-from lightning_hub.config.types import Type, parse_type
-from lightning_hub.config.yaml_reader import Plain
+from lightning_hub.config.types import OptionType, parse_type
+from lightning_hub.config.yaml_reader import YamlValue
 
 SCHEMA_FILE = Path(__file__).with_name("schema.json")
 
@@ -24,7 +24,7 @@ class OptionRecord(TypedDict, total=False):
     name: str
     type: str
     required: bool
-    default: Plain
+    default: YamlValue
     range: str
     help: str
     inherited_from: str
@@ -60,14 +60,14 @@ class Option:
     name: str
     type_text: str
     required: bool = False
-    default: Plain = None
+    default: YamlValue = None
     has_default: bool = True
     range: str = ""
     help: str = ""
     inherited_from: str = ""
 
     @property
-    def type(self) -> Type:
+    def type(self) -> OptionType:
         """The parsed type."""
         return parse_type(self.type_text)
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from lightning_hub.config.recipe import Recipe, keyed_fault
-from lightning_hub.config.yaml_reader import KeyPath, Plain
+from lightning_hub.config.yaml_reader import KeyPath, YamlValue
 from lightning_hub.errors import ConfigError
 
 _REMEDY = "put it into an environment variable and write ${env:NAME}"
@@ -27,12 +27,12 @@ _SECRET_VALUE = re.compile(
 """Texts that are secrets wherever they stand: keys of known services, and URLs with a password."""
 
 
-def mask(text: str) -> str:
+def mask_secrets(text: str) -> str:
     """Return the text with every recognisable secret hidden."""
     return _SECRET_VALUE.sub("***", text)
 
 
-def is_secret(key: str, value: Plain) -> bool:
+def is_secret(key: str, value: YamlValue) -> bool:
     """Say whether this option holds a literal secret."""
     if not isinstance(value, str) or not value or _REFERENCE.fullmatch(value):
         return False
@@ -56,7 +56,7 @@ def check_secrets(recipe: Recipe) -> Iterator[ConfigError]:
                 yield ConfigError("a secret is written in this line (not shown)", where=where, remedy=_REMEDY)
 
 
-def _scalars(value: Plain, path: KeyPath) -> Iterator[tuple[KeyPath, Plain]]:
+def _scalars(value: YamlValue, path: KeyPath) -> Iterator[tuple[KeyPath, YamlValue]]:
     if isinstance(value, dict):
         for key, child in value.items():
             yield from _scalars(child, (*path, key))

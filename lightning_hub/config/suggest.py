@@ -116,7 +116,9 @@ def _likeness(word: str, name: str) -> float:
     return max(SequenceMatcher(None, word, name).ratio(), SequenceMatcher(None, name, word).ratio()) + same_start
 
 
-def elsewhere(word: str, schema: Schema, here: ClassInfo | None, chosen: dict[str, ClassInfo]) -> str | None:
+def find_in_other_sections(
+    word: str, schema: Schema, here: ClassInfo | None, chosen: dict[str, ClassInfo]
+) -> str | None:
     """Return the full key of an option of that very name in another section, or None.
 
     Args:

@@ -18,7 +18,7 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
-from lightning_hub.config.yaml_reader import Plain, scalar
+from lightning_hub.config.yaml_reader import YamlValue, scalar
 
 _TOKENS = re.compile(r"\s*('[^']*'|-?[0-9.]+(?:e-?[0-9]+)?|[A-Za-z_][\w.]*|[\[\],|])")
 _DURATION = re.compile(r"\d+:\d{1,2}:\d{1,2}:\d{1,2}")
@@ -38,14 +38,14 @@ _ARTICLES = {
 
 
 @dataclass(frozen=True)
-class Type:
+class OptionType:
     """A type of the schema: its ``head`` (``int``, ``list``, ``choice`` ...) and what stands in it."""
 
     head: str
-    args: tuple[Type, ...] = ()
+    args: tuple[OptionType, ...] = ()
     word: str | int | float = ""
 
-    def members(self) -> tuple[Type, ...]:
+    def members(self) -> tuple[OptionType, ...]:
         """Return the alternatives of a union, or the type alone."""
         return self.args if self.head == "union" else (self,)
 
@@ -58,7 +58,7 @@ class Type:
         inner = {kind for arg in self.args for kind in arg.kinds()}
         return inner | {str(self.word)} if self.head == "class" else inner
 
-    def accepts(self, value: Plain) -> bool:
+    def accepts(self, value: YamlValue) -> bool:
         """Say whether the value fits, as far as values alone can tell (classes are checked by name elsewhere)."""
         if self.head == "union":
             return any(member.accepts(value) for member in self.args)
@@ -74,12 +74,12 @@ class Type:
             )
         return _accepts_atom(self.head, value)
 
-    def _accepts_items(self, value: list[Plain]) -> bool:
+    def _accepts_items(self, value: list[YamlValue]) -> bool:
         if self.head == "list":
             return all(self.args[0].accepts(item) for item in value)
         return len(value) == len(self.args) and all(arg.accepts(v) for arg, v in zip(self.args, value, strict=True))
 
-    def names_only_a_class(self, value: Plain) -> bool:
+    def names_only_a_class(self, value: YamlValue) -> bool:
         """Say whether a text must be a class name: nothing else that the option takes accepts it."""
         accepting = [member.head for member in self.members() if isinstance(value, str) and member.accepts(value)]
         return accepting == ["class"]
@@ -101,7 +101,7 @@ class Type:
         return "a mapping of options" if self.head == "settings" else _ARTICLES[self.head]
 
 
-def _accepts_atom(head: str, value: Plain) -> bool:
+def _accepts_atom(head: str, value: YamlValue) -> bool:
     number = isinstance(value, int) and not isinstance(value, bool)
     if head == "duration":
         return (isinstance(value, str) and _DURATION.fullmatch(value) is not None) or (
@@ -126,7 +126,7 @@ def _listed(words: list[str]) -> str:
 
 
 @lru_cache(maxsize=1024)
-def parse_type(text: str) -> Type:
+def parse_type(text: str) -> OptionType:
     """Read a line of the type language.
 
     Raises:
@@ -141,34 +141,34 @@ def parse_type(text: str) -> Type:
     return parsed
 
 
-def _union(tokens: list[str]) -> tuple[Type, list[str]]:
+def _union(tokens: list[str]) -> tuple[OptionType, list[str]]:
     first, rest = _item(tokens)
     members = [first]
     while rest and rest[0] == "|":
         member, rest = _item(rest[1:])
         members.append(member)
-    return (first if len(members) == 1 else Type("union", tuple(members))), rest
+    return (first if len(members) == 1 else OptionType("union", tuple(members))), rest
 
 
-def _item(tokens: list[str]) -> tuple[Type, list[str]]:
+def _item(tokens: list[str]) -> tuple[OptionType, list[str]]:
     if not tokens:
         raise ValueError("not a type of the schema: it ends too early")
     head, rest = tokens[0], tokens[1:]
     if head.startswith("'"):
-        return Type("choice", word=head[1:-1]), rest
+        return OptionType("choice", word=head[1:-1]), rest
     if head[0].isdigit() or head[0] == "-":
-        return Type("choice", word=json.loads(head)), rest
+        return OptionType("choice", word=json.loads(head)), rest
     if head in ("class", "settings") and rest[:1] == ["["] and rest[2:3] == ["]"]:
-        return Type(head, word=rest[1]), rest[3:]
+        return OptionType(head, word=rest[1]), rest[3:]
     if head in ("list", "tuple", "map") and rest[:1] == ["["]:
         args, rest = _arguments(rest[1:])
-        return Type(head, args), rest
+        return OptionType(head, args), rest
     if head not in _ATOMS:
         raise ValueError(f"not a type of the schema: {head!r}")
-    return Type(head), rest
+    return OptionType(head), rest
 
 
-def _arguments(tokens: list[str]) -> tuple[tuple[Type, ...], list[str]]:
+def _arguments(tokens: list[str]) -> tuple[tuple[OptionType, ...], list[str]]:
     found = []
     while True:
         arg, tokens = _union(tokens)

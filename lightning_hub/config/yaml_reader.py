@@ -38,7 +38,7 @@ _PIPE_LIMIT = 5.0
 MAX_DEPTH = 64
 MAX_NODES = 20_000
 
-Plain: TypeAlias = "bool | int | float | str | list[Plain] | dict[str, Plain] | None"
+YamlValue: TypeAlias = "bool | int | float | str | list[YamlValue] | dict[str, YamlValue] | None"
 """A value as YAML and JSON know it: what a recipe is made of."""
 
 KeyPath: TypeAlias = "tuple[str | int, ...]"
@@ -56,7 +56,7 @@ _WORDS: dict[str, bool | float | None] = {
 
 
 @dataclass(frozen=True)
-class Place:
+class SourcePosition:
     """Where something was written: a file with its line, or a flag of the command line."""
 
     source: str
@@ -68,7 +68,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Node:
+class YamlNode:
     """One value of a recipe with the place of its key.
 
     Attributes:
@@ -78,18 +78,18 @@ class Node:
         size: Nodes below and including this one, aliases expanded.
     """
 
-    value: bool | int | float | str | list[Node] | dict[str, Node] | None
-    place: Place
+    value: bool | int | float | str | list[YamlNode] | dict[str, YamlNode] | None
+    place: SourcePosition
     text: str | None = None
     size: int = field(default=1, compare=False)
 
     @classmethod
-    def collection(cls, value: list[Node] | dict[str, Node], place: Place) -> Node:
+    def collection(cls, value: list[YamlNode] | dict[str, YamlNode], place: SourcePosition) -> YamlNode:
         """Return a list or mapping node that knows its expanded size."""
         children = value if isinstance(value, list) else value.values()
         return cls(value, place, size=1 + sum(child.size for child in children))
 
-    def plain(self) -> Plain:
+    def plain(self) -> YamlValue:
         """Return the value without its places."""
         if isinstance(self.value, list):
             return [item.plain() for item in self.value]
@@ -97,7 +97,7 @@ class Node:
             return {key: item.plain() for key, item in self.value.items()}
         return self.value
 
-    def places(self, prefix: KeyPath = ()) -> Iterator[tuple[KeyPath, Place]]:
+    def places(self, prefix: KeyPath = ()) -> Iterator[tuple[KeyPath, SourcePosition]]:
         """Yield the key path and the place of this node and of all below it."""
         yield prefix, self.place
         children = enumerate(self.value) if isinstance(self.value, list) else ()
@@ -125,22 +125,22 @@ class _Composer:
 
     def __init__(self, source: str) -> None:
         self.source = source
-        self.anchors: dict[str, Node] = {}
+        self.anchors: dict[str, YamlNode] = {}
         self.num_nodes = 0
 
-    def place(self, event: Event) -> Place:
+    def place(self, event: Event) -> SourcePosition:
         mark = event.start_mark
-        return Place(self.source, mark.line + 1, mark.column + 1)
+        return SourcePosition(self.source, mark.line + 1, mark.column + 1)
 
     def refuse(self, event: Event, message: str, remedy: str | None = None) -> ConfigError:
         return ConfigError(message, where=str(self.place(event)), remedy=remedy)
 
-    def node(self, event: Event, events: Iterator[Event], place: Place, depth: int) -> Node:
+    def node(self, event: Event, events: Iterator[Event], place: SourcePosition, depth: int) -> YamlNode:
         if isinstance(event, AliasEvent):
             if event.anchor not in self.anchors:
                 raise self.refuse(event, f"the alias *{event.anchor} names no finished anchor")
             known = self.anchors[event.anchor]
-            return Node(known.value, place, known.text, known.size)
+            return YamlNode(known.value, place, known.text, known.size)
         assert isinstance(event, NodeEvent), f"unexpected YAML event {event}"
         self.num_nodes += 1
         if self.num_nodes > MAX_NODES:
@@ -157,24 +157,24 @@ class _Composer:
             self.anchors[event.anchor] = built
         return built
 
-    def collect(self, event: Event, events: Iterator[Event], place: Place, depth: int) -> Node:
+    def collect(self, event: Event, events: Iterator[Event], place: SourcePosition, depth: int) -> YamlNode:
         if isinstance(event, ScalarEvent):
             value = scalar(event.value) if event.implicit[0] else event.value
-            return Node(value, place, event.value)
+            return YamlNode(value, place, event.value)
         if isinstance(event, SequenceStartEvent):
-            return Node.collection(self.items(events, depth), place)
+            return YamlNode.collection(self.items(events, depth), place)
         assert isinstance(event, MappingStartEvent), f"unexpected YAML event {event}"
-        return Node.collection(self.mapping(events, depth), place)
+        return YamlNode.collection(self.mapping(events, depth), place)
 
-    def items(self, events: Iterator[Event], depth: int) -> list[Node]:
+    def items(self, events: Iterator[Event], depth: int) -> list[YamlNode]:
         found = []
         while not isinstance(event := next(events), SequenceEndEvent):
             found.append(self.node(event, events, self.place(event), depth + 1))
         return found
 
-    def mapping(self, events: Iterator[Event], depth: int) -> dict[str, Node]:
-        found: dict[str, Node] = {}
-        merged: dict[str, Node] = {}
+    def mapping(self, events: Iterator[Event], depth: int) -> dict[str, YamlNode]:
+        found: dict[str, YamlNode] = {}
+        merged: dict[str, YamlNode] = {}
         while not isinstance(event := next(events), MappingEndEvent):
             if not isinstance(event, ScalarEvent):
                 raise self.refuse(event, "a key must be a plain word")
@@ -188,9 +188,9 @@ class _Composer:
                 found[event.value] = child
         return merged | found
 
-    def merge_key(self, event: Event, child: Node) -> dict[str, Node]:
+    def merge_key(self, event: Event, child: YamlNode) -> dict[str, YamlNode]:
         parts = child.value if isinstance(child.value, list) else [child]
-        merged: dict[str, Node] = {}
+        merged: dict[str, YamlNode] = {}
         for part in parts:
             if not isinstance(part.value, dict):
                 raise self.refuse(event, "<< takes a mapping or a list of mappings")
@@ -198,7 +198,7 @@ class _Composer:
         return merged
 
 
-def read_text(text: str, source: str) -> Node:
+def read_text(text: str, source: str) -> YamlNode:
     """Read one YAML document.
 
     Args:
@@ -219,8 +219,8 @@ def read_text(text: str, source: str) -> Node:
         raise _character_error(error, text, source) from None
 
 
-def _document(composer: _Composer, events: Iterator[Event]) -> Node:
-    root = Node({}, Place(composer.source, 1, 1))
+def _document(composer: _Composer, events: Iterator[Event]) -> YamlNode:
+    root = YamlNode({}, SourcePosition(composer.source, 1, 1))
     documents = 0
     for event in events:
         if isinstance(event, DocumentStartEvent):
@@ -247,7 +247,7 @@ def _character_error(error: YAMLError, text: str, source: str) -> ConfigError:
     return ConfigError("a control character that YAML does not allow", where=f"{source}:{line}")
 
 
-def read_file(path: str | Path) -> tuple[Node, str]:
+def read_file(path: str | Path) -> tuple[YamlNode, str]:
     """Read a recipe file; return its node and its text, verbatim.
 
     Raises:
@@ -257,7 +257,7 @@ def read_file(path: str | Path) -> tuple[Node, str]:
     text = _decode(_bytes(Path(path), source), source)
     node = read_text(text, source)
     if node.value is None:
-        return Node({}, node.place), text
+        return YamlNode({}, node.place), text
     if not isinstance(node.value, dict):
         kind = "a list" if isinstance(node.value, list) else f"the single value {node.text!r:.60}"
         raise ConfigError(

@@ -10,7 +10,7 @@ import re
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 
-from lightning_hub.config.yaml_reader import KeyPath, Plain, scalar
+from lightning_hub.config.yaml_reader import KeyPath, YamlValue, scalar
 
 _INDENT = "  "
 _FLOW_WIDTH = 100
@@ -19,7 +19,7 @@ _WORDS_OF_YAML_1_1 = {"y", "n", "yes", "no", "on", "off", "true", "false", "null
 _UNPRINTABLE = re.compile("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
 
 
-def dump(tree: Plain) -> str:
+def dump(tree: YamlValue) -> str:
     """Return the tree as YAML text.
 
     Mappings are written in their own order, lists of plain values on one line where they fit; floats keep
@@ -28,7 +28,7 @@ def dump(tree: Plain) -> str:
     return "\n".join(_lines(tree)) + "\n"
 
 
-def _lines(value: Plain) -> list[str]:
+def _lines(value: YamlValue) -> list[str]:
     if isinstance(value, dict) and value:
         return [line for key, child in value.items() for line in _entry(f"{_text(key)}:", child)]
     if isinstance(value, list) and value:
@@ -36,20 +36,20 @@ def _lines(value: Plain) -> list[str]:
     return [_flow(value)]
 
 
-def _entry(head: str, child: Plain) -> list[str]:
+def _entry(head: str, child: YamlValue) -> list[str]:
     if _fits(head, child):
         return [f"{head} {_flow(child)}"]
     return [head, *(_INDENT + line for line in _lines(child))]
 
 
-def _item(child: Plain) -> list[str]:
+def _item(child: YamlValue) -> list[str]:
     if _fits("-", child):
         return [f"- {_flow(child)}"]
     first, *rest = _lines(child)
     return [f"- {first}", *(_INDENT + line for line in rest)]
 
 
-def _fits(head: str, value: Plain) -> bool:
+def _fits(head: str, value: YamlValue) -> bool:
     if isinstance(value, dict):
         return not value
     if isinstance(value, list):
@@ -58,13 +58,13 @@ def _fits(head: str, value: Plain) -> bool:
     return True
 
 
-def _leaves(value: Plain) -> list[Plain]:
+def _leaves(value: YamlValue) -> list[YamlValue]:
     if isinstance(value, list):
         return [leaf for item in value for leaf in _leaves(item)]
     return [value]
 
 
-def _flow(value: Plain) -> str:
+def _flow(value: YamlValue) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{_text(key)}: {_flow(child)}" for key, child in value.items()) + "}"
     if isinstance(value, list):
@@ -92,7 +92,7 @@ def _text(text: str) -> str:
     return _UNPRINTABLE.sub(lambda match: f"\\u{ord(match.group()):04x}", quoted)
 
 
-def edit(text: str, changes: dict[KeyPath, Plain]) -> str:
+def edit(text: str, changes: dict[KeyPath, YamlValue]) -> str:
     """Set values in YAML text and keep its comments, order and quotes.
 
     Args:

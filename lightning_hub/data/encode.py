@@ -20,7 +20,7 @@ from lightning_hub.data.masking.template_profile import Backend, backend_of, pro
 from lightning_hub.data.sample_store import Ids
 from lightning_hub.data.settings import DataSettings
 from lightning_hub.errors import ConfigError
-from lightning_hub.ops.batch import IGNORED
+from lightning_hub.ops.batch import IGNORE_INDEX
 
 ROLES: tuple[str, ...] = (*get_args(Role), "template", "document", "tokens")
 """Tokens are counted by role; ``template`` is what a template writes between texts, the last two have no roles."""
@@ -35,7 +35,7 @@ class Sample:
 
     Attributes:
         ids: Token ids, int32, shape ``(tokens,)``.
-        labels: The id where a token is trained, else ``IGNORED``, int32, the same shape.
+        labels: The id where a token is trained, else ``IGNORE_INDEX``, int32, the same shape.
         num_trained: Trained tokens.
         by_role: Tokens of each of ``ROLES``.
         notes: Counted remarks, such as what the template dropped.
@@ -173,7 +173,7 @@ class Encoder:
 def to_sample(masked: MaskedConversation) -> Sample:
     """A masked conversation as arrays."""
     ids = np.array(masked.ids, dtype=np.int32)
-    labels = np.full_like(ids, IGNORED)
+    labels = np.full_like(ids, IGNORE_INDEX)
     for start, end in masked.trained:
         labels[start:end] = ids[start:end]
     sample = _sample(ids, labels, "template")
@@ -192,10 +192,10 @@ def _sample_of_pattern(conversation: Conversation, masked: PatternMasked) -> Sam
     for message, count in zip(conversation.messages, masked.texts, strict=True):
         by_role[_ROLE_NUMBER[message.role]] += count
     by_role[_ROLE_NUMBER["template"]] = len(masked.ids) - sum(masked.texts)
-    trained = int(np.count_nonzero(masked.labels != IGNORED))
+    trained = int(np.count_nonzero(masked.labels != IGNORE_INDEX))
     return Sample(masked.ids, masked.labels, trained, by_role, text=masked.text)
 
 
 def _sample(ids: Ids, labels: Ids, role: str) -> Sample:
-    labels[0] = IGNORED  # no token before it predicts it
-    return Sample(ids, labels, int((labels != IGNORED).sum()), [len(ids) if name == role else 0 for name in ROLES])
+    labels[0] = IGNORE_INDEX  # no token before it predicts it
+    return Sample(ids, labels, int((labels != IGNORE_INDEX).sum()), [len(ids) if name == role else 0 for name in ROLES])

@@ -13,7 +13,7 @@ from lightning_hub.data.readers.example_reader import ExampleReader
 from lightning_hub.data.readers.examples import RawExample
 from lightning_hub.data.report import Reason
 from lightning_hub.data.settings import DataSettings
-from lightning_hub.ops.batch import IGNORED
+from lightning_hub.ops.batch import IGNORE_INDEX
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,7 @@ def _truncate(sample: Sample, maximum: int) -> int:
     if lost <= 0:
         return 0
     sample.ids, sample.labels = sample.ids[:maximum], sample.labels[:maximum]
-    sample.num_trained = int((sample.labels != IGNORED).sum())
+    sample.num_trained = int((sample.labels != IGNORE_INDEX).sum())
     sample.by_role = _subtract_from_roles(sample.by_role, lost)
     return lost
 

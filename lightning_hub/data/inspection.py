@@ -21,7 +21,7 @@ from lightning_hub.data.report import DataReport
 from lightning_hub.data.sample_store import Ids
 from lightning_hub.data.settings import DataSettings
 from lightning_hub.errors import DataError
-from lightning_hub.ops.batch import IGNORED
+from lightning_hub.ops.batch import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -104,7 +104,7 @@ class Inspector:
             "labels": labels.tolist(),
             "trained_text": self._trained_texts(ids, labels),
             "num_tokens": len(ids),
-            "num_trained": int((labels != IGNORED).sum()),
+            "num_trained": int((labels != IGNORE_INDEX).sum()),
         }
 
     def _decode(self, ids: Ids) -> str:
@@ -130,18 +130,18 @@ class Inspector:
 
     def _trained_texts(self, ids: Ids, labels: Ids) -> list[str]:
         """The text of each trained span; a character that is trained in part is shown completely."""
-        shown = labels != IGNORED
+        shown = labels != IGNORE_INDEX
         if any(_INCOMPLETE in self._decode(span) for span in trained_spans(labels)):
             for part, _ in self._characters(ids):
                 shown[part] = shown[part].any()
-        return [self._decode(span) for span in trained_spans(np.where(shown, ids, IGNORED))]
+        return [self._decode(span) for span in trained_spans(np.where(shown, ids, IGNORE_INDEX))]
 
     def pieces(self, view: View) -> list[tuple[str, bool]]:
         """The text of each token of a view, or of the tokens of one character, and whether it is trained on."""
         ids, labels = view["input_ids"], view["labels"]
         assert isinstance(ids, list), "a view's ids are a list"
         assert isinstance(labels, list), "a view's labels are a list"
-        trained = np.array(labels) != IGNORED
+        trained = np.array(labels) != IGNORE_INDEX
         return [(text, bool(trained[part].any())) for part, text in self._characters(np.array(ids, np.int32))]
 
     @property
@@ -152,7 +152,7 @@ class Inspector:
 
 def trained_spans(labels: Ids) -> list[Ids]:
     """The ids of each span of trained tokens, in order."""
-    trained = labels != IGNORED
+    trained = labels != IGNORE_INDEX
     edges = np.flatnonzero(np.diff(np.concatenate([[False], trained, [False]]).astype(np.int8)))
     return [labels[start:end] for start, end in zip(edges[::2], edges[1::2], strict=True)]
 

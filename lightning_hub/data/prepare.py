@@ -31,7 +31,7 @@ from lightning_hub.data.report import DataReport
 from lightning_hub.data.sample_store import Indices, SampleStore
 from lightning_hub.data.settings import VAL_KEY, DataSettings
 from lightning_hub.errors import DataError
-from lightning_hub.ops.batch import IGNORED
+from lightning_hub.ops.batch import IGNORE_INDEX
 from lightning_hub.runs.files import write_json
 from lightning_hub.runs.folder import default_cache_dir
 
@@ -95,7 +95,7 @@ def prepare(
     key = key_of(
         {
             "code": code_version(),
-            "ignore_index": IGNORED,
+            "ignore_index": IGNORE_INDEX,
             "inputs": [given.digest() for given in train_inputs],
             "val_inputs": [given.digest() for given in val_inputs],
             "tokenizer": key_of({"engine": backend_of(tokenizer).to_str(), "map": str(tokenizer.special_tokens_map)}),

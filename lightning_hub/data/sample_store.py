@@ -13,7 +13,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from lightning_hub.ops.batch import IGNORED
+from lightning_hub.ops.batch import IGNORE_INDEX
 
 Ids = npt.NDArray[np.int32]
 Indices = npt.NDArray[np.int64]
@@ -41,7 +41,7 @@ class SampleStore:
     """Token ids and labels of all samples, end to end in two flat arrays.
 
     Labels are aligned with the ids (``labels[t]`` is ``ids[t]`` where token ``t`` is trained, else
-    ``IGNORED``). The first token of a sample has no token before it and is never trained. The arrays may be
+    ``IGNORE_INDEX``). The first token of a sample has no token before it and is never trained. The arrays may be
     memory-mapped: nothing is copied until a sample is read.
 
     Attributes:
@@ -88,7 +88,7 @@ class SampleStore:
             ids=ids,
             labels=np.concatenate(labels),
             offsets=offsets,
-            num_trained=np.array([int((label != IGNORED).sum()) for label in labels], dtype=np.int32),
+            num_trained=np.array([int((label != IGNORE_INDEX).sum()) for label in labels], dtype=np.int32),
             fingerprint=hashlib.sha256(
                 offsets.tobytes() + ids.tobytes() + np.concatenate(labels).tobytes()
             ).hexdigest(),

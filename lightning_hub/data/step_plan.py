@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_hub.data.packing import assign_to_ranks, estimate_cost, pack, packing_efficiency
 from lightning_hub.data.sample_store import SampleStore
 from lightning_hub.errors import ConfigError, DataError
-from lightning_hub.ops.batch import IGNORED, Row, Step
+from lightning_hub.ops.batch import IGNORE_INDEX, PackedSequence, StepBatch
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class StepPlan:
             [samples[position] for position in row] for row in pack(self._lengths[samples], self.batching.max_tokens)
         ]
 
-    def step(self, epoch: int, index: int, rank: int = 0, world_size: int = 1) -> Step:
+    def step(self, epoch: int, index: int, rank: int = 0, world_size: int = 1) -> StepBatch:
         """Return the packed rows of one rank in a step.
 
         Args:
@@ -123,19 +123,19 @@ class StepPlan:
         mine = [self._row(rows[position]) for position in shares[rank]]
         missing = max(map(len, shares)) - len(mine)
         filler = [self._row(rows[0][:1], trained=False)] * missing
-        return Step(
+        return StepBatch(
             rows=(*mine, *filler),
             num_trained=int(self.samples.num_trained[samples].sum()),
             num_tokens=int(self._lengths[samples].sum()),
         )
 
-    def _row(self, samples: list[int], trained: bool = True) -> Row:
+    def _row(self, samples: list[int], trained: bool = True) -> PackedSequence:
         documents = []
         for sample in samples:
             ids, labels = self.samples[sample]
-            shown = labels if trained else np.full_like(labels, IGNORED)
+            shown = labels if trained else np.full_like(labels, IGNORE_INDEX)
             documents.append((torch.from_numpy(ids.astype(np.int64)), torch.from_numpy(shown.astype(np.int64))))
-        return Row.pack(documents, tuple(samples))
+        return PackedSequence.pack(documents, tuple(samples))
 
     def packing_efficiency(self) -> float:
         """Return the share of token slots of the first epoch that hold a token."""
@@ -173,7 +173,7 @@ class StepLoader:
     def __len__(self) -> int:
         return len(self.plan)
 
-    def __iter__(self) -> Iterator[Step]:
+    def __iter__(self) -> Iterator[StepBatch]:
         """Yield the steps after the position.
 
         The position is read when the first step is needed, not before: Lightning makes its iterator as soon as it needs
@@ -195,7 +195,7 @@ class StepLoader:
         """Do nothing: the position is that of Lightning, which has restored it already."""
 
 
-class _EpochSteps(Dataset[Step]):
+class _EpochSteps(Dataset[StepBatch]):
     """The steps of one epoch as a dataset, so that worker processes can prepare them."""
 
     def __init__(self, plan: StepPlan, epoch: int, rank: int, world_size: int) -> None:
@@ -204,5 +204,5 @@ class _EpochSteps(Dataset[Step]):
     def __len__(self) -> int:
         return len(self.plan)
 
-    def __getitem__(self, index: int) -> Step:
+    def __getitem__(self, index: int) -> StepBatch:
         return self.plan.step(self.epoch, index, self.rank, self.world_size)

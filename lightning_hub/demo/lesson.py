@@ -24,11 +24,11 @@ from lightning_hub.demo.methods import (
 )
 from lightning_hub.demo.tasks import NUMBERS, SHOUT, TURN_ROUND, Conversation, conversations, turned_words, words
 from lightning_hub.errors import ExitCode
-from lightning_hub.launch.attempt import begin
-from lightning_hub.launch.messages import LOADING, note, notice
-from lightning_hub.launch.options import Options
-from lightning_hub.launch.run_setup import checked, write_run
-from lightning_hub.launch.topology import settle_alone
+from lightning_hub.launch.attempt import start_attempt
+from lightning_hub.launch.messages import LOADING, print_note, print_notice
+from lightning_hub.launch.options import RunOptions
+from lightning_hub.launch.run_setup import check_and_fill, write_run
+from lightning_hub.launch.topology import single_process_topology
 from lightning_hub.runs.folder import EMBEDDED_MODEL, RunFolder, create_run, runs_root
 
 RECIPE = Path(__file__).with_name("recipe.yaml")
@@ -43,7 +43,7 @@ def demonstrate(method: str | None, root: str | None) -> int:
     """Fine-tune the embedded model and print what it has learned."""
     console = Console(highlight=False)
     folder = create_run("demo", runs_root(root))
-    notice(LOADING)
+    print_notice(LOADING)
     lesson = _numbers(folder, method) if method else _shouting(folder)
     console.print("[bold]Lightning Hub demo[/]: a small language model learns a new task")
     console.print(f"  model  embedded, {_size(lesson.model)}; it can {lesson.can}")
@@ -108,18 +108,18 @@ def _numbers(folder: RunFolder, method: str) -> Lesson:
 
 def _train(folder: RunFolder, lesson: Lesson, console: Console) -> int:
     recipe = parse_command(lesson.flags).recipe
-    options = Options()
-    tree = checked(recipe, options, note)
-    settle_alone(tree["trainer"])
+    options = RunOptions()
+    tree = check_and_fill(recipe, options, print_note)
+    single_process_topology(tree["trainer"])
     run = write_run(folder, recipe, tree, options)
     import torch  # 2 s, and 2 s more for the session
 
-    from lightning_hub.training.run import Session
+    from lightning_hub.training.run import TrainingRun
 
     torch.set_num_threads(1)  # a model this small gains nothing from more, and loses much on a busy machine
     before = answers(lesson.model, lesson.prompts)
     known = {title: share(lesson.model, rows) for title, rows in lesson.tests.items()}
-    session = Session(tree, begin(run, "never"), run, is_summed_up=False)
+    session = TrainingRun(tree, start_attempt(run, "never"), run, is_summed_up=False)
     code: int = ExitCode.FAILED
     try:
         code = session.fit()

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 from lightning_hub.launch.environment import RANK_VARIABLES
-from lightning_hub.launch.local import Group, open_listener, start_ranks
+from lightning_hub.launch.local import RankGroup, open_listener, start_ranks
 from lightning_hub.parent import SUPERVISOR_VARIABLE
 from lightning_hub.runs.folder import RunFolder
 
@@ -96,7 +96,7 @@ def run_ranks(count: int, arguments: Sequence[str], folder: Path, limit: float =
             raise ChildrenFailedError(f"the ranks did not end within {limit:.0f} s")
 
     with open_listener() as listener:
-        group = Group(RunFolder(folder / "ranks"), 1, count, [*PYTHON, "-m", *arguments], listener)
+        group = RankGroup(RunFolder(folder / "ranks"), 1, count, [*PYTHON, "-m", *arguments], listener)
         with _interruptible(), start_ranks(group) as ranks:
             ranks.wait(watch, GRACE)
     failed = [ending.rank for ending in ranks.endings.values() if ending.code != 0 and not ending.ended_here]

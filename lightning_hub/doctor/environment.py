@@ -32,7 +32,7 @@ LEAST_FILES = 1024
 """Open files that a run with loader processes and shards may need."""
 
 
-def examine(runs: Path) -> list[Finding]:
+def check_machine(runs: Path) -> list[Finding]:
     """Return what was found about this machine.
 
     Args:

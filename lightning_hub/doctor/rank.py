@@ -15,9 +15,17 @@ import torch.distributed
 from lightning.pytorch.strategies import Strategy
 
 from lightning_hub.doctor.findings import Finding, equality, write_findings
-from lightning_hub.doctor.recorded_run import Material, Seen, accelerator, distance, largest, train, worst
-from lightning_hub.launch.environment import find_place
-from lightning_hub.parallel.process_group import join, leave
+from lightning_hub.doctor.recorded_run import (
+    ProofFiles,
+    RecordedRun,
+    accelerator,
+    distance,
+    max_distance,
+    train,
+    worst_distance,
+)
+from lightning_hub.launch.environment import detect_process
+from lightning_hub.parallel.process_group import destroy_process_group, init_process_group
 from lightning_hub.parallel.strategies import DDP, FSDP, ModelParallel
 from lightning_hub.parent import die_with_parent
 
@@ -34,29 +42,29 @@ def main(folder: Path) -> None:
     """Train, and let rank 0 write what was found."""
     die_with_parent()
     os.environ["LIGHTNING_HUB_CACHE"] = str(folder / "cache")
-    place, device, material = find_place(os.environ), accelerator(), Material(folder)
+    place, device, material = detect_process(os.environ), accelerator(), ProofFiles(folder)
     assert place is not None, "this process is one of several"
-    environment = join(place, on_gpu=device == "cuda")
-    expected = Seen(**torch.load(material.reference, weights_only=True))
+    environment = init_process_group(place, on_gpu=device == "cuda")
+    expected = RecordedRun(**torch.load(material.reference, weights_only=True))
     findings = []
     for name, strategy in strategies().items():
         module, _ = train(material, device, strategy, environment)
         findings.append(_finding(name, module.seen, expected, device))
     if place.rank == 0:
         write_findings(findings, folder / "rank.json")
-    leave()
+    destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # strategies still hold groups whose threads can abort a normal exit
 
 
-def _finding(name: str, seen: Seen, expected: Seen, device: str) -> Finding:
-    errors = [worst(seen.losses, expected.losses), worst(seen.norms, expected.norms)]
+def _finding(name: str, seen: RecordedRun, expected: RecordedRun, device: str) -> Finding:
+    errors = [worst_distance(seen.losses, expected.losses), worst_distance(seen.norms, expected.norms)]
     errors += [distance([seen.weights[key]], [tensor]) for key, tensor in expected.weights.items() if seen.weights]
     gathered: list[list[float]] = [[]] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(gathered, errors)
     of = f"losses, gradient norms and final weights over {len(expected.losses)} steps, on {device}"
-    return equality(f"2 ranks = 1 rank: {name}", largest([*chain(*gathered)]), BOUND, of)
+    return equality(f"2 ranks = 1 rank: {name}", max_distance([*chain(*gathered)]), BOUND, of)
 
 
 if __name__ == "__main__":

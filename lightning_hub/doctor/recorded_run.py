@@ -16,13 +16,13 @@ from lightning_hub.data.datamodule import ChatData
 from lightning_hub.doctor.sample_data import ROWS
 from lightning_hub.methods.sft import SFT
 from lightning_hub.models.pretrained import Pretrained
-from lightning_hub.ops.batch import Step
+from lightning_hub.ops.batch import StepBatch
 from lightning_hub.parallel.data_parallel import data_parallel
-from lightning_hub.parallel.process_group import GivenPlace
+from lightning_hub.parallel.process_group import HubClusterEnvironment
 
 
 @dataclass(frozen=True)
-class Material:
+class ProofFiles:
     """What the processes of a proof share, in a folder of theirs."""
 
     folder: Path
@@ -62,7 +62,7 @@ class Material:
 
 
 @dataclass
-class Seen:
+class RecordedRun:
     """What a training has seen: per step the loss, the gradient norm and, if wanted, the gradients; final weights."""
 
     losses: list[float] = field(default_factory=list)
@@ -71,7 +71,7 @@ class Seen:
     weights: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Watched(SFT):
+class RecordingSFT(SFT):
     """SFT that notes what it does.
 
     Args:
@@ -81,7 +81,7 @@ class Watched(SFT):
 
     def __init__(self, model: str, learning_rate: float) -> None:
         super().__init__(model, learning_rate=learning_rate, lr_scheduler="linear")
-        self.seen = Seen()
+        self.seen = RecordedRun()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Note the gradients before they are clipped."""
@@ -89,7 +89,7 @@ class Watched(SFT):
             found = {name: parameter.grad for name, parameter in self.named_parameters()}
             self.seen.gradients.append({name: grad.clone() for name, grad in found.items() if grad is not None})
 
-    def on_train_batch_end(self, outputs: object, batch: Step, batch_idx: int) -> None:
+    def on_train_batch_end(self, outputs: object, batch: StepBatch, batch_idx: int) -> None:
         """Note the loss of the whole step and the norm of its gradient."""
         assert self.grad_norm is not None, "every step is logged"
         self.seen.losses.append(float(data_parallel(self.trainer.strategy).mean(self.step_loss)))
@@ -97,12 +97,12 @@ class Watched(SFT):
 
 
 def train(
-    material: Material,
+    material: ProofFiles,
     accelerator: str,
     strategy: str | Strategy = "auto",
-    environment: GivenPlace | None = None,
+    environment: HubClusterEnvironment | None = None,
     learning_rate: float = 3e-4,
-) -> tuple[Watched, ChatData]:
+) -> tuple[RecordingSFT, ChatData]:
     """Train one epoch in float32 and return the module, which has seen it, and its data.
 
     Every rank must call this; only rank 0 sees the final weights.
@@ -116,7 +116,7 @@ def train(
     """
     torch.set_float32_matmul_precision("highest")
     torch.manual_seed(0)
-    module, data = Watched(str(material.model), learning_rate), material.data()
+    module, data = RecordingSFT(str(material.model), learning_rate), material.data()
     trainer = Trainer(
         accelerator=accelerator,
         devices=environment.world_size() if environment else 1,
@@ -148,11 +148,11 @@ def distance(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     return float(torch.nn.utils.get_total_norm(difference) / torch.nn.utils.get_total_norm(expected))
 
 
-def worst(found: Sequence[float], expected: Sequence[float]) -> float:
+def worst_distance(found: Sequence[float], expected: Sequence[float]) -> float:
     """Return the largest relative difference of numbers in order."""
-    return largest([abs(one - other) / abs(other) for one, other in zip(found, expected, strict=True)])
+    return max_distance([abs(one - other) / abs(other) for one, other in zip(found, expected, strict=True)])
 
 
-def largest(errors: Sequence[float]) -> float:
+def max_distance(errors: Sequence[float]) -> float:
     """Return the largest error; one that is no number is the largest, which ``max`` may pass over."""
     return float(torch.tensor(errors, dtype=torch.float64).max())

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from lightning_hub.cli import run
 from lightning_hub.doctor.findings import equality, write_findings
-from lightning_hub.doctor.recorded_run import largest
+from lightning_hub.doctor.recorded_run import max_distance
 from lightning_hub.errors import ExitCode
 from lightning_hub.parent import die_with_parent
 from lightning_hub.runs.folder import RunFolder
@@ -37,7 +37,7 @@ def main(folder: Path) -> int:
     apart = [float((weights[0][name] - tensor).abs().max()) for name, tensor in weights[1].items()]
     findings = [
         equality("resumed = straight: losses", _apart(ours, theirs), BOUND, f"{of}; largest difference"),
-        equality("resumed = straight: weights", largest(apart), BOUND, f"{of}; largest difference"),
+        equality("resumed = straight: weights", max_distance(apart), BOUND, f"{of}; largest difference"),
     ]
     write_findings(findings, folder / "resumed.json")
     return ExitCode.DONE
@@ -53,7 +53,7 @@ def _apart(ours: dict[int, float], theirs: dict[int, float]) -> float:
     """Return the largest difference; infinite where one run has steps that the other lacks."""
     if ours.keys() != theirs.keys():
         return float("inf")
-    return largest([abs(ours[step] - theirs[step]) for step in theirs])
+    return max_distance([abs(ours[step] - theirs[step]) for step in theirs])
 
 
 if __name__ == "__main__":

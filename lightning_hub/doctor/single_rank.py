@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lightning_hub.checkpoints.export import write_export
 from lightning_hub.doctor.findings import DISTRUST, Finding, equality, write_findings
-from lightning_hub.doctor.recorded_run import Material, accelerator, distance, largest, train, worst
+from lightning_hub.doctor.recorded_run import ProofFiles, accelerator, distance, max_distance, train, worst_distance
 from lightning_hub.models.pretrained import Pretrained
 from lightning_hub.ops.attention import PACKED
-from lightning_hub.ops.attention_proof import proven_head
-from lightning_hub.ops.batch import IGNORED, Row
+from lightning_hub.ops.attention_proof import proven_loss
+from lightning_hub.ops.batch import IGNORE_INDEX, PackedSequence
 from lightning_hub.ops.loss import inputs_of
 from lightning_hub.parent import die_with_parent
 
@@ -30,7 +30,7 @@ LOGITS, GRADIENTS = 1e-5, 1e-6
 def main(folder: Path, wanted: list[str]) -> None:
     """Make the model and give the proofs that are wanted."""
     die_with_parent()
-    material = Material(folder)
+    material = ProofFiles(folder)
     material.make_model()
     proofs = {"packed": packed, "accumulated": accumulated, "exported": exported}
     findings = [finding for name, proof in proofs.items() if name in wanted for finding in proof(material)]
@@ -39,14 +39,14 @@ def main(folder: Path, wanted: list[str]) -> None:
     write_findings(findings, folder / "one_process.json")
 
 
-def packed(material: Material) -> list[Finding]:
+def packed(material: ProofFiles) -> list[Finding]:
     """Compare a packed row with its documents alone in the model as transformers makes it."""
     data = material.data()
     data.open(Pretrained(str(material.model)))
     row = max(data.plan.step(0, 0).rows, key=lambda row: len(row.lengths))
     assert len(row.lengths) > 1, "the row is packed"
     model = Pretrained(str(material.model)).load(dtype=torch.float32, attn_implementation=PACKED).eval()
-    head = proven_head(model)
+    head = proven_loss(model)
     head(row).backward()
     with torch.no_grad():
         together = model(**inputs_of(model, row)).logits[0]
@@ -55,8 +55,8 @@ def packed(material: Material) -> list[Finding]:
     losses = [_loss(logits, document) for logits, document in zip(alone, row.documents(), strict=True)]
     torch.stack(losses).sum().backward()
     of = f"{len(alone)} documents in a row, alone in transformers"
-    how = head.traits.reason or f"{head.traits.attention}, {len(alone)} documents in a forward"
-    packs = head.traits.is_packable
+    how = head.capabilities.reason or f"{head.capabilities.attention}, {len(alone)} documents in a forward"
+    packs = head.capabilities.isolates_documents
     return [
         Finding("packed = unpacked: one forward", packs, how, None if packs else DISTRUST),
         equality("packed = unpacked: logits", distance([together], [torch.cat(alone)]), LOGITS, of),
@@ -64,7 +64,7 @@ def packed(material: Material) -> list[Finding]:
     ]
 
 
-def accumulated(material: Material) -> list[Finding]:
+def accumulated(material: ProofFiles) -> list[Finding]:
     """Compare the training step over several rows with one padded batch in the model as transformers makes it."""
     module, data = train(material, "cpu", learning_rate=0.0)
     rows = [len(data.plan.rows(0, index)) for index in range(len(data.plan))]
@@ -78,12 +78,12 @@ def accumulated(material: Material) -> list[Finding]:
         errors.append(distance([ours for ours, _ in both], [theirs for _, theirs in both if theirs is not None]))
     of = f"{len(rows)} steps of up to {max(rows)} rows, as padded batches in transformers"
     return [
-        equality("accumulated = one batch: loss", worst(module.seen.losses, losses), GRADIENTS, of),
-        equality("accumulated = one batch: gradients", largest(errors), GRADIENTS, of),
+        equality("accumulated = one batch: loss", worst_distance(module.seen.losses, losses), GRADIENTS, of),
+        equality("accumulated = one batch: gradients", max_distance(errors), GRADIENTS, of),
     ]
 
 
-def exported(material: Material) -> list[Finding]:
+def exported(material: ProofFiles) -> list[Finding]:
     """Compare the trained module with the folder that it was exported to."""
     module, data = train(material, "cpu")
     model, weights = module.export_state()
@@ -107,20 +107,20 @@ def _plain(folder: Path) -> PreTrainedModel:
     return model
 
 
-def _loss(logits: Tensor, document: Row) -> Tensor:
+def _loss(logits: Tensor, document: PackedSequence) -> Tensor:
     """Return the summed cross-entropy of a lone document; ``logits`` has shape ``(tokens, vocabulary)``."""
-    return F.cross_entropy(logits[:-1], document.labels[0, 1:], ignore_index=IGNORED, reduction="sum")
+    return F.cross_entropy(logits[:-1], document.labels[0, 1:], ignore_index=IGNORE_INDEX, reduction="sum")
 
 
-def _padded_loss(plain: PreTrainedModel, rows: tuple[Row, ...]) -> float:
+def _padded_loss(plain: PreTrainedModel, rows: tuple[PackedSequence, ...]) -> float:
     """Run all documents as one padded batch and return the mean loss of its trained tokens, gradients made."""
     documents = [document for row in rows for document in row.documents()]
     pad = torch.nn.utils.rnn.pad_sequence
     ids = pad([document.input_ids[0] for document in documents], batch_first=True)
-    labels = pad([document.labels[0] for document in documents], batch_first=True, padding_value=IGNORED)
+    labels = pad([document.labels[0] for document in documents], batch_first=True, padding_value=IGNORE_INDEX)
     mask = pad([torch.ones_like(document.input_ids[0]) for document in documents], batch_first=True)
     logits = plain(ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-    loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
+    loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX)
     loss.backward()
     return float(loss.detach())
 

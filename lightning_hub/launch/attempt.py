@@ -12,12 +12,12 @@ from lightning_hub.errors import ExitCode, HubError, NoCheckpointError
 from lightning_hub.launch.orphans import end_orphans
 from lightning_hub.runs.files import write_atomic
 from lightning_hub.runs.folder import RunFolder
-from lightning_hub.runs.manifest import chosen, newest_whole, step_of
+from lightning_hub.runs.manifest import newest_valid, resolve_checkpoint, step_of
 from lightning_hub.runs.writer import RunWriter
 
 
 @dataclass(frozen=True)
-class Begun:
+class StartedAttempt:
     """An attempt that has begun; all of its ranks know the same.
 
     Attributes:
@@ -31,7 +31,7 @@ class Begun:
     checkpoint: Path | None
 
 
-def begin(
+def start_attempt(
     run: RunWriter,
     resume: str,
     *,
@@ -39,7 +39,7 @@ def begin(
     trusted: bool = False,
     world_size: int = 1,
     master_port: int | None = None,
-) -> Begun:
+) -> StartedAttempt:
     """Choose the checkpoint and write down that an attempt begins.
 
     Args:
@@ -56,7 +56,7 @@ def begin(
     """
     try:
         end_orphans(run.folder)
-        checkpoint = _choose(run, resume, trusted=trusted)
+        checkpoint = _select_checkpoint(run, resume, trusted=trusted)
         step = step_of(checkpoint) if checkpoint else 0
         reason = f"resumed from {checkpoint.name}" if checkpoint else "first start"
         attempt = run.start_attempt(
@@ -68,7 +68,7 @@ def begin(
         run.set_status("failed", reason=str(error), exit_code=int(code))
         run.close(int(code))
         raise
-    return Begun(run.folder, attempt, checkpoint)
+    return StartedAttempt(run.folder, attempt, checkpoint)
 
 
 def _write_config(folder: RunFolder, attempt: int, tree: dict[str, Any] | None) -> None:
@@ -80,13 +80,13 @@ def _write_config(folder: RunFolder, attempt: int, tree: dict[str, Any] | None) 
         write_atomic(folder.attempt_config(attempt), text.encode(), fsync=True)
 
 
-def _choose(run: RunWriter, resume: str, *, trusted: bool) -> Path | None:
+def _select_checkpoint(run: RunWriter, resume: str, *, trusted: bool) -> Path | None:
     """Return what to go on from; damaged checkpoints are named and passed over."""
     if resume == "never":
         return None
     if resume not in ("auto", "must"):
-        return chosen(resume, trusted=trusted)
-    found, damaged = newest_whole(run.folder.checkpoints)
+        return resolve_checkpoint(resume, trusted=trusted)
+    found, damaged = newest_valid(run.folder.checkpoints)
     for error in damaged:
         print(f"warning: {error}; trying an older one", file=sys.stderr)
         run.event("damaged checkpoint", path=error.where, reason=error.message)

@@ -20,7 +20,7 @@ _REMEDY = "start it with torchrun, or without these variables: then the command 
 
 
 @dataclass(frozen=True)
-class Place:
+class ProcessInfo:
     """One process among those of a run.
 
     Attributes:
@@ -54,7 +54,7 @@ class Place:
         return self.world_size // self.local_world_size
 
     @property
-    def is_alone(self) -> bool:
+    def is_single(self) -> bool:
         """Whether nobody else takes part."""
         return self.world_size == 1
 
@@ -62,7 +62,7 @@ class Place:
         return f"rank {self.rank} of {self.world_size}, node {self.node_rank} of {self.nnodes}"
 
 
-def find_place(environ: Mapping[str, str]) -> Place | None:
+def detect_process(environ: Mapping[str, str]) -> ProcessInfo | None:
     """Return the place that a launcher has given this process, or None where nobody started several.
 
     Raises:
@@ -77,7 +77,7 @@ def find_place(environ: Mapping[str, str]) -> Place | None:
     return None  # a lone RANK=0 or LOCAL_RANK=0 says nothing about others
 
 
-def _torchrun(environ: Mapping[str, str]) -> Place:
+def _torchrun(environ: Mapping[str, str]) -> ProcessInfo:
     place = _per_process(environ, "torchrun", _number(environ, "LOCAL_WORLD_SIZE"))
     if RUN_VARIABLE not in environ:
         return place
@@ -90,7 +90,7 @@ def _torchrun(environ: Mapping[str, str]) -> Place:
     )
 
 
-def _from_variables(environ: Mapping[str, str]) -> Place:
+def _from_variables(environ: Mapping[str, str]) -> ProcessInfo:
     needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in needed if not environ.get(name)]
     if missing:
@@ -103,8 +103,8 @@ def _from_variables(environ: Mapping[str, str]) -> Place:
     return _per_process(environ, "env", _number(environ, "LOCAL_WORLD_SIZE", _number(environ, "WORLD_SIZE")))
 
 
-def _per_process(environ: Mapping[str, str], launcher: str, local_world_size: int) -> Place:
-    place = Place(
+def _per_process(environ: Mapping[str, str], launcher: str, local_world_size: int) -> ProcessInfo:
+    place = ProcessInfo(
         _number(environ, "RANK"),
         _number(environ, "WORLD_SIZE"),
         _number(environ, "LOCAL_RANK"),
@@ -120,7 +120,7 @@ def _is_slurm_step(environ: Mapping[str, str]) -> bool:
     return not interactive and "SLURM_STEP_ID" in environ and _number(environ, "SLURM_NTASKS", 1) > 1
 
 
-def _slurm(environ: Mapping[str, str]) -> Place:
+def _slurm(environ: Mapping[str, str]) -> ProcessInfo:
     tasks = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE") or ""
     per_node = re.fullmatch(r"(\d+)(\(x\d+\))?", tasks)
     if per_node is None:
@@ -130,10 +130,10 @@ def _slurm(environ: Mapping[str, str]) -> Place:
             remedy="give srun --ntasks-per-node",
         )
     rank, size = _number(environ, "SLURM_PROCID"), _number(environ, "SLURM_NTASKS")
-    return _consistent(Place(rank, size, _number(environ, "SLURM_LOCALID"), int(per_node[1]), "slurm"))
+    return _consistent(ProcessInfo(rank, size, _number(environ, "SLURM_LOCALID"), int(per_node[1]), "slurm"))
 
 
-def _consistent(place: Place) -> Place:
+def _consistent(place: ProcessInfo) -> ProcessInfo:
     fits = (
         0 <= place.rank < place.world_size
         and 0 <= place.local_rank < place.local_world_size

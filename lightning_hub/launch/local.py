@@ -22,10 +22,10 @@ from lightning_hub.parent import SUPERVISOR_VARIABLE
 from lightning_hub.runs.files import make_private_folder, open_append
 from lightning_hub.runs.folder import RankFolder, RunFolder
 
-GRACE = 5.0
+GRACE_SECONDS = 5.0
 """Seconds in which the other ranks may say what they have seen, after one has failed."""
 
-PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """Signals that ask for something, which ranks hear of."""
 
 _PERIOD = 0.05
@@ -33,7 +33,7 @@ _LOOPBACK = Path("/sys/class/net/lo")
 
 
 @dataclass(frozen=True)
-class Group:
+class RankGroup:
     """What the ranks of one attempt on this machine have in common.
 
     Attributes:
@@ -84,7 +84,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Ending:
+class RankExit:
     """How a rank ended.
 
     Attributes:
@@ -100,7 +100,7 @@ class Ending:
     ended_here: bool = False
 
 
-class Ranks:
+class RunningRanks:
     """The running ranks of a group.
 
     Use as ``with start_ranks(group) as ranks``: when the block is left, for whatever reason, none of them runs.
@@ -108,14 +108,14 @@ class Ranks:
 
     def __init__(self, processes: dict[int, subprocess.Popen[bytes]]) -> None:
         self.processes = processes
-        self.endings: dict[int, Ending] = {}
+        self.endings: dict[int, RankExit] = {}
 
     @property
     def running(self) -> list[int]:
         """Ranks that have not ended."""
         return [rank for rank in self.processes if rank not in self.endings]
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Note which ranks have ended since the last look.
 
         They stay unreaped until `end`, so that the number of each still means it and the group that it leads.
@@ -124,7 +124,7 @@ class Ranks:
             result = os.waitid(os.P_PID, self.processes[rank].pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             if result is not None:
                 code = result.si_status if result.si_code == os.CLD_EXITED else -result.si_status
-                self.endings[rank] = Ending(rank, code, time.monotonic())
+                self.endings[rank] = RankExit(rank, code, time.monotonic())
 
     def signal(self, number: int) -> None:
         """Send a signal to every rank that runs: never to one alone."""
@@ -133,14 +133,14 @@ class Ranks:
 
     def end(self) -> None:
         """Kill what still runs, with everything that the ranks have started."""
-        self.look()
+        self.poll()
         for rank, process in self.processes.items():
             if process.returncode is None:
                 _kill_group(process.pid)
                 code = process.wait()
-                self.endings.setdefault(rank, Ending(rank, code, time.monotonic(), ended_here=True))
+                self.endings.setdefault(rank, RankExit(rank, code, time.monotonic(), ended_here=True))
 
-    def wait(self, meanwhile: Callable[[], None], grace: float = GRACE) -> None:
+    def wait(self, meanwhile: Callable[[], None], grace: float = GRACE_SECONDS) -> None:
         """Wait until all have ended; once one fails, the others have ``grace`` seconds.
 
         Args:
@@ -148,7 +148,7 @@ class Ranks:
             grace: Seconds.
         """
         while self.running:
-            self.look()
+            self.poll()
             meanwhile()
             failed = [ending.at for ending in self.endings.values() if ending.code != 0]
             if failed and time.monotonic() - min(failed) > grace:
@@ -160,11 +160,11 @@ class Ranks:
 
 
 @contextmanager
-def start_ranks(group: Group) -> Iterator[Ranks]:
+def start_ranks(group: RankGroup) -> Iterator[RunningRanks]:
     """Start every rank of a group, its output in its log files, and leave none behind."""
-    ranks = Ranks({})
+    ranks = RunningRanks({})
     try:
-        with _held_back():
+        with _signals_blocked():
             for rank in range(group.world_size):
                 ranks.processes[rank] = _start(group, rank)
         yield ranks
@@ -173,23 +173,23 @@ def start_ranks(group: Group) -> Iterator[Ranks]:
 
 
 @contextmanager
-def _held_back() -> Iterator[None]:
+def _signals_blocked() -> Iterator[None]:
     """Hold signals back while it lasts. Ranks inherit that, and let them in when they are ready to listen."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED_SIGNALS)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _start(group: Group, rank: int) -> subprocess.Popen[bytes]:
+def _start(group: RankGroup, rank: int) -> subprocess.Popen[bytes]:
     files: RankFolder = group.folder.rank(group.attempt, rank)
     make_private_folder(files.path)
     out, err = open_append(files.stdout), open_append(files.stderr)
     try:
         return subprocess.Popen(
             group.argv,
-            env={**_without_places(os.environ), **group.environment(rank)},
+            env={**_without_rank_variables(os.environ), **group.environment(rank)},
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=err,
@@ -201,7 +201,7 @@ def _start(group: Group, rank: int) -> subprocess.Popen[bytes]:
         os.close(err)
 
 
-def _without_places(environ: Mapping[str, str]) -> dict[str, str]:
+def _without_rank_variables(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environ.items() if name not in RANK_VARIABLES}
 
 

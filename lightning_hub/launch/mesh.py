@@ -66,11 +66,11 @@ def check_mesh(mesh: Mesh, world_size: int) -> None:
     raise ConfigError(
         f"mesh_shape {mesh} takes {mesh.fsdp} x {mesh.tp} = {found} processes, the run has {world_size}{idle}",
         where=MESH,
-        remedy=f"use {nearest(mesh, world_size)}",
+        remedy=f"use {nearest_mesh(mesh, world_size)}",
     )
 
 
-def nearest(mesh: Mesh, world_size: int, count: int = 2) -> str:
+def nearest_mesh(mesh: Mesh, world_size: int, count: int = 2) -> str:
     """Return the meshes of ``world_size`` processes that differ least from ``mesh``, by the ratio of their sizes."""
     fitting = [Mesh(world_size // tp, tp) for tp in range(1, world_size + 1) if world_size % tp == 0]
 

@@ -6,7 +6,7 @@ import sys
 from contextlib import suppress
 
 
-def notice(text: str) -> None:
+def print_notice(text: str) -> None:
     """Say on standard error what a slow command does now; standard output stays what programs read."""
     if sys.stderr is None:  # closed by whoever started this process
         return
@@ -19,7 +19,7 @@ def notice(text: str) -> None:
 LOADING = "loading torch and the model"
 
 
-def note(text: str) -> None:
+def print_note(text: str) -> None:
     """Print a note for a person."""
     with suppress(BrokenPipeError):  # nobody reads notes: that ends no training
         print(f"note: {text}", file=sys.stderr)

@@ -14,7 +14,7 @@ from lightning_hub.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Options:
+class RunOptions:
     """Where a run is kept, what it goes on from, and what a person allows it.
 
     Attributes:
@@ -75,7 +75,7 @@ FLAGS = (
 """The flags of commands that take a recipe, for their help; ``--debug`` is taken by the command line itself."""
 
 
-def parse(verb: str, argv: Sequence[str], extra: Sequence[str] = ()) -> tuple[Command, Options, Namespace]:
+def parse(verb: str, argv: Sequence[str], extra: Sequence[str] = ()) -> tuple[Command, RunOptions, Namespace]:
     """Read a command line.
 
     Args:
@@ -100,7 +100,7 @@ def parse(verb: str, argv: Sequence[str], extra: Sequence[str] = ()) -> tuple[Co
     if unknown:
         flags = [flag for action in parser._actions for flag in action.option_strings]
         raise explain_flag(unknown[0], [*flags, "--config"])
-    options = Options(
+    options = RunOptions(
         run_dir=Path(given.run_dir) if given.run_dir else None,
         runs_root=Path(given.runs_root) if given.runs_root else None,
         run_name=_run_name(given.run_name),

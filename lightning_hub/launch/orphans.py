@@ -12,7 +12,7 @@ import psutil
 from lightning_hub.launch.environment import ATTEMPT_VARIABLE, RUN_VARIABLE
 from lightning_hub.runs.files import Json, read_json
 from lightning_hub.runs.folder import RunFolder
-from lightning_hub.runs.process_identity import Identity, boot_id
+from lightning_hub.runs.process_identity import ProcessIdentity, boot_id
 from lightning_hub.runs.processes import end_process
 
 
@@ -22,7 +22,7 @@ class Orphan:
 
     rank: int
     attempt: int
-    identity: Identity
+    identity: ProcessIdentity
 
 
 def find_orphans(folder: RunFolder) -> list[Orphan]:
@@ -85,12 +85,12 @@ def _from_environments(folder: RunFolder) -> Iterator[Orphan]:
         if process.pid in above or any(environ.get(name) != value for name, value in told.items()):
             continue
         rank, attempt = environ.get("RANK", ""), environ.get(ATTEMPT_VARIABLE, "")
-        identity = Identity.of(process.pid)
+        identity = ProcessIdentity.of(process.pid)
         if identity is not None and rank.isdecimal() and attempt.isdecimal():
             yield Orphan(int(rank), int(attempt), identity)
 
 
 def _orphan(rank: Json, attempt: Json, data: dict[str, Json]) -> Iterator[Orphan]:
-    identity = Identity.from_json(data)
+    identity = ProcessIdentity.from_json(data)
     if identity is not None and identity.boot == boot_id() and isinstance(rank, int) and isinstance(attempt, int):
         yield Orphan(rank, attempt, identity)

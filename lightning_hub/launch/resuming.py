@@ -10,7 +10,7 @@ from lightning_hub.config.resolve import fill_defaults
 from lightning_hub.errors import ConfigError
 from lightning_hub.runs.files import Json, read_json
 from lightning_hub.runs.folder import RunFolder
-from lightning_hub.runs.manifest import newest_whole, step_of
+from lightning_hub.runs.manifest import newest_valid, step_of
 from lightning_hub.runs.metrics import read_metrics
 from lightning_hub.runs.records import Attempt, ErrorRecord, Status
 
@@ -27,7 +27,7 @@ def newest_config(folder: RunFolder) -> Path:
     return folder.config
 
 
-def newest_tree(folder: RunFolder) -> dict[str, Any]:
+def newest_recipe(folder: RunFolder) -> dict[str, Any]:
     """Return the recipe of the newest attempt, with its defaults."""
     config = newest_config(folder)
     return fill_defaults(recipe_from_text(config.read_text(encoding="utf-8"), str(config)))
@@ -54,10 +54,10 @@ def check_work_left(folder: RunFolder, tree: dict[str, Any]) -> None:
     status = Status.from_json(read_json(folder.status))
     if status.state != "finished":
         return
-    before, after = newest_tree(folder)["trainer"], tree["trainer"]
+    before, after = newest_recipe(folder)["trainer"], tree["trainer"]
     epochs = _epochs_begun(folder, status.step)
     if _same_limits(before, after) or not _is_further(before, after, status.step, epochs):
-        found, _ = newest_whole(folder.checkpoints)
+        found, _ = newest_valid(folder.checkpoints)
         if found is not None and step_of(found) >= status.step:
             raise _finished(folder, before, after, status.step, epochs)
 

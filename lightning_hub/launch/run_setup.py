@@ -8,20 +8,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lightning_hub.config.check import check
+from lightning_hub.config.check import check_recipe
 from lightning_hub.config.recipe import Recipe
 from lightning_hub.config.resolve import fill_defaults
 from lightning_hub.config.shipped import preset_of
 from lightning_hub.config.yaml_writer import dump
 from lightning_hub.errors import ConfigError
-from lightning_hub.launch.options import Options
+from lightning_hub.launch.options import RunOptions
 from lightning_hub.launch.orphans import end_orphans
 from lightning_hub.runs.folder import RunFolder, create_run, lock_run, open_run_dir, runs_root
 from lightning_hub.runs.unused import clear_run, holds_unused_run
 from lightning_hub.runs.writer import NewRun, RunWriter
 
 
-def run_folder(tree: dict[str, Any], options: Options) -> RunFolder:
+def run_folder(tree: dict[str, Any], options: RunOptions) -> RunFolder:
     """Make a new run folder, or open the one that was named; a run in it that finished no step is replaced."""
     if options.run_dir is not None:
         named = RunFolder(options.run_dir)
@@ -44,7 +44,7 @@ def _clear_unused(folder: RunFolder) -> None:
 
 
 def write_run(
-    folder: RunFolder, recipe: Recipe, tree: dict[str, Any], options: Options, verdict: str = "single"
+    folder: RunFolder, recipe: Recipe, tree: dict[str, Any], options: RunOptions, verdict: str = "single"
 ) -> RunWriter:
     """Write what a new run is; one that exists is opened as it stands.
 
@@ -77,7 +77,7 @@ def _method(tree: dict[str, Any]) -> str:
     return str(tree["model"]["class_path"]).rpartition(".")[2].lower()
 
 
-def _new_run(tree: dict[str, Any], sources: list[tuple[str, str]], options: Options, verdict: str) -> NewRun:
+def _new_run(tree: dict[str, Any], sources: list[tuple[str, str]], options: RunOptions, verdict: str) -> NewRun:
     nnodes, devices = tree["trainer"]["num_nodes"], tree["trainer"]["devices"]
     nproc_per_node = len(devices) if isinstance(devices, list) else devices
     presets = [preset for name, _ in sources if (preset := preset_of(name)) is not None]
@@ -102,7 +102,7 @@ def _new_run(tree: dict[str, Any], sources: list[tuple[str, str]], options: Opti
     )
 
 
-def checked(recipe: Recipe, options: Options, say: Callable[[str], None]) -> dict[str, Any]:
+def check_and_fill(recipe: Recipe, options: RunOptions, say: Callable[[str], None]) -> dict[str, Any]:
     """Check a recipe as far as that is possible without torch, and return it with its defaults.
 
     Args:
@@ -115,5 +115,5 @@ def checked(recipe: Recipe, options: Options, say: Callable[[str], None]) -> dic
     """
     for sentence in recipe.notes:
         say(sentence)
-    check(recipe, allow_classes=options.allow_class)
+    check_recipe(recipe, allow_classes=options.allow_class)
     return fill_defaults(recipe)

@@ -12,32 +12,32 @@ from types import FrameType
 from typing import TextIO
 
 from lightning_hub.errors import ExitCode
-from lightning_hub.launch.local import PASSED_ON, Ending, Group, Ranks, start_ranks
+from lightning_hub.launch.local import FORWARDED_SIGNALS, RankExit, RankGroup, RunningRanks, start_ranks
 from lightning_hub.launch.watch import SilenceWatch
 from lightning_hub.runs.files import Json, read_json, write_json
 from lightning_hub.runs.folder import RunFolder, now
 from lightning_hub.runs.logs import LogTail
-from lightning_hub.runs.process_identity import Identity
+from lightning_hub.runs.process_identity import ProcessIdentity
 from lightning_hub.runs.records import ENDED, ErrorRecord, Heartbeat
 from lightning_hub.runs.stopping import AT_ONCE
 from lightning_hub.runs.writer import RunWriter
 
-TOGETHER = 1.0
+SIMULTANEOUS_SECONDS = 1.0
 """Seconds within which ranks end together."""
 
-SAID_BY_EXIT_CODE = {0, int(ExitCode.STOPPED), int(ExitCode.HARD_STOP)}
+EXPLAINED_EXIT_CODES = {0, int(ExitCode.STOPPED), int(ExitCode.HARD_STOP)}
 """Exit codes of ranks that are no fault of theirs."""
 
 
-def supervise(run: RunWriter, group: Group) -> int:
+def supervise(run: RunWriter, group: RankGroup) -> int:
     """Start the ranks of an attempt, wait for them, and return the exit code of the run.
 
     The exit code is that of the rank that failed first. Signals reach all ranks or none: SIGTERM, SIGUSR1 and the
     first SIGINT are passed on as wishes, a second SIGINT kills them.
     """
     echo = [
-        Echo(group.folder.rank(group.attempt, 0).stdout, sys.stdout),
-        Echo(group.folder.rank(group.attempt, 0).stderr, sys.stderr),
+        LogForwarder(group.folder.rank(group.attempt, 0).stdout, sys.stdout),
+        LogForwarder(group.folder.rank(group.attempt, 0).stderr, sys.stderr),
     ]
     with start_ranks(group) as ranks, _signals_to(ranks) as interrupts:
         run.tell_children(_children(ranks))
@@ -47,10 +47,10 @@ def supervise(run: RunWriter, group: Group) -> int:
 
         def meanwhile() -> None:
             for stream in echo:
-                stream.pass_on()
+                stream.forward()
             run.children = [child | {"exit_code": _code(ranks, child["rank"])} for child in run.children]
 
-            silence.look(ranks.running)
+            silence.poll(ranks.running)
             if not ended and group.folder.control_stop_now.exists():
                 ended.append(True)
                 ranks.end()
@@ -58,17 +58,17 @@ def supervise(run: RunWriter, group: Group) -> int:
         ranks.wait(meanwhile)
     if len(interrupts) > 1 or ended:
         return _hard_stop(run)
-    return _conclude(run, group, first_failure(group, ranks))
+    return _finish_status(run, group, first_failure(group, ranks))
 
 
-class Echo:
+class LogForwarder:
     """Copies whole lines of a log to a terminal for as long as there is one."""
 
     def __init__(self, log: Path, stream: TextIO) -> None:
         self._tail = LogTail(log)
         self._stream: TextIO | None = stream
 
-    def pass_on(self) -> None:
+    def forward(self) -> None:
         """Print what is new; a terminal that is gone is let go, the run is not."""
         lines = self._tail.read()
         if self._stream is None or not lines:
@@ -80,7 +80,7 @@ class Echo:
             self._stream = None
 
 
-def first_failure(group: Group, ranks: Ranks) -> Ending | None:
+def first_failure(group: RankGroup, ranks: RunningRanks) -> RankExit | None:
     """Return how the rank ended that is the cause of the others' ends, or None if none failed.
 
     A rank whose partner is gone fails soon after it, in a collective; such an error is the cause only if there is no
@@ -89,26 +89,26 @@ def first_failure(group: Group, ranks: Ranks) -> Ending | None:
     failed = [ending for ending in ranks.endings.values() if ending.code != 0 and not ending.ended_here]
     causes = [ending for ending in failed if not _is_consequence(group, ending)] or failed
     first = min((ending.at for ending in causes), default=0.0)
-    together = [ending for ending in causes if ending.at - first < TOGETHER]
+    together = [ending for ending in causes if ending.at - first < SIMULTANEOUS_SECONDS]
     return min(together, key=lambda ending: ending.rank, default=None)
 
 
-def _is_consequence(group: Group, ending: Ending) -> bool:
+def _is_consequence(group: RankGroup, ending: RankExit) -> bool:
     error = read_json(group.folder.rank(group.attempt, ending.rank).error)
     return ending.code > 0 and error is not None and error.get("class") == "comm"
 
 
-def _conclude(run: RunWriter, group: Group, failure: Ending | None) -> int:
+def _finish_status(run: RunWriter, group: RankGroup, failure: RankExit | None) -> int:
     """Complete what the ranks have written about their end, and return the run's exit code."""
     run.refresh()
     if failure is None:
         return ExitCode.DONE
-    if failure.code in SAID_BY_EXIT_CODE and run.status.state in ENDED:
+    if failure.code in EXPLAINED_EXIT_CODES and run.status.state in ENDED:
         return failure.code
     files = group.folder.rank(group.attempt, failure.rank)
     record = ErrorRecord.from_json(read_json(files.error))
     if not files.error.exists():
-        record = _died(group.folder, group.attempt, failure)
+        record = _rank_died_record(group.folder, group.attempt, failure)
         write_json(files.error, record.to_json(), fsync=True, indent=1)
     sentence = f"rank {failure.rank}: {record.message}"
     if failure.rank != 0 or failure.code < 0:  # what rank 0 says itself has been shown
@@ -119,7 +119,7 @@ def _conclude(run: RunWriter, group: Group, failure: Ending | None) -> int:
     return code
 
 
-def _died(folder: RunFolder, attempt: int, ending: Ending) -> ErrorRecord:
+def _rank_died_record(folder: RunFolder, attempt: int, ending: RankExit) -> ErrorRecord:
     """Describe the end of a rank that could not do it itself."""
     beat = Heartbeat.from_json(read_json(folder.rank(attempt, ending.rank).heartbeat))
     doing = f", in {beat.doing}" if beat.doing else ""
@@ -139,22 +139,22 @@ def _hard_stop(run: RunWriter) -> int:
     return ExitCode.HARD_STOP
 
 
-def _children(ranks: Ranks) -> list[dict[str, Json]]:
+def _children(ranks: RunningRanks) -> list[dict[str, Json]]:
     found: list[dict[str, Json]] = []
     for rank, process in ranks.processes.items():
-        identity = Identity.of(process.pid)
+        identity = ProcessIdentity.of(process.pid)
         start = identity.start if identity else 0.0
         found.append({"rank": rank, "pid": process.pid, "pid_start": start, "exit_code": None})
     return found
 
 
-def _code(ranks: Ranks, rank: Json) -> int | None:
+def _code(ranks: RunningRanks, rank: Json) -> int | None:
     ending = ranks.endings.get(int(str(rank)))
     return None if ending is None else ending.code
 
 
 @contextmanager
-def _signals_to(ranks: Ranks) -> Iterator[list[int]]:
+def _signals_to(ranks: RunningRanks) -> Iterator[list[int]]:
     """Pass signals on to all ranks while it lasts; yields the interrupts that have come."""
     interrupts: list[int] = []
 
@@ -163,7 +163,7 @@ def _signals_to(ranks: Ranks) -> Iterator[list[int]]:
             interrupts.append(number)
         ranks.signal(signal.SIGKILL if len(interrupts) > 1 else number)
 
-    before = {number: signal.signal(number, pass_on) for number in PASSED_ON}
+    before = {number: signal.signal(number, pass_on) for number in FORWARDED_SIGNALS}
     before[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a closed terminal ends no run
     try:
         yield interrupts

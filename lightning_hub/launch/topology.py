@@ -9,14 +9,14 @@ from typing import Any
 from lightning_hub.config.recipe import Recipe
 from lightning_hub.config.rules import check_processes
 from lightning_hub.errors import ConfigError
-from lightning_hub.launch.environment import Place
+from lightning_hub.launch.environment import ProcessInfo
 from lightning_hub.launch.mesh import (
     MESH,
     STRATEGY,
     Mesh,
     check_mesh,
     check_replicas,
-    nearest,
+    nearest_mesh,
     read_mesh,
 )
 
@@ -36,10 +36,10 @@ class Topology:
         return self.nnodes * self.nproc_per_node
 
 
-def settle(
+def resolve_topology(
     recipe: Recipe,
     trainer: dict[str, Any],
-    place: Place | None,
+    place: ProcessInfo | None,
     gpus: int,
     say: Callable[[str], None] = lambda note: None,
 ) -> Topology:
@@ -58,7 +58,7 @@ def settle(
     asked = devices_asked(trainer, gpus)
     topology = Topology(trainer["num_nodes"] or 1, asked or max(1, gpus if uses_gpus(trainer, gpus) else 1))
     if place is not None:
-        topology = _started(recipe, asked, topology, place)
+        topology = _topology_of_launcher(recipe, asked, topology, place)
     elif topology.nnodes > 1:
         raise ConfigError(
             f"{topology.nnodes} nodes are asked for, and nothing says which of them this is",
@@ -70,11 +70,11 @@ def settle(
     trainer["num_nodes"] = topology.nnodes
     if not isinstance(trainer["devices"], list):
         trainer["devices"] = topology.nproc_per_node
-    _settle_strategy(recipe, trainer, topology.world_size, say)
+    _resolve_strategy(recipe, trainer, topology.world_size, say)
     return topology
 
 
-def settle_alone(trainer: dict[str, Any]) -> Topology:
+def single_process_topology(trainer: dict[str, Any]) -> Topology:
     """Make a recipe one of a single process, whatever it says: for commands that measure or answer."""
     trainer["num_nodes"], trainer["devices"], trainer["strategy"] = 1, 1, "auto"
     return Topology()
@@ -99,7 +99,7 @@ def devices_asked(trainer: dict[str, Any], gpus: int) -> int | None:
     return int(devices)
 
 
-def _started(recipe: Recipe, asked: int | None, topology: Topology, place: Place) -> Topology:
+def _topology_of_launcher(recipe: Recipe, asked: int | None, topology: Topology, place: ProcessInfo) -> Topology:
     """Take the processes that a launcher has started, unless the recipe names other numbers."""
     found = Topology(place.nnodes, place.local_world_size)
     nodes_open = not isinstance(recipe.get(NODES), int)
@@ -125,7 +125,7 @@ def _check_gpus(recipe: Recipe, topology: Topology, gpus: int, say: Callable[[st
         say(f"{gpus - topology.nproc_per_node} of {gpus} GPUs stay idle: trainer.devices is {topology.nproc_per_node}")
 
 
-def _settle_strategy(recipe: Recipe, trainer: dict[str, Any], world_size: int, say: Callable[[str], None]) -> None:
+def _resolve_strategy(recipe: Recipe, trainer: dict[str, Any], world_size: int, say: Callable[[str], None]) -> None:
     """Check the strategy against the number of processes; in one process there is nothing to share out."""
     try:
         mesh = mesh_of(trainer["strategy"], world_size)
@@ -153,7 +153,7 @@ def mesh_of(strategy: str | dict[str, Any] | None, world_size: int) -> Mesh | No
     """
     name, options = _class_name(strategy), strategy.get("init_args", {}) if isinstance(strategy, dict) else {}
     if name == "model_parallel" or (name == "ModelParallel" and not options.get("mesh_shape")):
-        example = f"{{class_path: ModelParallel, init_args: {{mesh_shape: {nearest(Mesh(1, 1), world_size, 1)}}}}}"
+        example = f"{{class_path: ModelParallel, init_args: {{mesh_shape: {nearest_mesh(Mesh(1, 1), world_size, 1)}}}}}"
         raise ConfigError("model_parallel needs its mesh_shape", where=STRATEGY, remedy=f"write {example}")
     if name == "FSDP":
         check_replicas(options.get("replicas", 1), world_size)

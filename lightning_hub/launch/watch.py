@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import psutil
 
-from lightning_hub.launch.local import Group
+from lightning_hub.launch.local import RankGroup
 from lightning_hub.runs.files import open_append, read_json
 from lightning_hub.runs.heartbeat import heartbeat_period
 from lightning_hub.runs.log_file import log_parts
@@ -28,7 +28,7 @@ class SilenceWatch:
         group: The ranks.
     """
 
-    def __init__(self, run: RunWriter, group: Group) -> None:
+    def __init__(self, run: RunWriter, group: RankGroup) -> None:
         self._run = run
         self._group = group
         self._limit = max(Limits().silent, _MISSED_BEATS * heartbeat_period(group.world_size))
@@ -36,7 +36,7 @@ class SilenceWatch:
         """When each silent rank gave its last sign of life."""
         self._next = 0.0
 
-    def look(self, running: Sequence[int]) -> None:
+    def poll(self, running: Sequence[int]) -> None:
         """Look at the ranks that run, at most once a second."""
         now = time.monotonic()
         if now < self._next:

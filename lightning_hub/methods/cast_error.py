@@ -12,7 +12,7 @@ LARGE = 0.1
 
 
 @dataclass
-class Survival:
+class CastError:
     """What becomes of a change when the weights that carry it are cast.
 
     Attributes:

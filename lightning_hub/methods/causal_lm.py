@@ -22,20 +22,20 @@ from transformers.initialization import no_init_weights
 from lightning_hub.checkpoints.export import write_export
 from lightning_hub.errors import ConfigError
 from lightning_hub.methods.neftune import Neftune
-from lightning_hub.methods.nonfinite import Health
+from lightning_hub.methods.nonfinite import NonFiniteGuard
 from lightning_hub.methods.run_context import current_run
-from lightning_hub.methods.schedule import Schedule, Shape
+from lightning_hub.methods.schedule import Schedule, ScheduleName
 from lightning_hub.models.generation import Messages, complete
 from lightning_hub.models.pretrained import Pretrained
 from lightning_hub.ops.attention import PACKED
-from lightning_hub.ops.attention_proof import prove, settle
-from lightning_hub.ops.batch import IGNORED, Row, Step
-from lightning_hub.ops.loss import LossHead, Traits
-from lightning_hub.parallel.clipping import clip_by_norm, clip_by_value, total_norm
-from lightning_hub.parallel.data_parallel import accumulation, data_parallel
-from lightning_hub.parallel.dtensor import by_mesh, full_state
+from lightning_hub.ops.attention_proof import apply_capabilities, prove
+from lightning_hub.ops.batch import IGNORE_INDEX, PackedSequence, StepBatch
+from lightning_hub.ops.loss import CausalLMLoss, ModelCapabilities
+from lightning_hub.parallel.clipping import clip_grad_norm, clip_grad_value, total_norm
+from lightning_hub.parallel.data_parallel import data_parallel, no_gradient_sync
+from lightning_hub.parallel.dtensor import full_state_dict, group_by_mesh
 from lightning_hub.parallel.lightning_internals import trainer_of
-from lightning_hub.parallel.materialize import start
+from lightning_hub.parallel.materialize import load_and_shard
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 
@@ -73,7 +73,7 @@ class CausalLMModule(LightningModule):
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
-        lr_scheduler: Shape = "cosine",
+        lr_scheduler: ScheduleName = "cosine",
         warmup_steps: int = 0,
         warmup_ratio: float = 0.0,
         min_lr_ratio: float = 0.0,
@@ -96,7 +96,7 @@ class CausalLMModule(LightningModule):
         self.weight_decay = weight_decay
         self.betas = betas
         self.eps = eps
-        self.lr_scheduler: Shape = lr_scheduler
+        self.lr_scheduler: ScheduleName = lr_scheduler
         self.warmup_steps = warmup_steps
         self.warmup_ratio = warmup_ratio
         self.min_lr_ratio = min_lr_ratio
@@ -107,10 +107,10 @@ class CausalLMModule(LightningModule):
         self.weights_dtype: Dtype = dtype
         self.run = current_run()
         self.model: PreTrainedModel | None = None
-        self.loss_head: LossHead | None = None
+        self.loss_head: CausalLMLoss | None = None
         self.step_loss = torch.zeros(())
         self.grad_norm = torch.zeros(())
-        self.health = Health(on_nan)
+        self.nonfinite_guard = NonFiniteGuard(on_nan)
         self.is_skipped = False
         self._has_trained = False
         self._sums = torch.zeros(2, dtype=torch.float64)
@@ -130,7 +130,7 @@ class CausalLMModule(LightningModule):
         """Read the weights and decide what is trainable (Lightning calls this once it knows the strategy)."""
         if self.model is not None:
             return
-        self.model, traits = start(self.trainer.strategy, self.load_pretrained, self.build_on_meta)
+        self.model, traits = load_and_shard(self.trainer.strategy, self.load_pretrained, self.build_on_meta)
         self.model.train()
         if self.gradient_checkpointing:
             # The name changed within the versions of transformers that are supported.
@@ -138,7 +138,7 @@ class CausalLMModule(LightningModule):
             enable({"use_reentrant": False})
         if self.neftune_alpha is not None:
             Neftune(self.neftune_alpha).attach(self.model)
-        self.loss_head = LossHead(self.model, self.label_smoothing, traits=traits)
+        self.loss_head = CausalLMLoss(self.model, self.label_smoothing, traits=traits)
 
     @property
     def num_parameters(self) -> int:
@@ -155,14 +155,14 @@ class CausalLMModule(LightningModule):
             self.model = self.build_on_meta(None)
         self.model.tie_weights()  # a part of what was left out
 
-    def load_pretrained(self) -> tuple[PreTrainedModel, Traits]:
+    def load_pretrained(self) -> tuple[PreTrainedModel, ModelCapabilities]:
         """Read the weights, make trainable what trains, and return the model with how it is run."""
         proven = self.proven_capabilities()
         model = self.load_weights(proven.attention)
         self.choose_trainable(model)
-        return model, settle(model, proven)
+        return model, apply_capabilities(model, proven)
 
-    def proven_capabilities(self) -> Traits:
+    def proven_capabilities(self) -> ModelCapabilities:
         """Return how the model is run, before its weights are read: what it cannot do is never tried on them."""
         with torch.device("meta"):
             outline = self.pretrained.skeleton(dtype=torch.float32, attn_implementation="eager")
@@ -173,7 +173,7 @@ class CausalLMModule(LightningModule):
         """Read the weights, with an attention implementation of transformers; nothing is made trainable here."""
         return self.pretrained.load(dtype=self.load_dtype(), attn_implementation=attention)
 
-    def build_on_meta(self, traits: Traits | None) -> PreTrainedModel:
+    def build_on_meta(self, traits: ModelCapabilities | None) -> PreTrainedModel:
         """Build the model without reading it, to be run as was proven, or not at all."""
         attention = "eager" if traits is None else traits.attention
         model = self.pretrained.skeleton(dtype=self.load_dtype(), attn_implementation=attention)
@@ -220,7 +220,7 @@ class CausalLMModule(LightningModule):
         return [
             {"params": parameters, "weight_decay": decay}
             for kind, decay in ((matrices, self.weight_decay), (vectors, 0.0))
-            for parameters in by_mesh(kind)
+            for parameters in group_by_mesh(kind)
         ]
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
@@ -236,7 +236,7 @@ class CausalLMModule(LightningModule):
 
     # ---- the step --------------------------------------------------------------------------------------------------
 
-    def training_step(self, step: Step, index: int) -> Tensor:
+    def training_step(self, step: StepBatch, index: int) -> Tensor:
         """Run the rows of one optimizer step; the last row's backward is Lightning's.
 
         The gradient is that of the sum over all trained tokens of the step, over all rows and ranks, divided by
@@ -244,7 +244,7 @@ class CausalLMModule(LightningModule):
         """
         self.trainer.optimizers[0].zero_grad()
         total = torch.zeros((), dtype=torch.float32, device=self.device)  # in half precision nothing else says so
-        with accumulation(self.trainer.strategy):
+        with no_gradient_sync(self.trainer.strategy):
             for row in step.rows[:-1]:
                 loss = self.row_loss(row, step)
                 self.trainer.strategy.backward(loss, None)
@@ -253,7 +253,7 @@ class CausalLMModule(LightningModule):
         self.step_loss = total + loss.detach()
         return loss
 
-    def row_loss(self, row: Row, step: Step) -> Tensor:
+    def row_loss(self, row: PackedSequence, step: StepBatch) -> Tensor:
         """Return the row's share of the step's loss, times the data-parallel size: ranks average gradients."""
         assert self.loss_head is not None, "configure_model has run"
         return self.loss_head(row) * (data_parallel(self.trainer.strategy).size / max(1, step.num_trained))
@@ -272,21 +272,21 @@ class CausalLMModule(LightningModule):
         trained = (parameter for group in optimizer.param_groups for parameter in group["params"])
         parameters = [parameter for parameter in trained if parameter.grad is not None]
         by_norm = gradient_clip_val if gradient_clip_algorithm != "value" else None
-        self.grad_norm = clip_by_norm(parameters, by_norm) if by_norm else total_norm(parameters)
+        self.grad_norm = clip_grad_norm(parameters, by_norm) if by_norm else total_norm(parameters)
         if gradient_clip_val and not by_norm:
-            clip_by_value(parameters, gradient_clip_val)
+            clip_grad_value(parameters, gradient_clip_val)
         self.step_loss = data_parallel(self.trainer.strategy).mean(self.step_loss)
-        self.is_skipped = not self.health.is_fit(self.trainer.global_step + 1, self.step_loss, self.grad_norm)
+        self.is_skipped = not self.nonfinite_guard.check(self.trainer.global_step + 1, self.step_loss, self.grad_norm)
         if self.is_skipped:
             optimizer.zero_grad()  # without gradients the optimizer moves nothing, weight decay included
 
     def on_save_checkpoint(self, checkpoint: dict[str, object]) -> None:
         """Judge what has not been judged before anything is saved."""
-        self.health.settle()
+        self.nonfinite_guard.flush()
 
     def on_train_end(self) -> None:
         """Judge the last step; every callback has done its part by now."""
-        self.health.settle()
+        self.nonfinite_guard.flush()
         if self.run.stays_on_device:
             self.trainer.strategy.optimizers = []
             self._has_trained = True
@@ -301,12 +301,12 @@ class CausalLMModule(LightningModule):
         """Begin the two sums of the validation loss: of losses and of trained tokens."""
         self._sums = torch.zeros(2, dtype=torch.float64, device=self.device)
 
-    def validation_step(self, step: Step, index: int) -> None:
+    def validation_step(self, step: StepBatch, index: int) -> None:
         """Add the rows of this rank to the two sums."""
         assert self.loss_head is not None, "configure_model has run"
         for row in step.rows:
             self._sums[0] += self.loss_head(row).detach()
-            self._sums[1] += (row.labels != IGNORED).sum()
+            self._sums[1] += (row.labels != IGNORE_INDEX).sum()
 
     def on_validation_epoch_end(self) -> None:
         """Log the loss per trained token over the whole validation set: one division, over all ranks."""
@@ -372,4 +372,4 @@ class CausalLMModule(LightningModule):
         Every rank must call this; rank 0 gets the weights, the others none.
         """
         assert self.model is not None, "configure_model has run"
-        return self.model, full_state(self.model)
+        return self.model, full_state_dict(self.model)

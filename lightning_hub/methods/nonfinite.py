@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_hub.errors import ConfigError, HubError
 
 
-class UnfitStepError(HubError):
+class NonFiniteStepError(HubError):
     """The loss or the gradient of a step is NaN or infinite.
 
     Attributes:
@@ -31,7 +31,7 @@ class UnfitStepError(HubError):
         self.step = step
 
 
-class Health:
+class NonFiniteGuard:
     """Decides what becomes of a step, from numbers that are the same on every rank.
 
     On a CPU a step is judged before its update. A GPU is not waited for: a step is judged when the next one has been
@@ -51,7 +51,7 @@ class Health:
         self.skipped = 0
         self._waiting: tuple[int, Tensor, torch.cuda.Event] | None = None
 
-    def is_fit(self, step: int, loss: Tensor, norm: Tensor) -> bool:
+    def check(self, step: int, loss: Tensor, norm: Tensor) -> bool:
         """Return whether to train on a step; false means to leave it out.
 
         Args:
@@ -64,7 +64,7 @@ class Health:
         """
         values = torch.stack([loss.detach().float(), norm.detach().float()])
         if values.is_cuda and not self.limit:
-            self.settle()
+            self.flush()
             copy = torch.empty(2, pin_memory=True)
             copy.copy_(values, non_blocking=True)
             event = torch.cuda.Event()
@@ -73,7 +73,7 @@ class Health:
             return True
         return self._judge(step, values)
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Judge a step that has not been judged yet."""
         if self._waiting is not None:
             (step, values, event), self._waiting = self._waiting, None
@@ -84,6 +84,6 @@ class Health:
         if bool(values.isfinite().all()):
             return True
         if self.skipped >= self.limit:
-            raise UnfitStepError(step, values.tolist(), self.skipped)
+            raise NonFiniteStepError(step, values.tolist(), self.skipped)
         self.skipped += 1
         return False

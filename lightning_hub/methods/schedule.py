@@ -8,7 +8,7 @@ from typing import Literal
 
 from lightning_hub.errors import ConfigError
 
-Shape = Literal["constant", "linear", "cosine", "wsd"]
+ScheduleName = Literal["constant", "linear", "cosine", "wsd"]
 
 DECAY_SHARE = 0.1
 """The share of the steps in which warmup-stable-decay falls (MiniCPM, Hu et al. 2024, section 4.3)."""
@@ -25,7 +25,7 @@ class Schedule:
         min_ratio: The factor at the end.
     """
 
-    shape: Shape
+    shape: ScheduleName
     warmup_steps: int
     total_steps: float
     min_ratio: float

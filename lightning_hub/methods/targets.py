@@ -14,15 +14,15 @@ from transformers.pytorch_utils import Conv1D
 from lightning_hub.errors import ConfigError
 from lightning_hub.parallel.fsdp import decoder_blocks
 
-Group = Literal["attention", "mlp", "experts", "router", "outside"]
+TargetGroup = Literal["attention", "mlp", "experts", "router", "outside"]
 
-GROUPS: tuple[Group, ...] = ("attention", "mlp", "experts", "router")
+GROUPS: tuple[TargetGroup, ...] = ("attention", "mlp", "experts", "router")
 """Words that name all matrices of one kind within the decoder blocks."""
 
 ALL_LINEAR = "all-linear"
 """The linear layers of the decoder blocks; experts and routers only where they are named."""
 
-_KINDS: tuple[tuple[Group, re.Pattern[str]], ...] = (
+_KINDS: tuple[tuple[TargetGroup, re.Pattern[str]], ...] = (
     ("router", re.compile(r"router|topk|^gate$", re.IGNORECASE)),
     ("experts", re.compile(r"experts?", re.IGNORECASE)),
     ("attention", re.compile(r"attention|attn|mamba|deltanet", re.IGNORECASE)),
@@ -30,7 +30,7 @@ _KINDS: tuple[tuple[Group, re.Pattern[str]], ...] = (
 
 
 @dataclass(frozen=True)
-class Matrix:
+class WeightMatrix:
     """A weight of two dimensions, or of three: one matrix for each expert.
 
     Attributes:
@@ -44,10 +44,10 @@ class Matrix:
 
     module: str
     parameter: str
-    group: Group
+    group: TargetGroup
     shape: tuple[int, ...]
     is_transposed: bool
-    others: tuple[str, ...] = ()
+    tied_names: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -60,7 +60,7 @@ class Matrix:
         return f"{self.module}.{self.parameter}"
 
 
-def matrices(model: PreTrainedModel) -> list[Matrix]:
+def weight_matrices(model: PreTrainedModel) -> list[WeightMatrix]:
     """Return every matrix of a model once, in the model's order; tied ones under their first name."""
     names = {module: name for name, module in model.named_modules()}
     inside: dict[int, tuple[str, ...]] = {}
@@ -78,7 +78,7 @@ def matrices(model: PreTrainedModel) -> list[Matrix]:
                 group = _group(inside.get(id(module)), tensor.ndim)
                 shape = tuple(tensor.shape)
                 others = tuple(other for other in known[id(tensor)] if other != f"{name}.{parameter}")
-                found.append(Matrix(name, parameter, group, shape, isinstance(module, Conv1D), others))
+                found.append(WeightMatrix(name, parameter, group, shape, isinstance(module, Conv1D), others))
     return found
 
 
@@ -90,7 +90,7 @@ def _words(block: nn.Module, path: str) -> Iterator[str]:
         yield type(block.get_submodule(".".join(parts[:length]))).__name__
 
 
-def _group(words: tuple[str, ...] | None, num_axes: int) -> Group:
+def _group(words: tuple[str, ...] | None, num_axes: int) -> TargetGroup:
     if words is None:
         return "outside"
     if num_axes == 3:
@@ -102,7 +102,7 @@ def _group(words: tuple[str, ...] | None, num_axes: int) -> Group:
     return "mlp"
 
 
-def resolve(model: PreTrainedModel, targets: str | Sequence[str]) -> list[Matrix]:
+def resolve_targets(model: PreTrainedModel, targets: str | Sequence[str]) -> list[WeightMatrix]:
     """Return the matrices that targets name, in the model's order.
 
     Args:
@@ -114,10 +114,10 @@ def resolve(model: PreTrainedModel, targets: str | Sequence[str]) -> list[Matrix
         ConfigError: An entry, or none at all, matches nothing (the model's own names are listed), is no pattern, or
             names again what another one has named.
     """
-    everything = matrices(model)
+    everything = weight_matrices(model)
     chosen: dict[str, str] = {}
     if not targets:
-        remedy = f"leave the option out, or name some; the model has {describe(everything)}"
+        remedy = f"leave the option out, or name some; the model has {describe_matrices(everything)}"
         raise ConfigError("names nothing", where="model.init_args.targets", remedy=remedy)
     for entry in [targets] if isinstance(targets, str) else targets:
         found = [matrix.full_name for matrix in everything if _is_meant(entry, matrix)]
@@ -125,7 +125,7 @@ def resolve(model: PreTrainedModel, targets: str | Sequence[str]) -> list[Matrix
             raise ConfigError(
                 f"{entry!r} matches no weight of this model",
                 where="model.init_args.targets",
-                remedy=f"it has {describe(everything)}",
+                remedy=f"it has {describe_matrices(everything)}",
             )
         twice = next((name for name in found if name in chosen), None)
         if twice is not None:
@@ -138,12 +138,12 @@ def resolve(model: PreTrainedModel, targets: str | Sequence[str]) -> list[Matrix
     return [matrix for matrix in everything if matrix.full_name in chosen]
 
 
-def _is_meant(entry: str, matrix: Matrix) -> bool:
+def _is_meant(entry: str, matrix: WeightMatrix) -> bool:
     if entry == ALL_LINEAR:
         return matrix.group in ("attention", "mlp") and len(matrix.shape) == 2
     if entry in GROUPS:
         return matrix.group == entry
-    names = [matrix.name, *(other.removesuffix(".weight") for other in matrix.others)]
+    names = [matrix.name, *(other.removesuffix(".weight") for other in matrix.tied_names)]
     if any(name == entry or name.endswith(f".{entry}") for name in names):
         return True
     try:
@@ -156,7 +156,7 @@ def _is_meant(entry: str, matrix: Matrix) -> bool:
         ) from error
 
 
-def refuse_shared(found: Iterable[Matrix], remedy: str) -> None:
+def reject_tied_weights(found: Iterable[WeightMatrix], remedy: str) -> None:
     """Refuse weights that layers share: what is put beside one of these would change the others too, or not.
 
     Args:
@@ -167,13 +167,13 @@ def refuse_shared(found: Iterable[Matrix], remedy: str) -> None:
         ConfigError: One is shared.
     """
     for matrix in found:
-        if matrix.others:
-            others = " and ".join(name.removesuffix(".weight") for name in matrix.others)
+        if matrix.tied_names:
+            others = " and ".join(name.removesuffix(".weight") for name in matrix.tied_names)
             message = f"{matrix.name} shares its weight with {others}: neither can change alone"
             raise ConfigError(message, where="model.init_args.targets", remedy=remedy)
 
 
-def describe(listed: Iterable[Matrix]) -> str:
+def describe_matrices(listed: Iterable[WeightMatrix]) -> str:
     """Return the last names of matrices by group: ``attention: k_proj, q_proj; mlp: up_proj``."""
     groups: dict[str, dict[str, None]] = {}
     for matrix in listed:

@@ -29,13 +29,13 @@ class Chat:
         self.tokenizer = pretrained.tokenizer
         self.system = system
         self.messages: list[dict[str, str]] = []
-        self.begin_again()
+        self.reset()
 
-    def begin_again(self) -> None:
+    def reset(self) -> None:
         """Forget the conversation."""
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
 
-    def answer(self, text: str, *, max_new_tokens: int, temperature: float) -> str:
+    def reply(self, text: str, *, max_new_tokens: int, temperature: float) -> str:
         """Answer a message, printing tokens as they come, and remember both.
 
         Args:

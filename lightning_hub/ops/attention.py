@@ -19,28 +19,28 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
-from lightning_hub.ops.batch import Row
+from lightning_hub.ops.batch import PackedSequence
 
 PACKED = "packed_documents"
 """The attention name under which transformers finds this implementation."""
 
 
-class BordersLostError(RuntimeError):
+class BoundariesLostError(RuntimeError):
     """A model does not hand the borders of the documents on to its attention layers."""
 
 
-class RowBorders(TypedDict):
+class SequenceBoundaries(TypedDict):
     """What a model hands on to its attention layers: where the documents of a row lie."""
 
     borders: tuple[int, ...]
     packed_cu_seqlens: Tensor | None
 
 
-def borders_of(row: Row) -> RowBorders:
+def cu_seqlens_of(row: PackedSequence) -> SequenceBoundaries:
     """Return the keyword arguments that tell the attention layers where the documents of ``row`` lie."""
     device = row.input_ids.device
     cumulative = torch.tensor(row.borders, dtype=torch.int32, device=device) if device.type == "cuda" else None
-    return RowBorders(borders=row.borders, packed_cu_seqlens=cumulative)
+    return SequenceBoundaries(borders=row.borders, packed_cu_seqlens=cumulative)
 
 
 def packed_attention(
@@ -86,7 +86,7 @@ def packed_attention(
     if attention_mask is not None:
         raise ValueError("packed rows take no attention mask: the borders of the documents say it all")
     if borders is None:
-        raise BordersLostError("the model hands no keyword arguments on to its attention layers")
+        raise BoundariesLostError("the model hands no keyword arguments on to its attention layers")
     query, key, value = _in_compute_dtype(query, key, value)
     plain = softcap is None and s_aux is None and dropout == 0.0
     if plain and packed_cu_seqlens is not None and _fits_varlen(query, value, sliding_window):

@@ -22,7 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from lightning_hub.errors import ConfigError
 from lightning_hub.ops.attention import PACKED
-from lightning_hub.ops.loss import LossHead, Traits
+from lightning_hub.ops.loss import CausalLMLoss, ModelCapabilities
 from lightning_hub.ops.miniature import NoMiniatureError, rope_limit, small_config, without_limit
 from lightning_hub.ops.reference import NotProvenError, Reference, compare, has_plain_head, reference_of, try_itself
 from lightning_hub.runs.folder import default_cache_dir
@@ -30,12 +30,12 @@ from lightning_hub.runs.folder import default_cache_dir
 KEY = "model.init_args.attn_implementation"
 
 
-_proven: dict[str, Traits] = {}
+_proven: dict[str, ModelCapabilities] = {}
 
 
 def prove(
     kind: type[PreTrainedModel], config: PretrainedConfig, wished: str, device: torch.device | None = None
-) -> Traits:
+) -> ModelCapabilities:
     """Return the best way to run a model that gives the numbers of its eager attention.
 
     Args:
@@ -49,22 +49,22 @@ def prove(
     """
     key = _key(kind, config, wished, device)
     if key not in _proven:
-        kept = _kept(key)
+        kept = _read_cached(key)
         if kept is None:
-            with _apart():
+            with _isolated():
                 kept = _find(kind, config, wished, device)
-            _keep(key, kept)
+            _write_cached(key, kept)
         _proven[key] = kept
     return _proven[key]
 
 
-def traits_of(model: PreTrainedModel) -> Traits:
+def capabilities_of(model: PreTrainedModel) -> ModelCapabilities:
     """Return what is proven about a model in memory, by its class and configuration; its attention is set to it."""
     wished = model.config._attn_implementation or "eager"
-    return settle(model, prove(type(model), model.config, wished, model.device))
+    return apply_capabilities(model, prove(type(model), model.config, wished, model.device))
 
 
-def settle(model: PreTrainedModel, proven: Traits) -> Traits:
+def apply_capabilities(model: PreTrainedModel, proven: ModelCapabilities) -> ModelCapabilities:
     """Set a model's attention to what was proven, and return what holds for this model.
 
     Methods may have put something in the place of its output layer: then it makes its logits itself. A model of which
@@ -77,15 +77,17 @@ def settle(model: PreTrainedModel, proven: Traits) -> Traits:
         model.set_attn_implementation(proven.attention)
     if not proven.is_proven:
         try_itself(model)
-    return replace(proven, is_linear=proven.is_linear and has_plain_head(model))
+    return replace(proven, has_linear_head=proven.has_linear_head and has_plain_head(model))
 
 
-def proven_head(model: PreTrainedModel, label_smoothing: float = 0.0) -> LossHead:
+def proven_loss(model: PreTrainedModel, label_smoothing: float = 0.0) -> CausalLMLoss:
     """Return the loss head of a model in memory, used as it is proven to be right."""
-    return LossHead(model, label_smoothing, traits=traits_of(model))
+    return CausalLMLoss(model, label_smoothing, traits=capabilities_of(model))
 
 
-def _find(kind: type[PreTrainedModel], config: PretrainedConfig, wished: str, device: torch.device | None) -> Traits:
+def _find(
+    kind: type[PreTrainedModel], config: PretrainedConfig, wished: str, device: torch.device | None
+) -> ModelCapabilities:
     try:
         small = small_config(kind, config)
         reference = reference_of(kind, small)
@@ -100,18 +102,20 @@ def _find(kind: type[PreTrainedModel], config: PretrainedConfig, wished: str, de
                 remedy="take auto or eager",
             ) from error
         reason = f"no small model of it can be run ({error})"
-        return Traits("eager", is_linear=False, is_packable=False, reason=reason, is_proven=False)
+        return ModelCapabilities(
+            "eager", has_linear_head=False, isolates_documents=False, reason=reason, is_proven=False
+        )
     failures: list[str] = []
-    for way in _ways(wished, limit):
+    for way in _candidates(wished, limit):
         traits = replace(way, reason=failures[0] if failures else "", adds_to_loss=reference.adds_to_loss)
         failure = _failure(traits, reference, shorter, device)
         if failure is not None:  # perhaps of the head
-            traits = replace(traits, is_linear=False)
+            traits = replace(traits, has_linear_head=False)
             failure = _failure(traits, reference, shorter, device)
         if failure is None:
             return traits
         failures.append(
-            f"packed in a row, {failure}" if way.is_packable else f"one by one with {way.attention}, {failure}"
+            f"packed in a row, {failure}" if way.isolates_documents else f"one by one with {way.attention}, {failure}"
         )
     raise ConfigError(
         f"{'no attention gives' if wished == PACKED else f'{wished} does not give'} the numbers of the model's "
@@ -121,18 +125,20 @@ def _find(kind: type[PreTrainedModel], config: PretrainedConfig, wished: str, de
     )
 
 
-def _ways(wished: str, limit: int | None) -> list[Traits]:
+def _candidates(wished: str, limit: int | None) -> list[ModelCapabilities]:
     """Return the ways to run a model, from the fastest on."""
-    packed = Traits(wished, is_linear=True, is_packable=True)
+    packed = ModelCapabilities(wished, has_linear_head=True, isolates_documents=True)
     fallbacks = ["sdpa", "eager"] if wished == PACKED else [wished]
     return [
         packed,
-        *([] if limit is None else [replace(packed, longest=limit)]),
-        *(Traits(attention, is_linear=True, is_packable=False) for attention in fallbacks),
+        *([] if limit is None else [replace(packed, max_document_length=limit)]),
+        *(ModelCapabilities(attention, has_linear_head=True, isolates_documents=False) for attention in fallbacks),
     ]
 
 
-def _failure(way: Traits, reference: Reference, shorter: Reference | None, device: torch.device | None) -> str | None:
+def _failure(
+    way: ModelCapabilities, reference: Reference, shorter: Reference | None, device: torch.device | None
+) -> str | None:
     """Return what is wrong with a way to run the model, if anything is.
 
     Args:
@@ -142,12 +148,12 @@ def _failure(way: Traits, reference: Reference, shorter: Reference | None, devic
         device: Where the model is to run.
     """
     try:
-        if way.longest is None:
+        if way.max_document_length is None:
             compare(reference, way, device)
         else:
             assert shorter is not None, "a model with a limit has a reference below it"
-            compare(shorter, replace(way, longest=None), device)
-            compare(reference, replace(way, longest=0), device)
+            compare(shorter, replace(way, max_document_length=None), device)
+            compare(reference, replace(way, max_document_length=0), device)
     except NotProvenError as error:
         return str(error)
     except Exception as error:  # models fail in ways of their own when they are asked for what they cannot do
@@ -159,7 +165,7 @@ def _failure(way: Traits, reference: Reference, shorter: Reference | None, devic
 
 
 @contextmanager
-def _apart() -> Iterator[None]:
+def _isolated() -> Iterator[None]:
     """Compute in full float32, and leave the state of the process as it is.
 
     In half precision Lightning sets the default dtype while a model is made, which rounds what a model computes for
@@ -202,14 +208,14 @@ def _key(kind: type, config: PretrainedConfig, wished: str, device: torch.device
     return digest.hexdigest()[:40]
 
 
-def _kept(key: str) -> Traits | None:
+def _read_cached(key: str) -> ModelCapabilities | None:
     try:
-        return Traits(**json.loads((default_cache_dir() / "proofs" / f"{key}.json").read_text()))
+        return ModelCapabilities(**json.loads((default_cache_dir() / "proofs" / f"{key}.json").read_text()))
     except (OSError, ValueError, TypeError):
         return None
 
 
-def _keep(key: str, traits: Traits) -> None:
+def _write_cached(key: str, traits: ModelCapabilities) -> None:
     """Write what was found, if it can be written: else the next start finds it out again."""
     path = default_cache_dir() / "proofs" / f"{key}.json"
     temporary = path.with_suffix(f".{os.getpid()}.tmp")

@@ -10,18 +10,18 @@ from typing import Self
 import torch
 from torch import Tensor
 
-IGNORED = -100
+IGNORE_INDEX = -100
 """The label of a token that is context only (the value that transformers uses)."""
 
 
 @dataclass(eq=False)  # not frozen: Lightning rebuilds batches field by field under half precision
-class Row:
+class PackedSequence:
     """Several documents end to end, run by one forward; they never see each other.
 
     Attributes:
         input_ids: Token ids, int64, shape ``(1, tokens)``.
-        labels: Aligned with the ids, ``IGNORED`` where a token is context; the first token of each document is
-            ``IGNORED``, so that no document predicts the start of the next. Int64, shape ``(1, tokens)``.
+        labels: Aligned with the ids, ``IGNORE_INDEX`` where a token is context; the first token of each document is
+            ``IGNORE_INDEX``, so that no document predicts the start of the next. Int64, shape ``(1, tokens)``.
         position_ids: Positions that begin at 0 in each document, int64, shape ``(1, tokens)``.
         borders: Where the documents begin and end, ``(0, ..., tokens)``, on the host.
         sample_ids: The index of each document in the data.
@@ -45,7 +45,7 @@ class Row:
         for ids, _ in documents:
             borders.append(borders[-1] + len(ids))
         labels = torch.cat([labels for _, labels in documents]).long()
-        labels[torch.tensor(borders[:-1])] = IGNORED
+        labels[torch.tensor(borders[:-1])] = IGNORE_INDEX
         return cls(
             input_ids=torch.cat([ids for ids, _ in documents]).long().unsqueeze(0),
             labels=labels.unsqueeze(0),
@@ -64,10 +64,10 @@ class Row:
         """Tokens of each document."""
         return [end - start for start, end in pairwise(self.borders)]
 
-    def documents(self) -> Iterator[Row]:
+    def documents(self) -> Iterator[PackedSequence]:
         """Yield each document as a row of its own."""
         for place, (start, end) in enumerate(pairwise(self.borders)):
-            yield Row(
+            yield PackedSequence(
                 self.input_ids[:, start:end],
                 self.labels[:, start:end],
                 self.position_ids[:, start:end],
@@ -75,7 +75,7 @@ class Row:
                 self.sample_ids[place : place + 1],
             )
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Row:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedSequence:
         """Return the row with its tensors on ``device``."""
         return replace(
             self,
@@ -86,7 +86,7 @@ class Row:
 
 
 @dataclass(eq=False)  # not frozen: Lightning rebuilds batches field by field under half precision
-class Step:
+class StepBatch:
     """One optimizer step of this rank.
 
     Attributes:
@@ -96,10 +96,10 @@ class Step:
         num_tokens: Tokens of the whole step, over all rows and ranks, without repeated rows.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[PackedSequence, ...]
     num_trained: int
     num_tokens: int
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Step:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> StepBatch:
         """Return the step with its tensors on ``device`` (Lightning calls this before the step)."""
         return replace(self, rows=tuple(row.to(device, non_blocking) for row in self.rows))

@@ -19,15 +19,15 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from lightning_hub.ops.attention import PACKED, borders_of
-from lightning_hub.ops.batch import IGNORED, Row
+from lightning_hub.ops.attention import PACKED, cu_seqlens_of
+from lightning_hub.ops.batch import IGNORE_INDEX, PackedSequence
 
 CHUNK = 2048
 """Trained tokens whose logits are held at a time."""
 
 
 @dataclass(frozen=True)
-class Traits:
+class ModelCapabilities:
     """How a model is run, as it was proven to be right.
 
     Attributes:
@@ -42,15 +42,15 @@ class Traits:
     """
 
     attention: str
-    is_linear: bool
-    is_packable: bool
+    has_linear_head: bool
+    isolates_documents: bool
     reason: str = ""
     adds_to_loss: bool = False
-    longest: int | None = None
+    max_document_length: int | None = None
     is_proven: bool = True
 
 
-class LossHead:
+class CausalLMLoss:
     """Turns a model and a packed row into the summed loss of the row's trained tokens.
 
     Most models end in one linear layer; then the head is fused with the loss. Others scale or cap their logits:
@@ -64,79 +64,83 @@ class LossHead:
         traits: How the model is run.
     """
 
-    def __init__(self, model: PreTrainedModel, label_smoothing: float = 0.0, *, traits: Traits) -> None:
+    def __init__(self, model: PreTrainedModel, label_smoothing: float = 0.0, *, traits: ModelCapabilities) -> None:
         self.model = model
         self.label_smoothing = label_smoothing
-        self.traits = traits
-        if model.config._attn_implementation != self.traits.attention:
-            model.set_attn_implementation(self.traits.attention)
-        self._fused: Callable[[Row], Tensor] = self._fused_loss
+        self.capabilities = traits
+        if model.config._attn_implementation != self.capabilities.attention:
+            model.set_attn_implementation(self.capabilities.attention)
+        self._fused: Callable[[PackedSequence], Tensor] = self._fused_loss
         if isinstance(model, FSDPModule):
             # It gathers weights when its forward begins; the fused head reads them elsewhere, so it says where.
             model.fused_loss = self._fused_loss  # type: ignore[assignment]  # modules are typed to hold tensors
             register_fsdp_forward_method(model, "fused_loss")
-            self._fused = cast("Callable[[Row], Tensor]", model.fused_loss)
+            self._fused = cast("Callable[[PackedSequence], Tensor]", model.fused_loss)
 
-    def __call__(self, row: Row) -> Tensor:
+    def __call__(self, row: PackedSequence) -> Tensor:
         """Return the summed cross-entropy of the row's trained tokens (float32, no dimensions).
 
         A row without any trained token gives a zero that is still connected to the parameters, so that every rank
         takes part in the reduction of gradients.
         """
-        if self.traits.is_packable and self.traits.longest is None:
+        if self.capabilities.isolates_documents and self.capabilities.max_document_length is None:
             return self._loss_of_forward(row)
         return torch.stack([self._loss_of_forward(part) for part in self._parts(row)]).sum()
 
-    def _parts(self, row: Row) -> list[Row]:
+    def _parts(self, row: PackedSequence) -> list[PackedSequence]:
         """Return what is run of a row, a forward each, and as many without labels as another rank has more.
 
         Sharded weights are gathered by all ranks together whenever a forward begins: all need the same number.
         """
-        parts = parts_of(row, self.traits)
+        parts = forwards_of(row, self.capabilities)
         if isinstance(self.model, FSDPModule):
             most = torch.tensor(len(parts), device=row.input_ids.device)
             torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
             shortest = min(row.documents(), key=lambda document: document.num_tokens)
-            silent = replace(shortest, labels=torch.full_like(shortest.labels, IGNORED))
+            silent = replace(shortest, labels=torch.full_like(shortest.labels, IGNORE_INDEX))
             parts += [silent] * (int(most) - len(parts))
         return parts
 
-    def _loss_of_forward(self, row: Row) -> Tensor:
+    def _loss_of_forward(self, row: PackedSequence) -> Tensor:
         """Return the loss of what one forward takes: a row, or one document of it."""
-        if self.traits.is_linear:
+        if self.capabilities.has_linear_head:
             return self._fused(row)
-        places, targets = trained_places(row.labels)
-        inputs = inputs_of(self.model, row, self.traits.is_packable)
+        places, targets = target_positions(row.labels)
+        inputs = inputs_of(self.model, row, self.capabilities.isolates_documents)
         if "logits_to_keep" in _parameters(self.model.__class__.forward):
             logits = self.model(**inputs, logits_to_keep=places).logits[0]
         else:
             logits = self.model(**inputs).logits[0].index_select(0, places)
         return _smoothed_cross_entropy(logits.float(), targets, self.label_smoothing)
 
-    def _fused_loss(self, row: Row) -> Tensor:
+    def _fused_loss(self, row: PackedSequence) -> Tensor:
         """Return the loss of one forward without ever making all logits."""
-        places, targets = trained_places(row.labels)
-        hidden = self.model.base_model(**inputs_of(self.model, row, self.traits.is_packable)).last_hidden_state
+        places, targets = target_positions(row.labels)
+        hidden = self.model.base_model(
+            **inputs_of(self.model, row, self.capabilities.isolates_documents)
+        ).last_hidden_state
         head = self.model.get_output_embeddings()
         chosen = hidden[0].index_select(0, places)
         return linear_cross_entropy(chosen, head.weight, head.bias, targets, self.label_smoothing)
 
 
-def parts_of(row: Row, traits: Traits) -> list[Row]:
+def forwards_of(row: PackedSequence, traits: ModelCapabilities) -> list[PackedSequence]:
     """Return the rows that are a forward each: the row itself, or its documents."""
-    if traits.is_packable and (traits.longest is None or max(row.lengths) <= traits.longest):
+    if traits.isolates_documents and (
+        traits.max_document_length is None or max(row.lengths) <= traits.max_document_length
+    ):
         return [row]
     return list(row.documents())
 
 
-def trained_places(labels: Tensor) -> tuple[Tensor, Tensor]:
+def target_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return the places whose next token is trained, and those next tokens.
 
     Args:
-        labels: Labels of a row, shape ``(1, tokens)``; documents begin with ``IGNORED``.
+        labels: Labels of a row, shape ``(1, tokens)``; documents begin with ``IGNORE_INDEX``.
     """
     targets = labels[0, 1:]
-    places = (targets != IGNORED).nonzero().squeeze(1)
+    places = (targets != IGNORE_INDEX).nonzero().squeeze(1)
     return places, targets.index_select(0, places)
 
 
@@ -215,7 +219,7 @@ def _smoothed_cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: fl
     return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
 
 
-def inputs_of(model: PreTrainedModel, row: Row, packed: bool = True) -> dict[str, Any]:
+def inputs_of(model: PreTrainedModel, row: PackedSequence, packed: bool = True) -> dict[str, Any]:
     """Return what a model is called with: never a mask and never a cache, which would open the boundaries.
 
     Args:
@@ -229,7 +233,7 @@ def inputs_of(model: PreTrainedModel, row: Row, packed: bool = True) -> dict[str
     if packed:
         inputs["position_ids"] = row.position_ids
         if model.config._attn_implementation == PACKED:
-            inputs |= borders_of(row)
+            inputs |= cu_seqlens_of(row)
     return inputs
 
 

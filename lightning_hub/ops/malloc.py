@@ -8,10 +8,10 @@ import os
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """How glibc's ``mallopt`` numbers its options (malloc.h)."""
 
-KEPT_AT_MOST = 2**31 - 1
+TRIM_THRESHOLD_BYTES = 2**31 - 1
 """Bytes at the end of the heap that stay there when they are free: as many as the option takes."""
 
-REUSED_UP_TO = 2**30
+MMAP_THRESHOLD_BYTES = 2**30
 """Bytes up to which a tensor lies in the heap, so that its place is used again; larger ones are mapped each time."""
 
 
@@ -28,4 +28,4 @@ def keep_freed_memory() -> bool:
     option = getattr(ctypes.CDLL(None), "mallopt", None)
     if option is None:
         return False
-    return bool(option(M_TRIM_THRESHOLD, KEPT_AT_MOST) and option(M_MMAP_THRESHOLD, REUSED_UP_TO))
+    return bool(option(M_TRIM_THRESHOLD, TRIM_THRESHOLD_BYTES) and option(M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES))

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lightning_hub.errors import ConfigError
-from lightning_hub.ops.batch import Row
-from lightning_hub.ops.loss import LossHead, Traits, accepted_by, inputs_of
+from lightning_hub.ops.batch import PackedSequence
+from lightning_hub.ops.loss import CausalLMLoss, ModelCapabilities, accepted_by, inputs_of
 from lightning_hub.ops.miniature import NoMiniatureError, build
 from lightning_hub.ops.small_sizes import VOCABULARY
 
@@ -181,7 +181,7 @@ def check_causal(model: PreTrainedModel, ids: Tensor, before: Tensor, tolerance:
             )
 
 
-def compare(reference: Reference, traits: Traits, device: torch.device | None) -> None:
+def compare(reference: Reference, traits: ModelCapabilities, device: torch.device | None) -> None:
     """Compare a way to run the model with the reference.
 
     Args:
@@ -198,27 +198,31 @@ def compare(reference: Reference, traits: Traits, device: torch.device | None) -
     dtype = torch.bfloat16 if is_half else torch.float32
     limit, power = TOLERANCE, POWER
     if is_half:
-        plain = _differences(reference, Traits("eager", is_linear=False, is_packable=False), place, dtype)
+        plain = _differences(
+            reference, ModelCapabilities("eager", has_linear_head=False, isolates_documents=False), place, dtype
+        )
         limit, power = 2 * max(plain.values()), 5
-    if traits.is_packable and traits.longest is None and reference.leak < power * limit:
+    if traits.isolates_documents and traits.max_document_length is None and reference.leak < power * limit:
         raise NotProvenError("documents that see each other could not be told from those that do not")
     for what, off in _differences(reference, traits, place, dtype).items():
         if not off <= limit:
             raise NotProvenError(f"{what} off by {off:.0e}")
 
 
-def _differences(reference: Reference, traits: Traits, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+def _differences(
+    reference: Reference, traits: ModelCapabilities, device: torch.device, dtype: torch.dtype
+) -> dict[str, float]:
     """Return by how much the numbers of a way to run the model differ from the reference, relatively."""
     model = build(type(reference.model), reference.config, traits.attention)  # from the same seed
     nn.Module.to(model, device=device, dtype=dtype)  # its own `to` is typed as no method
     model.train(reference.model.training)
-    row = Row.pack([(ids, ids) for ids in reference.documents]).to(device)
+    row = PackedSequence.pack([(ids, ids) for ids in reference.documents]).to(device)
     found: dict[str, float] = {}
-    if traits.is_packable and traits.longest is None:
+    if traits.isolates_documents and traits.max_document_length is None:
         with torch.no_grad():
             logits = model(**inputs_of(model, row)).logits[0].float().cpu()
         found["logits are"] = _difference(logits, reference.logits)
-    head = LossHead(model, traits=traits)
+    head = CausalLMLoss(model, traits=traits)
     loss = head(row)
     loss.backward()
     found["the loss is"] = float((loss.detach().cpu() - reference.loss).abs() / reference.loss)
@@ -227,7 +231,7 @@ def _differences(reference: Reference, traits: Traits, device: torch.device, dty
         found["the loss in evaluation is"] = float((head(row).cpu() - reference.evaluated).abs() / reference.evaluated)
     name, off = _worst(_gradients(model), reference.gradients)
     found[f"the gradient of {name} is"] = off
-    if traits.is_linear and not ends_in_linear_head(model):
+    if traits.has_linear_head and not ends_in_linear_head(model):
         found["what a linear head would give is"] = float("inf")
     return found
 
@@ -263,7 +267,7 @@ def ends_in_linear_head(model: PreTrainedModel) -> bool:
         return torch.linspace(-1e4, 1e4, output.numel(), dtype=output.dtype, device=output.device).view_as(output)
 
     ids = torch.arange(3, 6, device=head.weight.device)
-    row = Row.pack([(ids, ids)]).to(head.weight.device)
+    row = PackedSequence.pack([(ids, ids)]).to(head.weight.device)
     inputs = inputs_of(model, row)
     hidden = model.base_model(**inputs).last_hidden_state
     handle = head.register_forward_hook(mark)

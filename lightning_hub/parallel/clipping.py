@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from lightning_hub.parallel.dtensor import own_part
+from lightning_hub.parallel.dtensor import local_tensor
 
 Cut: TypeAlias = tuple[DeviceMesh, tuple[int, ...]] | None
 """A mesh and its axes along which tensors are cut; None if every rank holds all of them."""
@@ -25,27 +25,27 @@ def total_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """Return the 2-norm of all gradients as one vector, the same number on every rank (float32, no dimensions)."""
     groups: dict[Cut, list[Tensor]] = defaultdict(list)
     for gradient in _gradients(parameters):
-        groups[_cut(gradient)].append(own_part(gradient))
+        groups[_cut(gradient)].append(local_tensor(gradient))
     device = next((part.device for parts in groups.values() for part in parts), torch.device("cpu"))
     squares = [_sum_of_squares(cut, parts) for cut, parts in groups.items()]
     return torch.stack(squares).sum().sqrt() if squares else torch.zeros((), device=device)
 
 
-def clip_by_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Scale all gradients so that their common norm is at most ``max_norm``; return the norm before."""
     listed = list(parameters)
     norm = total_norm(listed)
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for gradient in _gradients(listed):
-        part = own_part(gradient)
+        part = local_tensor(gradient)
         part.mul_(factor.to(part.device))
     return norm
 
 
-def clip_by_value(parameters: Iterable[nn.Parameter], limit: float) -> None:
+def clip_grad_value(parameters: Iterable[nn.Parameter], limit: float) -> None:
     """Limit each entry of each gradient to ``-limit ... limit``."""
     for gradient in _gradients(parameters):
-        own_part(gradient).clamp_(-limit, limit)
+        local_tensor(gradient).clamp_(-limit, limit)
 
 
 def _gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:

@@ -42,27 +42,27 @@ class DataParallel:
 
 
 @runtime_checkable
-class SavesTogether(Protocol):
+class DistributedCheckpointIO(Protocol):
     """A checkpoint format that every rank writes its own part of."""
 
     def save_together(self, checkpoint: dict[str, Any], path: str | Path) -> None:
         """Save what this rank holds; all ranks call this."""
 
 
-class Placing(ParallelStrategy):
+class HubStrategy(ParallelStrategy):
     """A strategy of ours: it starts models from one reading, and knows the data-parallel ranks.
 
     A checkpoint is saved by all ranks, where its format can do that, and restored as soon as the model is there.
     """
 
-    word: ClassVar[str]
+    short_name: ClassVar[str]
     """What a checkpoint calls the strategy."""
 
     restore_checkpoint_after_setup = False
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: object = None) -> None:
         """Let every rank write its part to the path that rank 0 has chosen."""
-        if isinstance(self.checkpoint_io, SavesTogether):
+        if isinstance(self.checkpoint_io, DistributedCheckpointIO):
             self.checkpoint_io.save_together(checkpoint, self.broadcast(filepath))
         else:
             super().save_checkpoint(checkpoint, filepath, storage_options)
@@ -73,14 +73,14 @@ class Placing(ParallelStrategy):
         return DataParallel(self.global_rank, self.world_size)
 
     @property
-    def weights_device(self) -> torch.device:
+    def transfer_device(self) -> torch.device:
         """Where weights lie between steps."""
         return self.root_device
 
-    def place(self, model: PreTrainedModel) -> None:
+    def parallelize(self, model: PreTrainedModel) -> None:
         """Cut a model, which has no memory yet; here every rank holds all of it."""
 
-    def accumulation(self) -> AbstractContextManager[None]:
+    def no_gradient_sync(self) -> AbstractContextManager[None]:
         """Return a context in which gradients stay on this rank, because more rows of the step follow.
 
         Nothing need be said by default: the hooks of DistributedDataParallel wait for the end of its own forward, in
@@ -91,20 +91,20 @@ class Placing(ParallelStrategy):
 
 def data_parallel(strategy: Strategy) -> DataParallel:
     """Return this process's place among the data-parallel ranks of any strategy."""
-    if isinstance(strategy, Placing):
+    if isinstance(strategy, HubStrategy):
         return strategy.data_parallel
     if isinstance(strategy, ParallelStrategy):
         return DataParallel(strategy.global_rank, strategy.world_size)
     return DataParallel()
 
 
-def strategy_word(strategy: Strategy) -> str:
+def strategy_name(strategy: Strategy) -> str:
     """Return what a checkpoint calls a strategy."""
-    if isinstance(strategy, Placing):
-        return strategy.word
+    if isinstance(strategy, HubStrategy):
+        return strategy.short_name
     return type(strategy).__name__ if isinstance(strategy, ParallelStrategy) else "single"
 
 
-def accumulation(strategy: Strategy) -> AbstractContextManager[None]:
+def no_gradient_sync(strategy: Strategy) -> AbstractContextManager[None]:
     """Return the context for the backward of all rows of a step but the last."""
-    return strategy.accumulation() if isinstance(strategy, Placing) else nullcontext()
+    return strategy.no_gradient_sync() if isinstance(strategy, HubStrategy) else nullcontext()

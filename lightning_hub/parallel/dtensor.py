@@ -10,19 +10,19 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 
-def own_part(tensor: Tensor) -> Tensor:
+def local_tensor(tensor: Tensor) -> Tensor:
     """Return what this rank holds of a tensor; it shares the tensor's memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def part_of(whole: Tensor, target: Tensor) -> Tensor:
+def local_shard_of(whole: Tensor, target: Tensor) -> Tensor:
     """Return the part of a whole tensor that this rank holds of ``target``."""
-    starts = offsets(target)
-    ends = [start + size for start, size in zip(starts, own_part(target).shape, strict=True)]
+    starts = shard_offsets(target)
+    ends = [start + size for start, size in zip(starts, local_tensor(target).shape, strict=True)]
     return whole[tuple(slice(start, end) for start, end in zip(starts, ends, strict=True))]
 
 
-def offsets(tensor: Tensor) -> tuple[int, ...]:
+def shard_offsets(tensor: Tensor) -> tuple[int, ...]:
     """Return where in the whole tensor the part of this rank begins, for each dimension.
 
     Inner axes are cut first: full sharding comes after the tensor-parallel split and cuts what that has left.
@@ -41,7 +41,7 @@ def offsets(tensor: Tensor) -> tuple[int, ...]:
     return tuple(starts)
 
 
-def by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+def group_by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
     """Return parameters in groups that lie on the same mesh: fused optimizers take no mixture."""
     groups: dict[object, list[nn.Parameter]] = defaultdict(list)
     for parameter in parameters:
@@ -49,7 +49,7 @@ def by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
     return list(groups.values())
 
 
-def full_state(model: nn.Module) -> dict[str, Tensor]:
+def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return the whole weights of a model on rank 0 and nothing elsewhere; every rank must call this."""
     return full_tensors(model.state_dict(keep_vars=True))  # tied weights are one parameter under two names
 

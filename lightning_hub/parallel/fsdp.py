@@ -22,7 +22,7 @@ from lightning_hub.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Sharding:
+class FSDPConfig:
     """How a model is fully sharded.
 
     Attributes:
@@ -66,7 +66,7 @@ class Sharding:
                 current.set_modules_to_forward_prefetch(sharded[place + 1 : place + 1 + self.prefetch])
 
     @contextmanager
-    def accumulation(self, model: nn.Module) -> Iterator[None]:
+    def no_gradient_sync(self, model: nn.Module) -> Iterator[None]:
         """Keep gradients on this rank while it lasts."""
         if self.sync_every_row or not isinstance(model, FSDPModule):
             yield

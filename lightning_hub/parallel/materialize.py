@@ -16,14 +16,14 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightning_hub.parallel.collectives import Crew
-from lightning_hub.parallel.data_parallel import Placing
-from lightning_hub.parallel.dtensor import own_part, part_of
+from lightning_hub.parallel.collectives import Ranks
+from lightning_hub.parallel.data_parallel import HubStrategy
+from lightning_hub.parallel.dtensor import local_shard_of, local_tensor
 
 T = TypeVar("T")
 
 
-def start(
+def load_and_shard(
     strategy: Strategy, read: Callable[[], tuple[PreTrainedModel, T]], skeleton: Callable[[T], PreTrainedModel]
 ) -> tuple[PreTrainedModel, T]:
     """Return the model as the strategy wants it, and what was found out about it.
@@ -37,19 +37,19 @@ def start(
     Raises:
         Exception: Whatever ``read`` raised, on every rank: none is left waiting for another.
     """
-    if not isinstance(strategy, Placing):
+    if not isinstance(strategy, HubStrategy):
         return read()
     source, layout = _read_once(read)
     with torch.device("meta"):
         model = skeleton(layout.findings)
     _adopt_dtypes(model, layout)
-    strategy.place(model)
+    strategy.parallelize(model)
     _fill(model, source, layout, strategy)
     return model, layout.findings
 
 
 @dataclass
-class _Layout(Generic[T]):
+class _ModelLayout(Generic[T]):
     """What ranks must know of the model that rank 0 has read."""
 
     dtypes: dict[str, torch.dtype]
@@ -57,21 +57,21 @@ class _Layout(Generic[T]):
     findings: T
 
 
-def _read_once(read: Callable[[], tuple[PreTrainedModel, T]]) -> tuple[PreTrainedModel | None, _Layout[T]]:
+def _read_once(read: Callable[[], tuple[PreTrainedModel, T]]) -> tuple[PreTrainedModel | None, _ModelLayout[T]]:
     source: PreTrainedModel | None = None
 
-    def lay_out() -> _Layout[T]:
+    def lay_out() -> _ModelLayout[T]:
         nonlocal source
         source, findings = read()
         dtypes = {name: parameter.dtype for name, parameter in source.named_parameters()}
         buffers = {name: (buffer.shape, buffer.dtype) for name, buffer in source.named_buffers()}
-        return _Layout(dtypes, buffers, findings)
+        return _ModelLayout(dtypes, buffers, findings)
 
-    layout = Crew().on_first(lay_out)
+    layout = Ranks().run_on_rank_zero(lay_out)
     return source, layout
 
 
-def _adopt_dtypes(model: PreTrainedModel, layout: _Layout[T]) -> None:
+def _adopt_dtypes(model: PreTrainedModel, layout: _ModelLayout[T]) -> None:
     """Give the skeleton the dtypes that were read: some models keep single layers in float32."""
     names = dict(model.named_parameters())
     assert names.keys() == layout.dtypes.keys(), "the skeleton has the parameters, and ties, of the model that was read"
@@ -79,23 +79,25 @@ def _adopt_dtypes(model: PreTrainedModel, layout: _Layout[T]) -> None:
         parameter.data = parameter.data.to(layout.dtypes[name])
 
 
-def _fill(model: PreTrainedModel, source: PreTrainedModel | None, layout: _Layout[T], strategy: Placing) -> None:
-    device, carrier = strategy.weights_device, strategy.root_device
+def _fill(
+    model: PreTrainedModel, source: PreTrainedModel | None, layout: _ModelLayout[T], strategy: HubStrategy
+) -> None:
+    device, carrier = strategy.transfer_device, strategy.root_device
     _allocate(model, device)
     given = dict(source.named_parameters()) if source is not None else {}
     for name, target in model.named_parameters():
         _fill_parameter(target, given.get(name), carrier)
     held = dict(source.named_buffers()) if source is not None else {}
     for name, (shape, dtype) in layout.buffers.items():
-        _set_buffer(model, name, _send(held.get(name), shape, dtype, carrier).to(device))
+        _set_buffer(model, name, _broadcast(held.get(name), shape, dtype, carrier).to(device))
     left = [name for name, _ in _on_meta(model)]
     assert not left, f"tensors without values: {left}"
 
 
 def _fill_parameter(target: nn.Parameter, source: nn.Parameter | None, carrier: torch.device) -> None:
     """Send one whole tensor, keep the part of it that is this rank's, and let go of the whole."""
-    whole = _send(None if source is None else source.detach(), target.shape, target.dtype, carrier)
-    own_part(target.detach()).copy_(part_of(whole, target))
+    whole = _broadcast(None if source is None else source.detach(), target.shape, target.dtype, carrier)
+    local_tensor(target.detach()).copy_(local_shard_of(whole, target))
     if source is not None:
         source.data = source.data.new_empty(0)
 
@@ -110,7 +112,7 @@ def _allocate(model: nn.Module, device: torch.device) -> None:
         torch.__future__.set_swap_module_params_on_conversion(before)
 
 
-def _send(tensor: Tensor | None, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _broadcast(tensor: Tensor | None, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return rank 0's tensor on every rank, on the device between which it travels fastest."""
     whole = torch.empty(shape, dtype=dtype, device=device) if tensor is None else tensor.to(device).contiguous()
     torch.distributed.broadcast(whole, src=0)

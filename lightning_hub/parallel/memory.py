@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import Strategy
 from torch import nn
 from transformers import PreTrainedModel
 
-from lightning_hub.parallel.fsdp import Sharding, decoder_blocks, mixed_precision
+from lightning_hub.parallel.fsdp import FSDPConfig, decoder_blocks, mixed_precision
 from lightning_hub.parallel.strategies import MeshStrategy
 from lightning_hub.parallel.tensor_parallel import layer_styles
 
@@ -94,13 +94,13 @@ def strategy_memory(
     weights, gradients = sum(size.values()), sum(size[name] for name in trained)
     whole = {name: math.prod(shape) for name, shape in split.items()}
     if isinstance(strategy, MeshStrategy) and ("tp" not in axes or shards > 1):
-        work = _Work(model, whole, strategy.sharding, precision)
+        work = _StepMemory(model, whole, strategy.fsdp_config, precision)
         forward, backward = work.forward(), work.backward()
-        accumulated = 0 if strategy.sharding.sync_every_row or not has_several_rows else work.gradients(whole)
+        accumulated = 0 if strategy.fsdp_config.sync_every_row or not has_several_rows else work.gradients(whole)
     else:
         forward = backward = _autocast_copies(model, whole, precision)
         accumulated = 0
-    offloaded = isinstance(strategy, MeshStrategy) and strategy.sharding.cpu_offload
+    offloaded = isinstance(strategy, MeshStrategy) and strategy.fsdp_config.cpu_offload
     return Memory(weights, gradients, moments * gradients, accumulated, forward, backward, offloaded)
 
 
@@ -117,7 +117,7 @@ def _after_split(model: PreTrainedModel, tp: int) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-class _Work:
+class _StepMemory:
     """What a step of FSDP2 holds beside its shards.
 
     Args:
@@ -127,7 +127,7 @@ class _Work:
         precision: The trainer's precision.
     """
 
-    def __init__(self, model: PreTrainedModel, whole: dict[str, int], sharding: Sharding, precision: str) -> None:
+    def __init__(self, model: PreTrainedModel, whole: dict[str, int], sharding: FSDPConfig, precision: str) -> None:
         policy = mixed_precision(precision)
         self.parameters = dict(model.named_parameters())
         self.whole = whole

@@ -13,30 +13,30 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 
 @runtime_checkable
-class Cuttable(Protocol):
+class Shardable(Protocol):
     """A parametrization that knows how its own tensors follow a cut of the weight."""
 
-    def cut(self, axis: int) -> dict[str, int]:
+    def sharded_params(self, axis: int) -> dict[str, int]:
         """Return which of its parameters are cut, and along which axis, when the weight is cut along ``axis``.
 
         The others stay whole on every rank.
         """
 
 
-class ChangedColumns(ColwiseParallel):
+class ParametrizedColwise(ColwiseParallel):
     """Gives each rank some of the outputs of a layer."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         return distribute_module(
             module,
             device_mesh,
-            partial(_cut, 0),
+            partial(_shard, 0),
             partial(self._prepare_input_fn, self.input_layouts, self.desired_input_layouts),
             partial(self._prepare_output_fn, self.output_layouts, self.use_local_output),
         )
 
 
-class ChangedRows(RowwiseParallel):
+class ParametrizedRowwise(RowwiseParallel):
     """Gives each rank some of the inputs of a layer."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
@@ -44,24 +44,24 @@ class ChangedRows(RowwiseParallel):
         return distribute_module(
             module,
             device_mesh,
-            partial(_cut, 1),
+            partial(_shard, 1),
             partial(self._prepare_input_fn, self.input_layouts, self.desired_input_layouts),
             partial(self._prepare_output_fn, self.output_layouts, self.use_local_output),
         )
 
 
-def _cut(axis: int, name: str, module: nn.Module, mesh: DeviceMesh) -> None:
+def _shard(axis: int, name: str, module: nn.Module, mesh: DeviceMesh) -> None:
     """Cut what belongs to a weight; torch makes whole tensors on every rank of all that is left."""
     if isinstance(module, ParametrizationList):
-        _cut_parameter(module, "original", axis, mesh)
-    elif isinstance(module, Cuttable):
-        for parameter, dim in module.cut(axis).items():
-            _cut_parameter(module, parameter, dim, mesh)
+        _shard_parameter(module, "original", axis, mesh)
+    elif isinstance(module, Shardable):
+        for parameter, dim in module.sharded_params(axis).items():
+            _shard_parameter(module, parameter, dim, mesh)
     elif not name and axis == 0 and module._parameters.get("bias") is not None:
-        _cut_parameter(module, "bias", 0, mesh)
+        _shard_parameter(module, "bias", 0, mesh)
 
 
-def _cut_parameter(module: nn.Module, name: str, dim: int, mesh: DeviceMesh) -> None:
+def _shard_parameter(module: nn.Module, name: str, dim: int, mesh: DeviceMesh) -> None:
     whole: nn.Parameter = getattr(module, name)
     part = distribute_tensor(whole, mesh, [Shard(dim)], src_data_rank=None)
     module.register_parameter(name, nn.Parameter(part, requires_grad=whole.requires_grad))

@@ -12,26 +12,26 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # exported at run time
 
 from lightning_hub.errors import HubError, first_line
-from lightning_hub.launch.environment import Place
+from lightning_hub.launch.environment import ProcessInfo
 
-ARRIVAL = timedelta(minutes=5)
+RENDEZVOUS_TIMEOUT = timedelta(minutes=5)
 """How long ranks wait for each other at the start."""
 
-EXCHANGE = timedelta(minutes=30)
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """How long an exchange of a running job may take; writing a large checkpoint on one rank is among them."""
 
 
-class NotJoinedError(HubError):
+class RendezvousError(HubError):
     """Some processes of the run have not come."""
 
     kind = "comm"
 
 
-class GivenPlace(ClusterEnvironment):
+class HubClusterEnvironment(ClusterEnvironment):
     """Tells Lightning where this process stands, so that it does not guess and starts no process of its own."""
 
-    def __init__(self, place: Place, address: str, port: int) -> None:
-        self.place = place
+    def __init__(self, place: ProcessInfo, address: str, port: int) -> None:
+        self.process = place
         self._address, self._port = address, port
 
     @property
@@ -56,36 +56,36 @@ class GivenPlace(ClusterEnvironment):
 
     def world_size(self) -> int:
         """Return how many processes there are."""
-        return self.place.world_size
+        return self.process.world_size
 
     def set_world_size(self, size: int) -> None:
         """Hold Lightning's number against ours."""
-        assert size == self.place.world_size, f"Lightning counts {size} processes"
+        assert size == self.process.world_size, f"Lightning counts {size} processes"
 
     def global_rank(self) -> int:
         """Return the number of this process."""
-        return self.place.rank
+        return self.process.rank
 
     def set_global_rank(self, rank: int) -> None:
         """Hold Lightning's number against ours."""
-        assert rank == self.place.rank, f"Lightning counts this process as rank {rank}"
+        assert rank == self.process.rank, f"Lightning counts this process as rank {rank}"
 
     def local_rank(self) -> int:
         """Return its number on its node."""
-        return self.place.local_rank
+        return self.process.local_rank
 
     def node_rank(self) -> int:
         """Return the number of its node."""
-        return self.place.node_rank
+        return self.process.node_rank
 
 
-def join(place: Place, *, on_gpu: bool) -> GivenPlace:
+def init_process_group(place: ProcessInfo, *, on_gpu: bool) -> HubClusterEnvironment:
     """Meet the other processes of the run and return the place as Lightning wants it.
 
     Hosts talk through gloo and GPUs through NCCL, so that agreeing on something waits for no device.
 
     Raises:
-        NotJoinedError: They have not all come within ``ARRIVAL``.
+        NotJoinedError: They have not all come within ``RENDEZVOUS_TIMEOUT``.
     """
     environment = _environment(place)
     if on_gpu:
@@ -99,12 +99,12 @@ def join(place: Place, *, on_gpu: bool) -> GivenPlace:
             store=PrefixStore("lightning-hub/group", store),
             rank=place.rank,
             world_size=place.world_size,
-            timeout=EXCHANGE,
+            timeout=COLLECTIVE_TIMEOUT,
             device_id=torch.device("cuda", place.local_rank) if on_gpu else None,
         )
     except torch.distributed.DistError as error:
         reason = first_line(error)
-        raise NotJoinedError(
+        raise RendezvousError(
             f"{place} cannot meet the others at {address}: {reason}",
             where=f"rank {place.rank}",
             remedy="start all ranks with the same address and port, which rank 0's machine must own",
@@ -112,22 +112,22 @@ def join(place: Place, *, on_gpu: bool) -> GivenPlace:
     return environment
 
 
-def _meeting_point(environment: GivenPlace) -> Store:
+def _meeting_point(environment: HubClusterEnvironment) -> Store:
     """Return the store through which ranks find each other: torchrun's agent may have it, else rank 0 does."""
-    place = environment.place
+    place = environment.process
     serves = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     return TCPStore(
         environment.main_address,
         environment.main_port,
         place.world_size,
         is_master=serves,
-        timeout=ARRIVAL,
+        timeout=RENDEZVOUS_TIMEOUT,
         wait_for_workers=False,
         master_listen_fd=place.listener if serves else None,
     )
 
 
-def await_all(store: Store, place: Place) -> None:
+def await_all(store: Store, place: ProcessInfo) -> None:
     """Wait until every rank has signed in.
 
     Raises:
@@ -135,24 +135,24 @@ def await_all(store: Store, place: Place) -> None:
     """
     store.set(str(place.rank), "here")
     try:
-        store.wait([str(rank) for rank in range(place.world_size)], ARRIVAL)
+        store.wait([str(rank) for rank in range(place.world_size)], RENDEZVOUS_TIMEOUT)
     except torch.distributed.DistStoreError as error:
         missing = [rank for rank in range(place.world_size) if not store.check([str(rank)])]
-        raise NotJoinedError(
-            f"ranks {', '.join(map(str, missing))} of {place.world_size} have not come within {ARRIVAL}",
+        raise RendezvousError(
+            f"ranks {', '.join(map(str, missing))} of {place.world_size} have not come within {RENDEZVOUS_TIMEOUT}",
             where=f"rank {place.rank}",
             remedy="see their logs, or start them",
         ) from error
 
 
-def leave() -> None:
+def destroy_process_group() -> None:
     """Take leave of the other processes, if there are any: a group that is left behind can abort at the exit."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
-def _environment(place: Place) -> GivenPlace:
+def _environment(place: ProcessInfo) -> HubClusterEnvironment:
     if place.launcher == "slurm" and "MASTER_ADDR" not in os.environ:
         slurm = SLURMEnvironment(auto_requeue=False)
-        return GivenPlace(place, slurm.main_address, slurm.main_port)
-    return GivenPlace(place, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+        return HubClusterEnvironment(place, slurm.main_address, slurm.main_port)
+    return HubClusterEnvironment(place, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))

@@ -16,13 +16,13 @@ from transformers import PreTrainedModel
 from lightning_hub.errors import ConfigError
 from lightning_hub.launch.mesh import STRATEGY, check_mesh, check_replicas, read_mesh
 from lightning_hub.launch.topology import mesh_of
-from lightning_hub.parallel.data_parallel import DataParallel, Placing, SavesTogether
-from lightning_hub.parallel.fsdp import Sharding
+from lightning_hub.parallel.data_parallel import DataParallel, DistributedCheckpointIO, HubStrategy
+from lightning_hub.parallel.fsdp import FSDPConfig
 from lightning_hub.parallel.lightning_internals import set_up_mesh
-from lightning_hub.parallel.tensor_parallel import split
+from lightning_hub.parallel.tensor_parallel import parallelize_layers
 
 
-class DDP(Placing, DDPStrategy):
+class DDP(HubStrategy, DDPStrategy):
     """A whole model on every rank; gradients are averaged after the last row of a step.
 
     Gradients live in the buckets they travel in, which saves one copy of them. Buffers are not sent before each step:
@@ -37,16 +37,16 @@ class DDP(Placing, DDPStrategy):
         super().__init__(gradient_as_bucket_view=True, broadcast_buffers=False, init_sync=False)
 
 
-class MeshStrategy(Placing, ModelParallelStrategy):
+class MeshStrategy(HubStrategy, ModelParallelStrategy):
     """What the strategies with cut weights share: a mesh of named axes, made when the processes know each other.
 
     Args:
         sharding: How the data-parallel axes are fully sharded.
     """
 
-    def __init__(self, sharding: Sharding) -> None:
+    def __init__(self, sharding: FSDPConfig) -> None:
         super().__init__(data_parallel_size=1, tensor_parallel_size=1, save_distributed_checkpoint=False)
-        self.sharding = sharding
+        self.fsdp_config = sharding
         self._placed: PreTrainedModel | None = None
 
     def axes(self, world_size: int) -> dict[str, int]:
@@ -78,16 +78,16 @@ class MeshStrategy(Placing, ModelParallelStrategy):
     @property
     def weights_device(self) -> torch.device:
         """Where weights lie between steps."""
-        return torch.device("cpu") if self.sharding.cpu_offload else self.root_device
+        return torch.device("cpu") if self.fsdp_config.cpu_offload else self.root_device
 
     def place(self, model: PreTrainedModel) -> None:
         """Split the layers over ``tp``, then shard what that has left over the other axes."""
         names = self.device_mesh.mesh_dim_names or ()
         if "tp" in names and self.device_mesh["tp"].size() > 1:
-            split(model, self.device_mesh["tp"], self.lightning_module)
+            parallelize_layers(model, self.device_mesh["tp"], self.lightning_module)
         sharded = self._sharded_mesh(names)
         if sharded is not None:
-            self.sharding.apply(model, sharded, str(self.precision_plugin.precision))
+            self.fsdp_config.apply(model, sharded, str(self.precision_plugin.precision))
         self._placed = model
 
     def _sharded_mesh(self, names: tuple[str, ...]) -> DeviceMesh | None:
@@ -99,7 +99,7 @@ class MeshStrategy(Placing, ModelParallelStrategy):
     def model_to_device(self) -> None:
         """Leave the weights where the start has put them."""
         assert self.model is not None
-        if not self.sharding.cpu_offload:
+        if not self.fsdp_config.cpu_offload:
             super().model_to_device()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -117,7 +117,7 @@ class MeshStrategy(Placing, ModelParallelStrategy):
         Raises:
             ConfigError: The checkpoint format is one that rank 0 writes alone.
         """
-        if not isinstance(self.checkpoint_io, SavesTogether):
+        if not isinstance(self.checkpoint_io, DistributedCheckpointIO):
             message = f"{type(self.checkpoint_io).__name__} cannot save a model whose parts lie on several ranks"
             raise ConfigError(message, where="trainer.plugins", remedy="use FolderCheckpointIO")
         super().save_checkpoint(checkpoint, filepath, storage_options)
@@ -132,7 +132,7 @@ class MeshStrategy(Placing, ModelParallelStrategy):
 
     def accumulation(self) -> AbstractContextManager[None]:
         """Return a context in which gradients stay on this rank."""
-        return nullcontext() if self._placed is None else self.sharding.accumulation(self._placed)
+        return nullcontext() if self._placed is None else self.fsdp_config.no_gradient_sync(self._placed)
 
 
 class FSDP(MeshStrategy):
@@ -159,7 +159,7 @@ class FSDP(MeshStrategy):
         prefetch: int = 1,
         replicas: int = 1,
     ) -> None:
-        super().__init__(Sharding(reshard_after_forward, sync_every_row, cpu_offload, prefetch))
+        super().__init__(FSDPConfig(reshard_after_forward, sync_every_row, cpu_offload, prefetch))
         self.replicas = replicas
 
     def axes(self, world_size: int) -> dict[str, int]:
@@ -191,7 +191,7 @@ class ModelParallel(MeshStrategy):
         cpu_offload: bool = False,
         prefetch: int = 1,
     ) -> None:
-        super().__init__(Sharding(reshard_after_forward, sync_every_row, cpu_offload, prefetch))
+        super().__init__(FSDPConfig(reshard_after_forward, sync_every_row, cpu_offload, prefetch))
         self.mesh = read_mesh(mesh_shape)
 
     def axes(self, world_size: int) -> dict[str, int]:

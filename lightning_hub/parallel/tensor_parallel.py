@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from lightning_hub.errors import ConfigError
 from lightning_hub.launch.mesh import STRATEGY, check_divisible
-from lightning_hub.parallel.parametrized_tp import ChangedColumns, ChangedRows
+from lightning_hub.parallel.parametrized_tp import ParametrizedColwise, ParametrizedRowwise
 
 
 class SumGradients(ParallelStyle):
@@ -46,7 +46,11 @@ STYLES: dict[str, type[ParallelStyle]] = {
 }
 """The words of plans that are offered."""
 
-STYLES_OF_CHANGED: dict[str, type[ParallelStyle]] = {**STYLES, "colwise": ChangedColumns, "rowwise": ChangedRows}
+PARAMETRIZED_STYLES: dict[str, type[ParallelStyle]] = {
+    **STYLES,
+    "colwise": ParametrizedColwise,
+    "rowwise": ParametrizedRowwise,
+}
 """The same for layers whose weight has a change under it."""
 
 HEADS = ("colwise_rep", "colwise_gather_output", "embedding_rowwise", "embedding_colwise")
@@ -61,7 +65,7 @@ class HasTensorParallelPlan(Protocol):
         """Return which modules of a layer are cut, each with its style, where the model's plan gives it ``style``."""
 
 
-def split(model: PreTrainedModel, mesh: DeviceMesh, module: object = None) -> None:
+def parallelize_layers(model: PreTrainedModel, mesh: DeviceMesh, module: object = None) -> None:
     """Cut the layers of a model over the ranks of a one-dimensional mesh, as the model's own plan says.
 
     Args:
@@ -79,7 +83,7 @@ def split(model: PreTrainedModel, mesh: DeviceMesh, module: object = None) -> No
 
 def _style(layer: nn.Module, word: str) -> ParallelStyle:
     """Return how a layer is cut; one with a change under its weight is cut together with that."""
-    return (STYLES_OF_CHANGED if is_parametrized(layer) else STYLES)[word]()
+    return (PARAMETRIZED_STYLES if is_parametrized(layer) else STYLES)[word]()
 
 
 def layer_styles(model: PreTrainedModel, tp: int) -> dict[str, str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lightning_hub.errors import ConfigError
 from lightning_hub.runs.files import FOLDER_MODE, make_private_folder, open_append, read_json, write_atomic
-from lightning_hub.runs.process_identity import Identity
+from lightning_hub.runs.process_identity import ProcessIdentity
 from lightning_hub.runs.records import RunInfo
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -345,16 +345,16 @@ def lock_run(folder: RunFolder) -> None:
     descriptor = open_append(folder.lock)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)  # held for this check only: two starts at once see each other's entry
-        owner = Identity.from_json(read_json(folder.lock) or {})
-        if owner is not None and owner != Identity.own() and owner.is_alive() is not False:
+        owner = ProcessIdentity.from_json(read_json(folder.lock) or {})
+        if owner is not None and owner != ProcessIdentity.own() and owner.is_alive() is not False:
             _refuse_locked(folder, owner)
         os.ftruncate(descriptor, 0)
-        os.write(descriptor, json.dumps(Identity.own().to_json()).encode())
+        os.write(descriptor, json.dumps(ProcessIdentity.own().to_json()).encode())
     finally:
         os.close(descriptor)
 
 
-def _refuse_locked(folder: RunFolder, owner: Identity) -> None:
+def _refuse_locked(folder: RunFolder, owner: ProcessIdentity) -> None:
     remedy = "stop it, or wait for it"
     if owner.is_alive() is None:
         remedy = f"if that process is gone, remove {folder.lock}"
@@ -364,6 +364,6 @@ def _refuse_locked(folder: RunFolder, owner: Identity) -> None:
 
 def unlock_run(folder: RunFolder) -> None:
     """Give the run free; without effect when another process holds it."""
-    owner = Identity.from_json(read_json(folder.lock) or {})
-    if owner == Identity.own():
+    owner = ProcessIdentity.from_json(read_json(folder.lock) or {})
+    if owner == ProcessIdentity.own():
         write_atomic(folder.lock, b"{}\n")

@@ -15,7 +15,7 @@ from lightning_hub.runs.folder import now
 GIGABYTE = 1e9
 
 
-class Gauges:
+class HardwareMetrics:
     """Reads the load of this machine and its GPUs; rates are means since the last reading.
 
     Args:

@@ -11,7 +11,7 @@ from pathlib import Path
 from lightning_hub.runs.files import write_atomic
 from lightning_hub.runs.folder import now
 from lightning_hub.runs.metrics import to_json_number
-from lightning_hub.runs.process_identity import Identity
+from lightning_hub.runs.process_identity import ProcessIdentity
 from lightning_hub.runs.records import Phase
 
 MAX_BYTES = 512
@@ -20,8 +20,8 @@ _DOING_BYTES = 96
 _MANY_RANKS = 64
 
 
-class Pulse:
-    """What a rank is doing now. Setting an attribute or calling ``do`` costs well under a microsecond.
+class RankActivity:
+    """What a rank is doing now. Setting an attribute or calling ``begin`` costs well under a microsecond.
 
     One thread sets, another reads: each attribute is replaced whole, so no lock is needed.
 
@@ -44,7 +44,7 @@ class Pulse:
         self.doing = ""
         self.doing_since = time.monotonic()
 
-    def do(self, what: str) -> None:
+    def begin(self, what: str) -> None:
         """Say what begins now: ``forward 2/4``, ``optimizer``, ``save shard``."""
         self.doing_since = time.monotonic()
         self.doing = what
@@ -55,7 +55,7 @@ def heartbeat_period(world_size: int) -> float:
     return 2.0 if world_size <= _MANY_RANKS else 10.0
 
 
-class Beat(threading.Thread):
+class PeriodicThread(threading.Thread):
     """Calls a function at once and then every ``period`` seconds, until ``stop``; a failed write is reported once."""
 
     def __init__(self, name: str, period: float, beat: Callable[[], None], trouble: Callable[[OSError], None]) -> None:
@@ -89,10 +89,10 @@ class Beat(threading.Thread):
 class HeartbeatFile:
     """Writes ``heartbeat.json`` from a pulse."""
 
-    def __init__(self, path: Path, pulse: Pulse) -> None:
+    def __init__(self, path: Path, pulse: RankActivity) -> None:
         self._path = path
         self._pulse = pulse
-        self._identity = Identity.own()
+        self._identity = ProcessIdentity.own()
         self._seq = 0
 
     def write(self) -> None:

@@ -95,7 +95,7 @@ class LineIndex:
             self._scanned += len(data)
 
     def read(self, start: int, stop: int, limit: int = 4 * SHOWN_CHARACTERS) -> list[bytes]:
-        """Return the lines ``start`` to ``stop`` (not included), each cut to ``limit`` bytes."""
+        """Return the lines ``load_and_shard`` to ``stop`` (not included), each cut to ``limit`` bytes."""
         lines = []
         with self.path.open("rb") as file:
             for number in range(max(start, 0), min(stop, len(self._ends))):

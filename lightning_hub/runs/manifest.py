@@ -96,7 +96,7 @@ def step_of(folder: Path) -> int:
     return int(match[1]) if match else 0
 
 
-def chosen(text: str, *, trusted: bool = False) -> Path:
+def resolve_checkpoint(text: str, *, trusted: bool = False) -> Path:
     """Return the checkpoint that somebody named.
 
     Args:
@@ -114,26 +114,26 @@ def chosen(text: str, *, trusted: bool = False) -> Path:
     if not path.is_dir():
         raise ConfigError(f"{text} is no checkpoint folder", where="--resume", remedy="give a step-<n> folder of a run")
     if not trusted and not (path / MANIFEST).is_file():
-        raise untrusted(path)
+        raise check_untrusted(path)
     return path
 
 
-def untrusted(folder: Path) -> ConfigError:
+def check_untrusted(folder: Path) -> ConfigError:
     """Return what to say of a folder whose origin nothing vouches for."""
     remedy = "give another, or pass --trust-checkpoint if you know where it comes from; no code in it is run either way"
     return ConfigError("this folder has no manifest of ours", where=str(folder), remedy=remedy)
 
 
-def committed(folder: Path) -> Iterator[tuple[int, Path]]:
+def list_checkpoints(folder: Path) -> Iterator[tuple[int, Path]]:
     """Yield step and path of what lies under a final name, newest first, unverified."""
     found = [(int(match[1]), path) for path in folder.glob("step-*") if (match := _NAME.fullmatch(path.name))]
     yield from sorted(found, reverse=True)
 
 
-def newest_whole(folder: Path) -> tuple[Path | None, list[DamagedError]]:
+def newest_valid(folder: Path) -> tuple[Path | None, list[DamagedError]]:
     """Return the newest checkpoint that verifies, and what was wrong with the newer ones."""
     damaged = []
-    for _, path in committed(folder):
+    for _, path in list_checkpoints(folder):
         try:
             verify(path)
         except DamagedError as error:

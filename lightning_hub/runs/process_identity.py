@@ -25,7 +25,7 @@ def boot_id() -> str:
 
 
 @dataclass(frozen=True)
-class Identity:
+class ProcessIdentity:
     """A process, told apart from every other one.
 
     Attributes:
@@ -41,20 +41,20 @@ class Identity:
     host: str
 
     @classmethod
-    def of(cls, pid: int) -> Identity | None:
+    def of(cls, pid: int) -> ProcessIdentity | None:
         """Return the identity of a living process of this machine, or None."""
         start = _start_of(pid)
         return None if start is None else cls(pid, start, boot_id(), socket.gethostname())
 
     @classmethod
-    def own(cls) -> Identity:
+    def own(cls) -> ProcessIdentity:
         """Return the identity of this process."""
         found = cls.of(os.getpid())
         assert found is not None, "this process lives"
         return found
 
     @classmethod
-    def from_json(cls, data: Mapping[str, object]) -> Identity | None:
+    def from_json(cls, data: Mapping[str, object]) -> ProcessIdentity | None:
         """Read an identity from ``pid``, ``pid_start``, ``boot_id`` and ``host``; None when incomplete."""
         pid, start, boot, host = (data.get(key) for key in ("pid", "pid_start", "boot_id", "host"))
         if not isinstance(pid, int) or not isinstance(start, int | float) or not isinstance(boot, str):

@@ -8,14 +8,14 @@ import time
 
 from lightning_hub.errors import ConfigError
 from lightning_hub.runs.folder import RunFolder
-from lightning_hub.runs.process_identity import Identity
+from lightning_hub.runs.process_identity import ProcessIdentity
 
 _LIMIT = 10.0
 """Seconds in which a killed process is gone; only one that waits for a broken disk takes longer."""
 _PERIOD = 0.02
 
 
-def end_process(identity: Identity, what: str, folder: RunFolder) -> None:
+def end_process(identity: ProcessIdentity, what: str, folder: RunFolder) -> None:
     """Kill exactly this process and wait until it is gone.
 
     Raises:

@@ -14,12 +14,12 @@ from typing import TextIO, cast
 from lightning_hub.errors import HubError, is_disk_trouble
 from lightning_hub.runs.files import make_private_folder, open_append, write_json
 from lightning_hub.runs.folder import RunFolder, now
-from lightning_hub.runs.heartbeat import Beat, HeartbeatFile, Pulse, heartbeat_period
+from lightning_hub.runs.heartbeat import HeartbeatFile, PeriodicThread, RankActivity, heartbeat_period
 from lightning_hub.runs.log_file import LogFile, Redirect, Tee
 from lightning_hub.runs.metrics import MetricsWriter
 from lightning_hub.runs.records import ErrorRecord
 from lightning_hub.runs.timings import PhaseTimer
-from lightning_hub.runs.writer import Trouble
+from lightning_hub.runs.writer import WriteErrors
 
 STACKS_SIGNAL = signal.SIGUSR2
 """Asks a rank for the Python stacks of all its threads (``stacks.txt``); it goes on afterwards."""
@@ -32,7 +32,7 @@ _COMMUNICATION = ("DistBackendError", "DistNetworkError", "DistStoreError", "Con
 class RankWriter:
     """The files of one rank in one attempt.
 
-    The training thread sets ``pulse`` and calls ``log``; everything else happens on the side.
+    The training thread sets ``update_check`` and calls ``log``; everything else happens on the side.
 
     Args:
         folder: The run.
@@ -51,19 +51,19 @@ class RankWriter:
         rank: int = 0,
         world_size: int = 1,
         node: int = 0,
-        trouble: Trouble | None = None,
+        trouble: WriteErrors | None = None,
     ) -> None:
         self.folder = folder
         self.files = folder.rank(attempt, rank)
         self.rank = rank
         self.node = node
-        self.pulse = Pulse()
+        self.pulse = RankActivity()
         self.timer = PhaseTimer()
-        self.trouble = trouble or Trouble()
+        self.trouble = trouble or WriteErrors()
         make_private_folder(self.files.path)
         self._metrics = MetricsWriter(folder.metrics, attempt)
         beat = HeartbeatFile(self.files.heartbeat, self.pulse).write
-        self._heartbeat = Beat("heartbeat", heartbeat_period(world_size), beat, self.trouble)
+        self._heartbeat = PeriodicThread("heartbeat", heartbeat_period(world_size), beat, self.trouble)
         self._streams: list[tuple[str, TextIO, LogFile]] = []
         self._stacks = -1
 
@@ -98,11 +98,11 @@ class RankWriter:
         except OSError as error:
             self.trouble(error)
 
-    def wishes_stop(self) -> bool:
+    def stop_requested(self) -> bool:
         """Say whether someone asked the run to save and stop; for rank 0, between steps."""
         return self.folder.control_stop.exists()
 
-    def wishes_checkpoint(self) -> bool:
+    def checkpoint_requested(self) -> bool:
         """Say whether someone asked for a checkpoint now; the wish is taken back, as it is being granted."""
         try:
             self.folder.control_checkpoint.unlink()
@@ -134,7 +134,7 @@ class RankWriter:
     def close(self) -> None:
         """Beat for the last time and give the streams back."""
         self.pulse.phase = "exit"
-        self.pulse.do("")
+        self.pulse.begin("")
         self._heartbeat.stop()
         self._metrics.close()
         if self._stacks >= 0:

@@ -12,9 +12,17 @@ from pathlib import Path
 from lightning_hub.runs.files import Json, read_json
 from lightning_hub.runs.folder import RunFolder
 from lightning_hub.runs.metrics import Line, Metric, last_values, parse_line, resumed_steps, valid_lines
-from lightning_hub.runs.process_identity import Identity, boot_id
+from lightning_hub.runs.process_identity import ProcessIdentity, boot_id
 from lightning_hub.runs.records import ENDED, Attempt, ErrorRecord, Heartbeat, Lease, RunInfo, Status, newer_schema
-from lightning_hub.runs.run_state import LeaseLook, Limits, RankLook, RunLook, Verdict, rank_state, run_verdict
+from lightning_hub.runs.run_state import (
+    LeaseSnapshot,
+    Limits,
+    RankSnapshot,
+    RunSnapshot,
+    Verdict,
+    rank_state,
+    run_verdict,
+)
 
 _TAIL = 1 << 14
 _STEPS_FOR_MEDIAN = 50
@@ -135,7 +143,7 @@ class RunReader:
         status = Status.from_json(data)
         lines = self._newest_lines()
         ranks = tuple(self._ranks(clock))
-        look = RunLook(
+        look = RunSnapshot(
             status=status if data is not None else None,
             ranks=ranks,
             leases=tuple(self._leases(clock)),
@@ -144,7 +152,7 @@ class RunReader:
         )
         return self._view(status, look, lines)
 
-    def _view(self, status: Status, look: RunLook, lines: list[Line]) -> RunView:
+    def _view(self, status: Status, look: RunSnapshot, lines: list[Line]) -> RunView:
         info = self.folder.info()
         views = tuple(self._rank_view(rank, look.median_step_time) for rank in look.ranks)
         values = last_values(lines, "loss", "tokens_per_second", "step")
@@ -163,7 +171,7 @@ class RunReader:
             note=newer_schema(info),
         )
 
-    def _ranks(self, now: float) -> Iterator[RankLook]:
+    def _ranks(self, now: float) -> Iterator[RankSnapshot]:
         attempts = self.folder.attempts()
         if not attempts:
             return
@@ -172,7 +180,7 @@ class RunReader:
         for rank in self.folder.ranks(attempt):
             yield self._rank(attempt, rank, children.get(rank, {}), now)
 
-    def _rank(self, attempt: int, rank: int, child: dict[str, Json], now: float) -> RankLook:
+    def _rank(self, attempt: int, rank: int, child: dict[str, Json], now: float) -> RankSnapshot:
         files = self.folder.rank(attempt, rank)
         data = read_json(files.heartbeat)
         beat = Heartbeat.from_json(data) if data is not None else None
@@ -182,12 +190,12 @@ class RunReader:
             still = self._still(f"rank {attempt}/{rank}", beat.seq, beat.mono, beat.boot_id, now)
             stood = self._watch.still(f"step {attempt}/{rank}", beat.step, now) or 0.0
             stuck = max(stood, beat.mono - beat.doing_since + (still or 0.0))
-        return RankLook(
+        return RankSnapshot(
             rank=rank,
             node=node if isinstance(node, int) else 0,
             heartbeat=beat,
-            still=still,
-            stuck=stuck,
+            seconds_without_heartbeat=still,
+            seconds_without_progress=stuck,
             alive=_alive(data, child),
             exit_code=exit_code if isinstance(exit_code, int) else None,
             has_error=files.error.exists(),
@@ -200,15 +208,15 @@ class RunReader:
             return max(time.monotonic() - mono, 0.0)
         return between
 
-    def _leases(self, now: float) -> Iterator[LeaseLook]:
+    def _leases(self, now: float) -> Iterator[LeaseSnapshot]:
         for node in self.folder.nodes():
             data = read_json(self.folder.node(node).lease)
             if data is None:
                 continue
             lease = Lease.from_json(data)
-            identity = Identity.from_json(data)
+            identity = ProcessIdentity.from_json(data)
             still = self._still(f"lease {node}", lease.seq, lease.mono, lease.boot_id, now)
-            yield LeaseLook(node, still, identity.is_alive() if identity else None)
+            yield LeaseSnapshot(node, still, identity.is_alive() if identity else None)
 
     def _children(self, attempt: int) -> dict[int, dict[str, Json]]:
         """Return what supervisors say of the ranks of an attempt."""
@@ -225,12 +233,12 @@ class RunReader:
         return found
 
     def _owner_alive(self) -> bool | None:
-        owner = Identity.from_json(read_json(self.folder.lock) or {})
+        owner = ProcessIdentity.from_json(read_json(self.folder.lock) or {})
         return owner.is_alive() if owner else None
 
-    def _rank_view(self, look: RankLook, median: float | None) -> RankView:
+    def _rank_view(self, look: RankSnapshot, median: float | None) -> RankView:
         beat = look.heartbeat or Heartbeat()
-        age = look.still if look.heartbeat else None
+        age = look.seconds_without_heartbeat if look.heartbeat else None
         state = rank_state(look, self.limits, median)
         shown = None if age is None else round(age, 1)
         return RankView(look.rank, look.node, beat.step, beat.phase, state, shown, beat.doing, beat.loss)
@@ -256,7 +264,7 @@ class RunReader:
 
 def _alive(beat: dict[str, Json] | None, child: dict[str, Json]) -> bool | None:
     for data in (child, beat or {}):
-        identity = Identity.from_json(data)
+        identity = ProcessIdentity.from_json(data)
         if identity is not None:
             return identity.is_alive()
     return None

@@ -39,7 +39,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class RankLook:
+class RankSnapshot:
     """One rank at one moment.
 
     Attributes:
@@ -56,29 +56,29 @@ class RankLook:
     rank: int
     node: int = 0
     heartbeat: Heartbeat | None = None
-    still: float | None = None
-    stuck: float | None = None
+    seconds_without_heartbeat: float | None = None
+    seconds_without_progress: float | None = None
     alive: bool | None = None
     exit_code: int | None = None
     has_error: bool = False
 
 
 @dataclass(frozen=True)
-class LeaseLook:
-    """The supervisor of one node at one moment; see ``RankLook``."""
+class LeaseSnapshot:
+    """The supervisor of one node at one moment; see ``RankSnapshot``."""
 
     node: int
-    still: float | None = None
+    seconds_without_heartbeat: float | None = None
     alive: bool | None = None
 
 
 @dataclass(frozen=True)
-class RunLook:
+class RunSnapshot:
     """A run at one moment; ``status`` is None when it cannot be read."""
 
     status: Status | None
-    ranks: tuple[RankLook, ...] = ()
-    leases: tuple[LeaseLook, ...] = ()
+    ranks: tuple[RankSnapshot, ...] = ()
+    leases: tuple[LeaseSnapshot, ...] = ()
     median_step_time: float | None = None
     owner_alive: bool | None = None
 
@@ -92,23 +92,23 @@ class Verdict:
     sure: bool = True
 
 
-def rank_state(look: RankLook, limits: Limits, median_step_time: float | None = None) -> str:
+def rank_state(look: RankSnapshot, limits: Limits, median_step_time: float | None = None) -> str:
     """Return the state of one rank, one of ``RANK_STATES``."""
     phase = look.heartbeat.phase if look.heartbeat else "init"
     if look.has_error or look.exit_code:
         return "failed"
     if look.exit_code == 0 or (phase == "exit" and look.alive is not True):
         return "exited"
-    if look.alive is False or (look.alive is None and _over(look.still, limits.lost)):
+    if look.alive is False or (look.alive is None and _over(look.seconds_without_heartbeat, limits.lost)):
         return "lost"
-    if _over(look.still, limits.silent):
+    if _over(look.seconds_without_heartbeat, limits.silent):
         return "silent"
-    if _over(look.stuck, limits.stall(phase, median_step_time)):
+    if _over(look.seconds_without_progress, limits.stall(phase, median_step_time)):
         return "stalled"
     return "exited" if phase == "exit" else phase
 
 
-def run_verdict(look: RunLook, limits: Limits | None = None) -> Verdict:
+def run_verdict(look: RunSnapshot, limits: Limits | None = None) -> Verdict:
     """Return the state of a run as a reader sees it."""
     limits = limits or Limits()
     if look.status is None:
@@ -123,10 +123,10 @@ def run_verdict(look: RunLook, limits: Limits | None = None) -> Verdict:
     return _living(look, look.status, limits)
 
 
-def _living(look: RunLook, status: Status, limits: Limits) -> Verdict:
+def _living(look: RunSnapshot, status: Status, limits: Limits) -> Verdict:
     """Judge a run whose status says that it goes on."""
-    ranks_gone = [_gone(rank.alive, rank.still, limits) for rank in look.ranks]
-    leases_gone = [_gone(lease.alive, lease.still, limits) for lease in look.leases]
+    ranks_gone = [_gone(rank.alive, rank.seconds_without_heartbeat, limits) for rank in look.ranks]
+    leases_gone = [_gone(lease.alive, lease.seconds_without_heartbeat, limits) for lease in look.leases]
     if not ranks_gone and not leases_gone:
         if look.owner_alive is False:
             return Verdict("lost", "the process that made it is gone")
@@ -151,10 +151,12 @@ def _gone(alive: bool | None, still: float | None, limits: Limits) -> bool | Non
     return None if still is None else still > limits.lost
 
 
-def _stalled(look: RunLook, limits: Limits) -> Verdict | None:
+def _stalled(look: RunSnapshot, limits: Limits) -> Verdict | None:
     stuck = [rank for rank in look.ranks if rank_state(rank, limits, look.median_step_time) == "stalled"]
     if not stuck or len(stuck) < len(look.ranks):
-        silent = [rank for rank in look.ranks if _over(rank.still, max(limits.stalled, limits.silent))]
+        silent = [
+            rank for rank in look.ranks if _over(rank.seconds_without_heartbeat, max(limits.stalled, limits.silent))
+        ]
         if not silent:
             return None
         stuck = silent
@@ -166,8 +168,8 @@ def _stalled(look: RunLook, limits: Limits) -> Verdict | None:
     )
 
 
-def _silent_reason(look: RunLook, limits: Limits) -> str | None:
-    silent = [rank.rank for rank in look.ranks if _over(rank.still, limits.silent)]
+def _silent_reason(look: RunSnapshot, limits: Limits) -> str | None:
+    silent = [rank.rank for rank in look.ranks if _over(rank.seconds_without_heartbeat, limits.silent)]
     return f"rank {silent[0]} is silent" if silent else None
 
 

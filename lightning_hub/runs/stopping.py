@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from lightning_hub.errors import ConfigError, ExitCode
 from lightning_hub.runs.files import make_private_folder, read_json, touch
 from lightning_hub.runs.folder import RunFolder
-from lightning_hub.runs.process_identity import Identity, boot_id
+from lightning_hub.runs.process_identity import ProcessIdentity, boot_id
 from lightning_hub.runs.processes import end_process
 from lightning_hub.runs.reader import RunView, read_run
 from lightning_hub.runs.records import ENDED, Lease, Status
@@ -22,7 +22,7 @@ _SUPERVISOR_HEARS = 10.0
 _PERIOD = 0.05
 
 
-def ask_to_stop(folder: RunFolder, view: RunView) -> str:
+def request_stop(folder: RunFolder, view: RunView) -> str:
     """Leave the wish to save and stop, and return what there is to say."""
     make_private_folder(folder.control)
     touch(folder.control_stop)
@@ -46,7 +46,7 @@ def stop_now(folder: RunFolder) -> str:
         ConfigError: A process cannot be ended from here.
     """
     data = read_json(folder.node(0).lease) or {}
-    lease, supervisor = Lease.from_json(data), Identity.from_json(data)
+    lease, supervisor = Lease.from_json(data), ProcessIdentity.from_json(data)
     make_private_folder(folder.control)
     touch(folder.control_stop_now)
     if supervisor is not None and any(child.get("pid") != lease.pid for child in lease.children):
@@ -68,7 +68,7 @@ def _state(folder: RunFolder) -> str:
     return Status.from_json(read_json(folder.status)).state
 
 
-def _processes(folder: RunFolder) -> Iterator[tuple[str, Identity]]:
+def _processes(folder: RunFolder) -> Iterator[tuple[str, ProcessIdentity]]:
     """Yield the living processes of the newest attempt, the supervisor first.
 
     Raises:
@@ -84,7 +84,7 @@ def _processes(folder: RunFolder) -> Iterator[tuple[str, Identity]]:
             candidates.append((f"rank {rank}", read_json(folder.rank(attempt, rank).heartbeat) or {}))
     known: set[int] = set()
     for what, values in candidates:
-        identity = Identity.from_json(values)
+        identity = ProcessIdentity.from_json(values)
         if identity is None or values.get("exit_code") is not None or values.get("phase") == "exit":
             continue
         if identity.boot != boot_id():

@@ -67,7 +67,7 @@ class TerminalStream:
             os.close(nowhere)
         if isinstance(error, OSError) and error.errno not in _NOBODY_READS:
             name = getattr(self._stream, "name", "a stream")
-            tell_terminal(f"warning: {name} cannot be written ({error.strerror}); the logs of the run go on\n")
+            print_to_terminal(f"warning: {name} cannot be written ({error.strerror}); the logs of the run go on\n")
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._stream, name)
@@ -79,7 +79,7 @@ def terminal() -> TextIO:
     return cast(TextIO, TerminalStream(stream))
 
 
-def tell_terminal(text: str) -> None:
+def print_to_terminal(text: str) -> None:
     """Write to standard error past any log, if there is anybody."""
     if sys.__stderr__ is not None:
         with suppress(OSError, ValueError):

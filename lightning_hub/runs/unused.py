@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from lightning_hub.runs.folder import RunFolder
-from lightning_hub.runs.manifest import committed
+from lightning_hub.runs.manifest import list_checkpoints
 from lightning_hub.runs.reader import RunView, read_run
 
 _BEFORE_RUN_JSON = {"lock", "control", "checkpoints", "nodes"}
@@ -24,7 +24,7 @@ def holds_unused_run(folder: RunFolder) -> bool:
         names = {path.name for path in folder.path.iterdir()}
     except OSError:
         return False
-    if not names or any(committed(folder.checkpoints)):
+    if not names or any(list_checkpoints(folder.checkpoints)):
         return False
     if not folder.run_json.is_file():
         return names <= _BEFORE_RUN_JSON and "lock" in names

@@ -14,16 +14,16 @@ from lightning_hub import __version__
 from lightning_hub.runs.environment import describe_environment, git_state
 from lightning_hub.runs.files import Json, LineFile, make_private_folder, read_json, write_atomic, write_json
 from lightning_hub.runs.folder import RunFolder, lock_run, now, unlock_run
-from lightning_hub.runs.hardware_metrics import Gauges
-from lightning_hub.runs.heartbeat import Beat
-from lightning_hub.runs.process_identity import Identity
+from lightning_hub.runs.hardware_metrics import HardwareMetrics
+from lightning_hub.runs.heartbeat import PeriodicThread
+from lightning_hub.runs.process_identity import ProcessIdentity
 from lightning_hub.runs.records import Attempt, Lease, RunInfo, State, Status
-from lightning_hub.runs.terminal import tell_terminal
+from lightning_hub.runs.terminal import print_to_terminal
 
 LEASE_PERIOD = 5.0
 
 
-class Trouble:
+class WriteErrors:
     """Remembers what could not be written and tells it once: a full disk must not stop the training."""
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class Trouble:
         """Report an error; only the first is told."""
         if self.message is None:
             self.message = f"the run folder cannot be written: {error.strerror} ({error.filename or 'open file'})"
-            tell_terminal(f"warning: {self.message}; training goes on without these files\n")
+            print_to_terminal(f"warning: {self.message}; training goes on without these files\n")
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class StatusWriter:
 
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
-        self.trouble = Trouble()
+        self.trouble = WriteErrors()
         self.status = Status.from_json(read_json(folder.status))
         self.attempt = folder.attempts()[-1] if folder.attempts() else 0
         self._events = LineFile(folder.events)
@@ -144,8 +144,8 @@ class RunWriter(StatusWriter):
         self._lease_seq = 0
         self.children: list[dict[str, Json]] = []
         """``rank``, ``pid``, ``pid_start`` and ``exit_code`` of each process of this node."""
-        self._lease = Beat("lease", LEASE_PERIOD, self._beat, self.trouble)
-        self._gauges: Gauges | None = None
+        self._lease = PeriodicThread("lease", LEASE_PERIOD, self._beat, self.trouble)
+        self._gauges: HardwareMetrics | None = None
 
     @classmethod
     def create(cls, folder: RunFolder, run: NewRun) -> Self:
@@ -209,7 +209,7 @@ class RunWriter(StatusWriter):
         write_json(self.folder.node(0).env, describe_environment(devices), fsync=True, indent=1)
         for wish in (self.folder.control_stop, self.folder.control_stop_now, self.folder.control_checkpoint):
             wish.unlink(missing_ok=True)  # a wish left for an earlier attempt is not meant for this one
-        own = Identity.own()
+        own = ProcessIdentity.own()
         self.children = [{"rank": 0, "pid": own.pid, "pid_start": own.start, "exit_code": None}]
         self.event("attempt", attempt=self.attempt, reason=reason, checkpoint=name)
         self.set_status("starting", reason=reason, step=step)
@@ -224,12 +224,12 @@ class RunWriter(StatusWriter):
     def _beat(self) -> None:
         self._write_lease()
         if self._gauges is None:
-            self._gauges = Gauges(self.folder.node(0).gauges, self.folder.path)
+            self._gauges = HardwareMetrics(self.folder.node(0).gauges, self.folder.path)
         self._gauges.write()
 
     def _write_lease(self) -> None:
         self._lease_seq += 1
-        own = Identity.own()
+        own = ProcessIdentity.own()
         lease = Lease(
             seq=self._lease_seq,
             time=now(),

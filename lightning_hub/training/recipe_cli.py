@@ -23,7 +23,7 @@ from lightning_hub.config.resolve import with_class_paths
 from lightning_hub.data.datamodule import ChatData
 from lightning_hub.errors import ConfigError, HubError
 from lightning_hub.methods.causal_lm import CausalLMModule
-from lightning_hub.parallel.process_group import GivenPlace
+from lightning_hub.parallel.process_group import HubClusterEnvironment
 from lightning_hub.parallel.strategies import strategy_for
 
 MAX_BRACKETS = 1_000
@@ -60,7 +60,7 @@ class RecipeCLI(LightningCLI):
         root: Path | None = None,
         callbacks: Callable[[CheckpointSettings], Sequence[Callback]] = lambda settings: (),
         checkpoint_io: FolderCheckpointIO | None = None,
-        environment: GivenPlace | None = None,
+        environment: HubClusterEnvironment | None = None,
     ) -> None:
         self.root = root
         self.our_callbacks = callbacks

@@ -14,35 +14,35 @@ from typing import Any
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from lightning_hub.callbacks.checkpoint_saver import SaveCheckpoints, StopRun, Wish
+from lightning_hub.callbacks.checkpoint_saver import CheckpointSaver, SaveRequest, StopRun
 from lightning_hub.callbacks.generate_samples import GenerateSamples
 from lightning_hub.callbacks.keep_memory import KeepMemory
 from lightning_hub.callbacks.progress import ProgressLine
 from lightning_hub.callbacks.recorder import Recorder
-from lightning_hub.callbacks.run_summary import Announcement
+from lightning_hub.callbacks.run_summary import RunSummary
 from lightning_hub.checkpoints import state_dict
 from lightning_hub.checkpoints.checkpoint_io import FolderCheckpointIO
-from lightning_hub.checkpoints.resume_check import check_lasting, check_limits, recipe_facts
+from lightning_hub.checkpoints.resume_check import check_fixed_options, check_limits, recipe_fingerprint
 from lightning_hub.checkpoints.settings import CheckpointSettings
 from lightning_hub.errors import ConfigError, ExitCode, HubError, NoCheckpointError
-from lightning_hub.launch.attempt import Begun
-from lightning_hub.launch.environment import Place
-from lightning_hub.launch.options import Options
+from lightning_hub.launch.attempt import StartedAttempt
+from lightning_hub.launch.environment import ProcessInfo
+from lightning_hub.launch.options import RunOptions
 from lightning_hub.methods.causal_lm import CausalLMModule
 from lightning_hub.methods.run_context import RunContext, run_context
 from lightning_hub.parallel.lightning_internals import disable_signal_handlers
-from lightning_hub.parallel.process_group import GivenPlace
+from lightning_hub.parallel.process_group import HubClusterEnvironment
 from lightning_hub.runs.folder import RunFolder
-from lightning_hub.runs.manifest import newest_whole
+from lightning_hub.runs.manifest import newest_valid
 from lightning_hub.runs.rank_writer import RankWriter
 from lightning_hub.runs.samples import SamplesWriter
 from lightning_hub.runs.summary import run_summary
 from lightning_hub.runs.writer import StatusWriter
 from lightning_hub.training.recipe_cli import RecipeCLI
-from lightning_hub.training.stop_requests import Asked, HardStop, Wishes, requeue
+from lightning_hub.training.stop_requests import HardStop, RequestKind, StopRequests, requeue
 
 
-class Session:
+class TrainingRun:
     """One rank of one attempt, from the parsed recipe to the export.
 
     Args:
@@ -57,11 +57,11 @@ class Session:
     def __init__(
         self,
         tree: dict[str, Any],
-        begun: Begun,
+        begun: StartedAttempt,
         status: StatusWriter | None,
         *,
-        environment: GivenPlace | None = None,
-        options: Options | None = None,
+        environment: HubClusterEnvironment | None = None,
+        options: RunOptions | None = None,
         is_summed_up: bool = True,
     ) -> None:
         self.is_summed_up = is_summed_up
@@ -70,9 +70,9 @@ class Session:
         self.folder = begun.folder
         self.status = status
         self.environment = environment
-        self.place = environment.place if environment else Place()
-        self.options = options or Options()
-        self.wishes = Wishes(hard=self.place.is_alone)
+        self.place = environment.process if environment else ProcessInfo()
+        self.options = options or RunOptions()
+        self.wishes = StopRequests(hard=self.place.is_single)
         self.rank = RankWriter(
             begun.folder,
             begun.attempt,
@@ -121,26 +121,26 @@ class Session:
     def _train(self) -> int:
         self.rank.timer.enter("setup")
         trial = bool(self.tree["trainer"].get("fast_dev_run"))
-        facts, options = recipe_facts(self.tree), self.options
+        facts, options = recipe_fingerprint(self.tree), self.options
 
         def ours(settings: CheckpointSettings) -> list[Callback]:
-            saver = SaveCheckpoints(
+            saver = CheckpointSaver(
                 settings,
                 self.folder.checkpoints,
                 facts,
-                wish=self._wish,
-                saved=self._saved,
+                request=self._wish,
+                on_saved=self._saved,
                 allow_changed_data=options.allow_changed_data,
             )
             savers = [] if trial else [saver]
-            return [self.recorder, Announcement(), ProgressLine(self.recorder), KeepMemory(), *savers]
+            return [self.recorder, RunSummary(), ProgressLine(self.recorder), KeepMemory(), *savers]
 
         checkpoint_io = FolderCheckpointIO(facts, trusted=options.trust_checkpoint)
         context = RunContext(options.trust_remote_code, self.begun.checkpoint, stays_on_device=True)
-        cli = build(self.tree, self.folder.path, ours, checkpoint_io, context, self.environment)
+        cli = build_trainer(self.tree, self.folder.path, ours, checkpoint_io, context, self.environment)
         module, data, trainer = cli.model, cli.datamodule, cli.trainer
         if self.begun.checkpoint is not None:
-            check_lasting(self.begun.checkpoint, facts, module.fixed_on_resume)
+            check_fixed_options(self.begun.checkpoint, facts, module.fixed_on_resume)
             check_limits(self.begun.checkpoint, trainer.max_epochs)
         disable_signal_handlers(trainer)
         with SamplesWriter(self.folder.samples) as samples:
@@ -150,15 +150,15 @@ class Session:
             self.rank.timer.enter("data")
             trainer.fit(module, data, ckpt_path=self.begun.checkpoint)
         if not trial:
-            self.rank.pulse.do("export")
+            self.rank.pulse.begin("export")
             self.rank.timer.enter("export")
             module.export(self.folder.export, data.tokenizer)
         if self.status is not None:
             self.status.set_status("finished", step=trainer.global_step, exit_code=0)
         return ExitCode.DONE
 
-    def _wish(self) -> Wish:
-        return self.wishes.agreed(self.rank, self._stopping)
+    def _wish(self) -> SaveRequest:
+        return self.wishes.poll(self.rank, self._stopping)
 
     def _stopping(self) -> None:
         if self.status is not None:
@@ -190,21 +190,21 @@ class Session:
             return
         state = self.wishes.ends_as
         self.status.set_status(state, reason=error.message, step=step, exit_code=int(error.exit_code))
-        if self.wishes.granted == Asked.REQUEUE and (outcome := requeue(os.environ)):
+        if self.wishes.accepted == RequestKind.REQUEUE and (outcome := requeue(os.environ)):
             self.status.event("requeue", outcome=outcome)
             print(outcome, file=sys.stderr)
 
 
-def build(
+def build_trainer(
     tree: dict[str, Any],
     root: Path | None = None,
     callbacks: Callable[[CheckpointSettings], Sequence[Callback]] = lambda settings: (),
     checkpoint_io: FolderCheckpointIO | None = None,
     context: RunContext | None = None,
-    environment: GivenPlace | None = None,
+    environment: HubClusterEnvironment | None = None,
 ) -> RecipeCLI:
     """Make module, data and trainer of a recipe; nothing is read yet."""
-    _quieten()
+    _silence_warnings()
     given = {key: value for key, value in tree.items() if value is not None}
     if root is not None:
         given["trainer"] = {**given["trainer"], "logger": _with_folder(given["trainer"]["logger"], root / "loggers")}
@@ -239,17 +239,17 @@ def export(
     Raises:
         NoCheckpointError: The run has none.
     """
-    found, damaged = newest_whole(folder.checkpoints)
+    found, damaged = newest_valid(folder.checkpoints)
     if found is None:
         reason = f"there is no whole checkpoint ({damaged[0]})" if damaged else "there is no checkpoint"
         raise NoCheckpointError(reason, where=str(folder.checkpoints), remedy="train on, or start a new run")
-    cli = build(tree, context=RunContext(trust_remote_code, resume_from=found))
+    cli = build_trainer(tree, context=RunContext(trust_remote_code, resume_from=found))
     module, data = cli.model, cli.datamodule
     module.trainer = cli.trainer
     module.build_empty()
     checkpoint = FolderCheckpointIO().load_checkpoint(found)
     module.on_load_checkpoint(checkpoint)
-    state_dict.fill_weights(module, checkpoint["restored"].weights)
+    state_dict.load_weights(module, checkpoint["restored"].weights)
     data.open(module.pretrained)
     if merge:
         method: CausalLMModule = module
@@ -258,11 +258,11 @@ def export(
     return ""
 
 
-def measure(
-    tree: dict[str, Any], verb: str, *, trust_remote_code: bool, environment: GivenPlace | None = None
+def evaluate(
+    tree: dict[str, Any], verb: str, *, trust_remote_code: bool, environment: HubClusterEnvironment | None = None
 ) -> dict[str, float]:
     """Run Lightning's validation or test loop and return its metrics, which are the same on every rank."""
-    cli = build(tree, context=RunContext(trust_remote_code), environment=environment)
+    cli = build_trainer(tree, context=RunContext(trust_remote_code), environment=environment)
     loop = cli.trainer.validate if verb == "validate" else cli.trainer.test
     loop(cli.model, cli.datamodule, verbose=False)
     if not cli.trainer.callback_metrics:
@@ -271,11 +271,11 @@ def measure(
     return {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
 
 
-def answer(
-    tree: dict[str, Any], *, trust_remote_code: bool, environment: GivenPlace | None = None
+def predict(
+    tree: dict[str, Any], *, trust_remote_code: bool, environment: HubClusterEnvironment | None = None
 ) -> list[dict[str, Any]]:
     """Answer the prompts of ``data.predict`` and return prompts with completions, in order."""
-    cli = build(tree, context=RunContext(trust_remote_code), environment=environment)
+    cli = build_trainer(tree, context=RunContext(trust_remote_code), environment=environment)
     batches: Any = cli.trainer.predict(cli.model, cli.datamodule)
     answers = [text for batch in batches for text in batch]
     prompts = [prompt for batch in cli.datamodule.predict_dataloader() for prompt in batch]
@@ -292,7 +292,7 @@ def _with_folder(logger: Any, folder: Path) -> Any:
     return {**logger, "init_args": {**logger["init_args"], "save_dir": str(folder)}}
 
 
-def _quieten() -> None:
+def _silence_warnings() -> None:
     """Leave out what Lightning and transformers say to people who wrote their own loop."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from enum import IntEnum
 from types import FrameType
 
-from lightning_hub.callbacks.checkpoint_saver import Wish
-from lightning_hub.launch.local import PASSED_ON
-from lightning_hub.parallel.collectives import largest
+from lightning_hub.callbacks.checkpoint_saver import SaveRequest
+from lightning_hub.launch.local import FORWARDED_SIGNALS
+from lightning_hub.parallel.collectives import all_reduce_max
 from lightning_hub.runs.rank_writer import RankWriter
 from lightning_hub.runs.records import State
 
@@ -20,7 +20,7 @@ class HardStop(BaseException):
     """A second interrupt: stop at once. No KeyboardInterrupt, which Lightning turns into an exit code of its own."""
 
 
-class Asked(IntEnum):
+class RequestKind(IntEnum):
     """What is asked for; where ranks are asked for different things, the largest counts."""
 
     NOTHING = 0
@@ -30,7 +30,7 @@ class Asked(IntEnum):
     REQUEUE = 4
 
 
-class Wishes:
+class StopRequests:
     """Signals of this process and, on rank 0, wishes in the run folder.
 
     A signal handler only notes: what it asks for happens at the next step boundary, when every rank has heard of it.
@@ -42,15 +42,15 @@ class Wishes:
 
     def __init__(self, *, hard: bool) -> None:
         self.hard = hard
-        self.granted = Asked.NOTHING
-        self._heard = Asked.NOTHING
+        self.accepted = RequestKind.NOTHING
+        self._heard = RequestKind.NOTHING
         self._interrupts = 0
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Note signals while it lasts."""
-        before = {number: signal.signal(number, self._note) for number in PASSED_ON}
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)  # held back since the start of a rank
+        before = {number: signal.signal(number, self._note) for number in FORWARDED_SIGNALS}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED_SIGNALS)  # held back since the start of a rank
         try:
             yield
         finally:
@@ -60,12 +60,14 @@ class Wishes:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
             self._interrupts += 1
-            if self.hard and (self._interrupts > 1 or self._heard > Asked.NOTHING):
+            if self.hard and (self._interrupts > 1 or self._heard > RequestKind.NOTHING):
                 raise HardStop("stopped at once; the newest checkpoint is untouched")
-        meant = {signal.SIGINT: Asked.STOP, signal.SIGUSR1: Asked.REQUEUE}.get(signal.Signals(number), Asked.PREEMPT)
+        meant = {signal.SIGINT: RequestKind.STOP, signal.SIGUSR1: RequestKind.REQUEUE}.get(
+            signal.Signals(number), RequestKind.PREEMPT
+        )
         self._heard = max(self._heard, meant)
 
-    def agreed(self, rank: RankWriter, stopping: Callable[[], None]) -> Wish:
+    def poll(self, rank: RankWriter, stopping: Callable[[], None]) -> SaveRequest:
         """Return what all ranks have agreed to do now; every rank must ask after the same step.
 
         Args:
@@ -75,22 +77,22 @@ class Wishes:
         asked = self._heard
         if rank.rank == 0:
             asked = max(asked, _from_files(rank))
-        self.granted = Asked(largest(asked))
-        if self.granted >= Asked.STOP:
+        self.accepted = RequestKind(all_reduce_max(asked))
+        if self.accepted >= RequestKind.STOP:
             stopping()
             return "stop"
-        return "checkpoint" if self.granted else None
+        return "checkpoint" if self.accepted else None
 
     @property
     def ends_as(self) -> State:
         """The state of a run that was stopped: whoever asked it to make room will want it back."""
-        return "preempted" if self.granted >= Asked.PREEMPT else "stopped"
+        return "preempted" if self.accepted >= RequestKind.PREEMPT else "stopped"
 
 
-def _from_files(rank: RankWriter) -> Asked:
-    if rank.wishes_stop():
-        return Asked.STOP
-    return Asked.CHECKPOINT if rank.wishes_checkpoint() else Asked.NOTHING
+def _from_files(rank: RankWriter) -> RequestKind:
+    if rank.stop_requested():
+        return RequestKind.STOP
+    return RequestKind.CHECKPOINT if rank.checkpoint_requested() else RequestKind.NOTHING
 
 
 def requeue(environ: Mapping[str, str]) -> str | None:

@@ -13,24 +13,24 @@ from typing import Any, NoReturn
 
 from lightning_hub.config.recipe import Recipe
 from lightning_hub.errors import ExitCode, HubError, first_line, is_disk_trouble
-from lightning_hub.launch.attempt import Begun, begin
+from lightning_hub.launch.attempt import StartedAttempt, start_attempt
 from lightning_hub.launch.devices import visible_gpus
-from lightning_hub.launch.environment import Place
-from lightning_hub.launch.options import Options
+from lightning_hub.launch.environment import ProcessInfo
+from lightning_hub.launch.options import RunOptions
 from lightning_hub.launch.run_setup import run_folder, write_run
 from lightning_hub.launch.topology import mesh_of, uses_gpus
 from lightning_hub.models.pretrained import Pretrained
-from lightning_hub.parallel.collectives import Crew
-from lightning_hub.parallel.process_group import GivenPlace, join, leave
+from lightning_hub.parallel.collectives import Ranks
+from lightning_hub.parallel.process_group import HubClusterEnvironment, destroy_process_group, init_process_group
 from lightning_hub.parallel.tensor_parallel import check_model
 from lightning_hub.parent import die_with_parent
 from lightning_hub.runs.folder import RunFolder
 from lightning_hub.runs.rank_writer import RankWriter, classify
 from lightning_hub.runs.writer import RunWriter, StatusWriter
-from lightning_hub.training.run import Session
+from lightning_hub.training.run import TrainingRun
 
 
-def as_rank(place: Place, recipe: Recipe, tree: dict[str, Any], options: Options) -> int:
+def run_worker(place: ProcessInfo, recipe: Recipe, tree: dict[str, Any], options: RunOptions) -> int:
     """Be one rank of a training.
 
     Where this package has started the ranks, their supervisor keeps the run folder; else rank 0 does.
@@ -38,19 +38,19 @@ def as_rank(place: Place, recipe: Recipe, tree: dict[str, Any], options: Options
     if place.launcher in ("fit", "torchrun"):  # whose agent or supervisor would end them, were it still there
         die_with_parent()
     try:
-        with together(place, tree) as environment:
+        with process_group(place, tree) as environment:
             if place.run_dir is not None:
-                begun, status = _told_by_supervisor(place, options)
+                begun, status = _attempt_from_supervisor(place, options)
                 code = _train(tree, begun, status, environment, options)
             else:
-                code = _train_and_keep(place, recipe, tree, options, environment)
+                code = _train_as_owner(place, recipe, tree, options, environment)
         atexit._run_exitfuncs()
     except HubError as error:
-        _leave_word(place, error)
+        _record_error(place, error)
         print(f"{error.label}: {error}", file=sys.stderr)
         code = int(error.exit_code)
     except Exception as error:
-        _leave_word(place, error)
+        _record_error(place, error)
         if classify(error) == "comm":
             print(f"error: lost another rank: {first_line(error)}", file=sys.stderr)
         elif is_disk_trouble(error):
@@ -58,45 +58,51 @@ def as_rank(place: Place, recipe: Recipe, tree: dict[str, Any], options: Options
         else:
             traceback.print_exc()
         code = int(ExitCode.FAILED)
-    return _abandon(code)
+    return _hard_exit(code)
 
 
 @contextmanager
-def together(place: Place, tree: dict[str, Any]) -> Iterator[GivenPlace | None]:
+def process_group(place: ProcessInfo, tree: dict[str, Any]) -> Iterator[HubClusterEnvironment | None]:
     """Join the others and take leave of them; a process that is alone gets None.
 
     Raises:
         ConfigError: The model cannot be cut as the strategy says; found before anybody waits for anybody.
     """
-    if place.is_alone:
+    if place.is_single:
         yield None
         return
     trainer, model = tree["trainer"], str(tree["model"]["init_args"]["model"])
     mesh = mesh_of(trainer["strategy"], place.world_size)
     if mesh is not None and mesh.tp > 1:
         check_model(Pretrained(model).config, mesh.tp)
-    yield join(place, on_gpu=uses_gpus(trainer, visible_gpus(os.environ)))
-    leave()
+    yield init_process_group(place, on_gpu=uses_gpus(trainer, visible_gpus(os.environ)))
+    destroy_process_group()
 
 
-def _told_by_supervisor(place: Place, options: Options) -> tuple[Begun, StatusWriter | None]:
+def _attempt_from_supervisor(place: ProcessInfo, options: RunOptions) -> tuple[StartedAttempt, StatusWriter | None]:
     assert place.run_dir is not None, "a supervisor of ours has started this rank"
     folder = RunFolder(place.run_dir)
     checkpoint = None if options.resume == "never" else Path(options.resume)
-    return Begun(folder, place.attempt, checkpoint), StatusWriter(folder) if place.rank == 0 else None
+    return StartedAttempt(folder, place.attempt, checkpoint), StatusWriter(folder) if place.rank == 0 else None
 
 
-def _train_and_keep(
-    place: Place, recipe: Recipe, tree: dict[str, Any], options: Options, environment: GivenPlace | None
+def _train_as_owner(
+    place: ProcessInfo,
+    recipe: Recipe,
+    tree: dict[str, Any],
+    options: RunOptions,
+    environment: HubClusterEnvironment | None,
 ) -> int:
     """Train where another launcher has started the ranks: rank 0 makes the run folder and tells the others."""
     kept: list[RunWriter] = []
 
-    def make() -> Begun:
+    def make() -> StartedAttempt:
         kept.append(write_run(run_folder(tree, options), recipe, tree, options, place.launcher))
-        return begin(kept[0], options.resume, tree=tree, trusted=options.trust_checkpoint, world_size=place.world_size)
+        return start_attempt(
+            kept[0], options.resume, tree=tree, trusted=options.trust_checkpoint, world_size=place.world_size
+        )
 
-    begun = Crew().on_first(make)
+    begun = Ranks().run_on_rank_zero(make)
     code: int = ExitCode.FAILED
     try:
         code = _train(tree, begun, kept[0] if kept else None, environment, options)
@@ -111,15 +117,15 @@ def _train_and_keep(
 
 def _train(
     tree: dict[str, Any],
-    begun: Begun,
+    begun: StartedAttempt,
     status: StatusWriter | None,
-    environment: GivenPlace | None,
-    options: Options,
+    environment: HubClusterEnvironment | None,
+    options: RunOptions,
 ) -> int:
-    return Session(tree, begun, status, environment=environment, options=options).fit()
+    return TrainingRun(tree, begun, status, environment=environment, options=options).fit()
 
 
-def _leave_word(place: Place, error: Exception) -> None:
+def _record_error(place: ProcessInfo, error: Exception) -> None:
     """Write what ended this rank before it had a session that would have written it."""
     if place.run_dir is None or getattr(error, "exit_code", None) == ExitCode.STOPPED:
         return
@@ -128,7 +134,7 @@ def _leave_word(place: Place, error: Exception) -> None:
         writer.record_error(error)
 
 
-def _abandon(code: int) -> NoReturn:
+def _hard_exit(code: int) -> NoReturn:
     """End at once: threads of the process group may wait for ranks that are gone, or abort a normal exit."""
     sys.stdout.flush()
     sys.stderr.flush()

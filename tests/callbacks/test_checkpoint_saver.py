@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_hub.callbacks.checkpoint_saver import SaveCheckpoints, StopRun, Wish
+from lightning_hub.callbacks.checkpoint_saver import CheckpointSaver, SaveRequest, StopRun
 from lightning_hub.checkpoints.settings import Best, CheckpointSettings
-from lightning_hub.runs.manifest import committed
+from lightning_hub.runs.manifest import list_checkpoints
 
 LENGTH = 4
 """Steps of an epoch."""
@@ -50,17 +50,17 @@ def run(
     epochs: int = 2,
     validates_every: int | None = None,
     losses: Callable[[int], float] = float,
-    wishes: dict[int, Wish] | None = None,
+    wishes: dict[int, SaveRequest] | None = None,
     **settings: Any,
 ) -> tuple[list[int], list[int]]:
     """Count through a training; return the steps that were saved, and those that are kept."""
     counted, saved = trainer(epochs, validates_every), []
-    callback = SaveCheckpoints(
+    callback = CheckpointSaver(
         CheckpointSettings(**settings),
         folder,
         {},
-        wish=lambda: (wishes or {}).get(counted.global_step),
-        saved=lambda step, path: saved.append(step),
+        request=lambda: (wishes or {}).get(counted.global_step),
+        on_saved=lambda step, path: saved.append(step),
     )
     module: Any = None
     try:
@@ -74,7 +74,7 @@ def run(
             callback.on_train_epoch_end(counted, module)
         callback.on_train_end(counted, module)
     finally:
-        kept = sorted(step for step, _ in committed(folder))
+        kept = sorted(step for step, _ in list_checkpoints(folder))
         if kept:
             assert (folder / "latest").resolve() == folder / f"step-{saved[-1]}"
     return saved, kept
@@ -135,7 +135,7 @@ def test_a_save_waits_for_the_validation_of_its_step(tmp_path: Path) -> None:
     seen: list[list[int]] = []
 
     def losses(step: int) -> float:
-        seen.append([saved for saved, _ in committed(tmp_path)])
+        seen.append([saved for saved, _ in list_checkpoints(tmp_path)])
         return float(step)
 
     assert run(tmp_path, every_n_steps=2, every_n_epochs=None, validates_every=2, losses=losses, keep=99)[0] == [
@@ -148,7 +148,7 @@ def test_a_save_waits_for_the_validation_of_its_step(tmp_path: Path) -> None:
 
 
 def test_a_sanity_check_saves_nothing(tmp_path: Path) -> None:
-    callback = SaveCheckpoints(CheckpointSettings(best=Best()), tmp_path, {}, lambda: None, lambda step, path: None)
+    callback = CheckpointSaver(CheckpointSettings(best=Best()), tmp_path, {}, lambda: None, lambda step, path: None)
     counted = trainer(1, None)
     counted.sanity_checking, counted.callback_metrics["val_loss"] = True, torch.tensor(1.0)
     callback.on_validation_end(counted, counted)
@@ -159,7 +159,7 @@ def test_wishes_are_heard_between_steps(tmp_path: Path) -> None:
     assert run(tmp_path / "saved", wishes={3: "checkpoint"}, keep=99)[0] == [3, 4, 8]
     with pytest.raises(StopRun, match="on request, after step 3"):
         run(tmp_path / "stopped", wishes={3: "stop"}, keep=99)
-    assert [step for step, _ in committed(tmp_path / "stopped")] == [3]
+    assert [step for step, _ in list_checkpoints(tmp_path / "stopped")] == [3]
 
 
 def test_checkpoints_of_a_given_up_attempt_do_not_count_as_newest(tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_checkpoints_of_a_given_up_attempt_do_not_count_as_newest(tmp_path: Path
 
 def test_scores_survive_a_resume(tmp_path: Path) -> None:
     first, second = (
-        SaveCheckpoints(CheckpointSettings(best=Best()), tmp_path, {}, lambda: None, lambda step, path: None)
+        CheckpointSaver(CheckpointSettings(best=Best()), tmp_path, {}, lambda: None, lambda step, path: None)
         for _ in range(2)
     )
     first._scores = {4: 0.25, 8: 0.125}

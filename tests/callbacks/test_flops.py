@@ -8,8 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lightning_hub.callbacks.flops import FlopsCounter, peak_flops
-from lightning_hub.methods.lora.adapters import Settings, adapt
-from lightning_hub.ops.batch import IGNORED, Row, Step
+from lightning_hub.methods.lora.adapters import LoraSettings, inject_adapters
+from lightning_hub.ops.batch import IGNORE_INDEX, PackedSequence, StepBatch
 
 TOKENS = 48
 
@@ -30,18 +30,18 @@ def counted_by_torch(model: PreTrainedModel, ids: torch.Tensor) -> int:
     return int(counter.get_total_flops())
 
 
-def one_document(trained: int) -> Step:
+def one_document(trained: int) -> StepBatch:
     ids = torch.randint(3, 96, (TOKENS,), generator=torch.Generator().manual_seed(0))
     labels = ids.clone()
-    labels[: TOKENS - trained] = IGNORED
-    return Step((Row.pack([(ids, labels)]),), trained, TOKENS)
+    labels[: TOKENS - trained] = IGNORE_INDEX
+    return StepBatch((PackedSequence.pack([(ids, labels)]),), trained, TOKENS)
 
 
 @pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
 def test_operations_are_those_that_torch_counts(adapters: bool) -> None:
     made = model()
     if adapters:
-        adapt(made, Settings(4, 8.0, 0.0, "all-linear", (), False, False, "default"), "base")
+        inject_adapters(made, LoraSettings(4, 8.0, 0.0, "all-linear", (), False, False, "default"), "base")
         for layer in made.modules():  # peft's own forward, which torch counts layer by layer
             if layer.__class__.__name__ == "FusedLoraLinear":
                 layer.lora_B["default"].register_forward_hook(lambda *_: None)  # type: ignore[index, union-attr]

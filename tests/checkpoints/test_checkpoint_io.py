@@ -16,7 +16,7 @@ from lightning_hub.checkpoints.checkpoint_io import STATE, FolderCheckpointIO
 from lightning_hub.checkpoints.rng import random_state, restore_random_state
 from lightning_hub.checkpoints.snapshot import NotFiniteError
 from lightning_hub.checkpoints.storage import commit, write_file
-from lightning_hub.checkpoints.tensors import Part, Stored, write_tensors
+from lightning_hub.checkpoints.tensors import Shard, TensorReader, write_tensors
 from lightning_hub.errors import ConfigError
 from lightning_hub.runs.manifest import DamagedError, Manifest, verify
 
@@ -32,28 +32,28 @@ def test_random_states_come_back() -> None:
     assert draw() == first
 
 
-def read(stored: Stored, name: str) -> Tensor:
+def read(stored: TensorReader, name: str) -> Tensor:
     """Return a whole stored tensor."""
     tensor = torch.empty(stored.shape(name))
-    stored.fill(name, Part.of(tensor))
+    stored.fill(name, Shard.of(tensor))
     return tensor
 
 
 def test_parts_make_up_the_whole_and_torch_reads_them_too(tmp_path: Path) -> None:
     whole = {"a": torch.randn(7, 5), "b": torch.randn(3), "c": torch.randn(()), "d": torch.randn(4, 2, 3)}
     cuts = {name: max(1, len(tensor) // 2) for name, tensor in whole.items() if tensor.ndim}
-    above = {name: Part(whole[name][:cut], (0,) * whole[name].ndim, ()) for name, cut in cuts.items()}
-    below = {name: Part(whole[name][cut:], (cut, *above[name].offsets[1:]), ()) for name, cut in cuts.items()}
-    first = write_tensors(tmp_path / "1.safetensors", {**above, "c": Part.of(whole["c"])}, {"e": "a"})
-    again = write_tensors(tmp_path / "again", {**above, "c": Part.of(whole["c"])}, {"e": "a"})
+    above = {name: Shard(whole[name][:cut], (0,) * whole[name].ndim, ()) for name, cut in cuts.items()}
+    below = {name: Shard(whole[name][cut:], (cut, *above[name].offsets[1:]), ()) for name, cut in cuts.items()}
+    first = write_tensors(tmp_path / "1.safetensors", {**above, "c": Shard.of(whole["c"])}, {"e": "a"})
+    again = write_tensors(tmp_path / "again", {**above, "c": Shard.of(whole["c"])}, {"e": "a"})
     assert [*first.values()] == [*again.values()], "the same bytes each time"
     write_tensors(tmp_path / "2.safetensors", below, {})
-    stored = Stored([tmp_path / "1.safetensors", tmp_path / "2.safetensors"])
+    stored = TensorReader([tmp_path / "1.safetensors", tmp_path / "2.safetensors"])
     assert sorted(stored.names()) == ["a", "b", "c", "d", "e"]
     for name, tensor in {**whole, "e": whole["a"]}.items():
         assert read(stored, name).equal(tensor), name
     middle = torch.zeros(3, 2)
-    stored.fill("a", Part(middle, (2, 1), (7, 5)))
+    stored.fill("a", Shard(middle, (2, 1), (7, 5)))
     assert middle.equal(whole["a"][2:5, 1:3])
 
     (tmp_path / "again").unlink()
@@ -65,22 +65,22 @@ def test_parts_make_up_the_whole_and_torch_reads_them_too(tmp_path: Path) -> Non
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.bool])
 def test_every_dtype_comes_back(tmp_path: Path, dtype: torch.dtype) -> None:
     tensor = torch.tensor([[1, 0, 3]]).to(dtype)
-    write_tensors(tmp_path / "t", {"odd": Part.of(tensor[:, :1]), "x": Part.of(tensor.T)}, {})
+    write_tensors(tmp_path / "t", {"odd": Shard.of(tensor[:, :1]), "x": Shard.of(tensor.T)}, {})
     found = torch.empty(3, 1, dtype=dtype)
-    Stored([tmp_path / "t"]).fill("x", Part.of(found))
+    TensorReader([tmp_path / "t"]).fill("x", Shard.of(found))
     assert found.equal(tensor.T)
 
 
 def test_another_shape_or_a_missing_name_is_said(tmp_path: Path) -> None:
-    write_tensors(tmp_path / "t", {"x": Part.of(torch.zeros(3, 2))}, {})
-    stored = Stored([tmp_path / "t"])
+    write_tensors(tmp_path / "t", {"x": Shard.of(torch.zeros(3, 2))}, {})
+    stored = TensorReader([tmp_path / "t"])
     with pytest.raises(DamagedError, match=r"x is stored in the shape \(3, 2\), the model has \(2, 2\)"):
-        stored.fill("x", Part.of(torch.zeros(2, 2)))
+        stored.fill("x", Shard.of(torch.zeros(2, 2)))
     with pytest.raises(DamagedError, match="y is not stored"):
-        stored.fill("y", Part.of(torch.zeros(2, 2)))
+        stored.fill("y", Shard.of(torch.zeros(2, 2)))
     (tmp_path / "t").write_bytes(b"no header")
     with pytest.raises(DamagedError, match="no file of ours"):
-        Stored([tmp_path / "t"])
+        TensorReader([tmp_path / "t"])
 
 
 def checkpoint(**changes: Any) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def checkpoint(**changes: Any) -> dict[str, Any]:
     given = {
         "global_step": 3,
         "state_dict": {"embed": table, "head": table, "w": torch.randn(3), "same shape": table.clone()},
-        "optimizer_states": {"w/exp_avg": Part.of(torch.randn(3))},
+        "optimizer_states": {"w/exp_avg": Shard.of(torch.randn(3))},
         "random_state": (0, random_state()),
         "loops": {"epoch": 1},
     }
@@ -131,7 +131,7 @@ def test_what_is_not_finite_is_never_saved(tmp_path: Path, value: float) -> None
     bad = {"good": torch.zeros(2), "late": torch.tensor([0.0, value, -value])}
     with pytest.raises(NotFiniteError, match="step 3: late not finite"):
         FolderCheckpointIO().save_checkpoint(checkpoint(state_dict=bad), tmp_path / "step-4")
-    moments = {"w/exp_avg": Part.of(torch.tensor([value]))}
+    moments = {"w/exp_avg": Shard.of(torch.tensor([value]))}
     with pytest.raises(NotFiniteError, match="w/exp_avg not finite"):
         FolderCheckpointIO().save_checkpoint(checkpoint(optimizer_states=moments), tmp_path / "step-4")
     assert [path.name for path in tmp_path.iterdir()] == ["step-3"]

@@ -61,7 +61,7 @@ def test_tied_weights_are_one_part_under_two_names() -> None:
 def test_weights_are_filled_in_place_and_stay_tied(tmp_path: Path) -> None:
     model, other = Tied(0, has_extra=True), Tied(1)
     places = {name: parameter.data_ptr() for name, parameter in other.named_parameters()}
-    state_dict.fill_weights(other, stored(model, tmp_path, []).weights)
+    state_dict.load_weights(other, stored(model, tmp_path, []).weights)
     assert all(other.state_dict()[name].equal(tensor) for name, tensor in model.state_dict().items())
     assert other.head.weight is other.embed.weight
     assert {name: parameter.data_ptr() for name, parameter in other.named_parameters()} == places
@@ -71,9 +71,9 @@ def test_weights_are_filled_in_place_and_stay_tied(tmp_path: Path) -> None:
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     saved = stored(nn.Sequential(nn.Linear(2, 2)), tmp_path, []).weights
     with pytest.raises(ConfigError, match=r"holds 0\.bias, which the model has not"):
-        state_dict.fill_weights(Tied(0), saved)
+        state_dict.load_weights(Tied(0), saved)
     with pytest.raises(HubError, match="is stored in the shape"):
-        state_dict.fill_weights(nn.Sequential(nn.Linear(3, 2)), saved)
+        state_dict.load_weights(nn.Sequential(nn.Linear(3, 2)), saved)
 
 
 def test_an_optimizer_goes_on_by_the_names_of_weights(tmp_path: Path) -> None:
@@ -84,8 +84,8 @@ def test_an_optimizer_goes_on_by_the_names_of_weights(tmp_path: Path) -> None:
     assert "norm.bias/exp_avg" in saved.optimizer.names()
     groups: list[dict[str, Any]] = [{"params": [*other.norm.parameters()][::-1]}, {"params": [other.embed.weight]}]
     resumed = AdamW(groups, lr=1e-2)  # in another order and other groups
-    state_dict.fill_weights(other, saved.weights)
-    state_dict.fill_optimizer(other, resumed, saved.optimizer)
+    state_dict.load_weights(other, saved.weights)
+    state_dict.load_optimizer_state(other, resumed, saved.optimizer)
     train(model, straight, 3)
     train(other, resumed, 3)
     assert all(other.state_dict()[name].equal(tensor) for name, tensor in model.state_dict().items())
@@ -96,7 +96,7 @@ def test_an_optimizer_keeps_the_settings_that_it_has(tmp_path: Path) -> None:
     before = AdamW(model.parameters(), lr=1e-2)
     train(model, before, 1)
     after = AdamW(model.parameters(), lr=5e-4, weight_decay=0.5)
-    state_dict.fill_optimizer(model, after, stored(model, tmp_path, [before]).optimizer)
+    state_dict.load_optimizer_state(model, after, stored(model, tmp_path, [before]).optimizer)
     assert (after.param_groups[0]["lr"], after.param_groups[0]["weight_decay"]) == (5e-4, 0.5)
     (state, *_) = after.state.values()
     assert float(state["step"]) == 1
@@ -113,7 +113,7 @@ def test_a_schedule_stands_where_stepping_would_have_brought_it() -> None:
         stepped.optimizer.step()
         stepped.step()
     set_.optimizer.param_groups[0]["lr"] = 17.0  # whatever it was before
-    state_dict.set_schedule(set_, 4)
+    state_dict.set_scheduler_step(set_, 4)
     for _ in range(2):
         assert set_.get_last_lr() == stepped.get_last_lr()
         assert [group["lr"] for group in set_.optimizer.param_groups] == stepped.get_last_lr()

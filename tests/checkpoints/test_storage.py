@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lightning_hub.checkpoints.storage import DiskFullError, Files, commit, point_latest, prune, write_file
-from lightning_hub.runs.manifest import DamagedError, Manifest, committed, newest_whole, verify
+from lightning_hub.runs.manifest import DamagedError, Manifest, list_checkpoints, newest_valid, verify
 from tests.conftest import PATIENCE
 from tests.warm import warm_context
 
@@ -60,7 +60,7 @@ def test_damage_is_named_and_the_next_older_used(tmp_path: Path, damage: str) ->
     harm(newer)
     with pytest.raises(DamagedError, match=message):
         verify(newer)
-    found, damaged = newest_whole(tmp_path)
+    found, damaged = newest_valid(tmp_path)
     assert found == older
     assert len(damaged) == 1
 
@@ -75,7 +75,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
         commit(tmp_path / "step-2", Manifest(2, 1, "single"), fail)
     with pytest.raises(DiskFullError, match="are needed and"):
         commit(tmp_path / "step-2", Manifest(2, 1, "single"), write_two, needed_bytes=10**18)
-    assert [path for _, path in committed(tmp_path)] == [older]
+    assert [path for _, path in list_checkpoints(tmp_path)] == [older]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-1"]
 
 
@@ -98,11 +98,11 @@ def write_for_ever(root: Path) -> None:
         step += 1
         commit(root / f"step-{step}", Manifest(step, 1, "single"), write)
         point_latest(root / f"step-{step}")
-        prune(root, {path for _, path in list(committed(root))[:2]})
+        prune(root, {path for _, path in list(list_checkpoints(root))[:2]})
 
 
 def newest(root: Path) -> int:
-    return max((step for step, _ in committed(root)), default=0)
+    return max((step for step, _ in list_checkpoints(root)), default=0)
 
 
 def kill_while_saving(root: Path, kills: int) -> None:
@@ -119,9 +119,9 @@ def kill_while_saving(root: Path, kills: int) -> None:
         time.sleep(source.uniform(0.0, 0.1))  # the random moment is the point
         process.kill()
         process.join()
-        for step, path in committed(root):
+        for step, path in list_checkpoints(root):
             assert verify(path).step == step
-        found, damaged = newest_whole(root)
+        found, damaged = newest_valid(root)
         if found is not None:
             step = json.loads((found / "manifest.json").read_text())["step"]
             assert step >= best

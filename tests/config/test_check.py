@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_hub.config.check import RecipeError, check, find_faults
+from lightning_hub.config.check import RecipeError, check_recipe, find_faults
 from lightning_hub.config.recipe import Recipe, recipe_from_text
 from lightning_hub.config.schema import Schema
 from lightning_hub.config.secrets import is_secret
@@ -108,7 +108,7 @@ def faults_of(text: str) -> str:
 
 
 def test_a_good_recipe_has_no_fault() -> None:
-    check(recipe_from_text(GOOD, "r.yaml"))
+    check_recipe(recipe_from_text(GOOD, "r.yaml"))
 
 
 @pytest.mark.parametrize("section", ["trainer", "model", "data", "checkpoint"])
@@ -202,7 +202,7 @@ def test_wrong_values_are_named(section: str, line: str, said: str) -> None:
 def test_all_faults_are_told_each_in_its_line() -> None:
     text = GOOD.replace("max_epochs", "max_epoch").replace("betas", "beta").replace("metric", "metrc")
     with pytest.raises(RecipeError) as error:
-        check(recipe_from_text(text, "r.yaml"))
+        check_recipe(recipe_from_text(text, "r.yaml"))
     assert [fault.where for fault in error.value.faults] == ["r.yaml:2", "r.yaml:5", "r.yaml:9"]
     assert len(str(error.value).splitlines()) == 3
 

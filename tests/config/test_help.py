@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_hub.config.help import class_help, plain, recipe_help
+from lightning_hub.config.help import class_help, plain_text, recipe_help
 from lightning_hub.config.schema import ClassInfo, shipped_schema
 from lightning_hub.errors import ConfigError
 
@@ -14,7 +14,7 @@ def test_every_option_is_in_the_help_of_its_class(info: ClassInfo) -> None:
         return
     text = class_help([f"--{sections.get(info.kind, info.kind)}.help", info.name])
     assert text is not None
-    assert " ".join(plain(info.summary).split()) in " ".join(text.split())
+    assert " ".join(plain_text(info.summary).split()) in " ".join(text.split())
     assert max(map(len, text.splitlines())) <= 80 or "http" in text, "the smallest terminal shows it whole"
     assert "``" not in text
     for option in info.options.values():

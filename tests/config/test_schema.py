@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 
 from lightning_hub.commands import schema
 from lightning_hub.config import registry
-from lightning_hub.config.check import check
+from lightning_hub.config.check import check_recipe
 from lightning_hub.config.recipe import recipe_from_text
 from lightning_hub.config.resolve import diff, fill_defaults
 from lightning_hub.config.rules import out_of_range
 from lightning_hub.config.schema import shipped_schema
 from lightning_hub.config.types import parse_type
-from lightning_hub.config.yaml_reader import Plain
+from lightning_hub.config.yaml_reader import YamlValue
 from lightning_hub.config.yaml_writer import dump
 from lightning_hub.errors import ConfigError
 from tests.config.test_check import GOOD
@@ -139,7 +139,7 @@ def test_generated_options_follow_keywords_to_the_base(monkeypatch: pytest.Monke
         ("callable | object", [], ["x", 1, None, {}]),
     ],
 )
-def test_types_accept_what_they_say(text: str, accepted: list[Plain], refused: list[Plain]) -> None:
+def test_types_accept_what_they_say(text: str, accepted: list[YamlValue], refused: list[YamlValue]) -> None:
     kind = parse_type(text)
     assert [value for value in accepted if not kind.accepts(value)] == []
     assert [value for value in refused if kind.accepts(value)] == []
@@ -155,7 +155,7 @@ def test_the_full_form_is_a_recipe_that_means_the_same() -> None:
     filled = fill_defaults(recipe_from_text(GOOD, "r.yaml"))
     text = dump(filled)
     again = recipe_from_text(text, "config.yaml")
-    check(again)
+    check_recipe(again)
     assert dump(fill_defaults(again)) == text
     assert yaml.safe_load(text) == filled
     given, full = yaml.safe_load(GOOD), yaml.safe_load(text)
@@ -182,14 +182,14 @@ plain = st.recursive(
 
 
 @given(plain, plain)
-def test_a_difference_is_empty_only_between_equals_and_turns_one_into_the_other(one: Plain, two: Plain) -> None:
+def test_a_difference_is_empty_only_between_equals_and_turns_one_into_the_other(one: YamlValue, two: YamlValue) -> None:
     changes = diff(one, two)
     assert (changes == []) == (repr(sort(one)) == repr(sort(two)))
     for change in changes:
         assert change.in_before != change.in_after or repr(change.before) != repr(change.after)
 
 
-def sort(value: Plain) -> Plain:
+def sort(value: YamlValue) -> YamlValue:
     return {key: sort(value[key]) for key in sorted(value)} if isinstance(value, dict) else value
 
 

@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_hub.config.yaml_reader import Plain, read_file, read_text
+from lightning_hub.config.yaml_reader import YamlValue, read_file, read_text
 from lightning_hub.errors import ConfigError
 
 REFUSED = {
@@ -97,7 +97,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path: Path) -> None:
         (".inf", math.inf), ("1__0", "1__0"), ("9" * 5000, "9" * 5000), ("+", "+"), ("e5", "e5"),
     ],
 )  # fmt: skip
-def test_scalars_follow_yaml_1_2(text: str, value: Plain) -> None:
+def test_scalars_follow_yaml_1_2(text: str, value: YamlValue) -> None:
     read = read_text(f"a: {text}", "r").plain()
     assert read == {"a": value}
     assert isinstance(read, dict)

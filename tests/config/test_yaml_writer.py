@@ -5,7 +5,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_hub.config.yaml_reader import Plain, read_text
+from lightning_hub.config.yaml_reader import YamlValue, read_text
 from lightning_hub.config.yaml_writer import dump, edit
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20) | st.sampled_from(
@@ -30,14 +30,14 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20) | st.samp
     ]
 )
 scalars = st.none() | st.booleans() | st.integers(-(10**20), 10**20) | st.floats(allow_nan=False) | texts
-trees: st.SearchStrategy[Plain] = st.recursive(
+trees: st.SearchStrategy[YamlValue] = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(texts, inner, max_size=4), max_leaves=12
 )
 
 
 @pytest.mark.slow
 @given(st.dictionaries(texts.filter(lambda key: key != "<<"), trees, max_size=4))
-def test_what_is_written_is_read_back_by_us_and_by_a_yaml_1_1_parser(tree: dict[str, Plain]) -> None:
+def test_what_is_written_is_read_back_by_us_and_by_a_yaml_1_1_parser(tree: dict[str, YamlValue]) -> None:
     text = dump(tree)
     assert repr(read_text(text, "r").plain()) == repr(yaml.safe_load(text)) == repr(tree)
 

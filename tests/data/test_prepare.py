@@ -25,7 +25,7 @@ from lightning_hub.data.report import BadExamplesError
 from lightning_hub.data.sample_store import SampleStore
 from lightning_hub.data.settings import DataSettings, InputError, OnLong, Source
 from lightning_hub.errors import ConfigError, DataError
-from lightning_hub.ops.batch import IGNORED
+from lightning_hub.ops.batch import IGNORE_INDEX
 from tests.data.template_families import TEMPLATES, make_tokenizer
 
 
@@ -292,7 +292,7 @@ def test_documents_train_every_token_once(run: Prepare, tokenizer: PreTrainedTok
     whole = [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
     pieces = pairs(prepared.train)[:-1]
     assert max(len(ids) for ids, _ in pieces) == 16
-    assert [label for _, labels in pieces for label in labels if label != IGNORED] == whole[1:]
+    assert [label for _, labels in pieces for label in labels if label != IGNORE_INDEX] == whole[1:]
     assert [ids[0] for ids, _ in pieces[1:]] == [ids[-1] for ids, _ in pieces[:-1]]
     assert texts(prepared.train, tokenizer)[-1] == "short<|im_end|>"
 
@@ -403,9 +403,9 @@ def test_every_row_is_accounted_for(
     report = prepared.report
     assert report.rows_read == len(kinds) + 1 == report.rows_kept + sum(report.dropped.values())
     assert report.tokens == sum(report.tokens_by_role.values()) == len(prepared.train.ids)
-    assert report.trained_tokens == int((np.asarray(prepared.train.labels) != IGNORED).sum())
+    assert report.trained_tokens == int((np.asarray(prepared.train.labels) != IGNORE_INDEX).sum())
     assert sum(report.length_histogram.values()) == report.samples == len(prepared.train)
-    assert set(np.asarray(prepared.train.labels)[prepared.train.offsets[:-1]]) == {IGNORED}
+    assert set(np.asarray(prepared.train.labels)[prepared.train.offsets[:-1]]) == {IGNORE_INDEX}
 
 
 def test_the_report_file(run: Prepare, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from lightning_hub.data.conversation import Conversation, Message, Refused, ToolCall
 from lightning_hub.data.encode import Encoder, Sample
 from lightning_hub.data.settings import DataSettings
-from lightning_hub.ops.batch import IGNORED
+from lightning_hub.ops.batch import IGNORE_INDEX
 from tests.data.template_families import FAMILIES, Family, make_tokenizer
 
 PLAIN = (
@@ -37,7 +37,7 @@ def stretches(encoder: Encoder, sample: Sample) -> list[str]:
     """The decoded stretches of trained tokens."""
     found: list[list[int]] = [[]]
     for label in sample.labels:
-        if label == IGNORED:
+        if label == IGNORE_INDEX:
             found.append([])
         else:
             found[-1].append(int(label))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from lightning_hub.data.sample_store import SampleStore
 from lightning_hub.data.step_plan import BatchSettings, StepLoader, StepPlan
 from lightning_hub.errors import ConfigError, DataError
-from lightning_hub.ops.batch import Step
+from lightning_hub.ops.batch import StepBatch
 
 LENGTHS = [5, 9, 30, 2, 17, 8, 8, 12, 3, 25, 6]
 
@@ -24,7 +24,7 @@ def plan(samples_per_step: int | None = 4, tokens: int | None = None, shuffle: b
     return StepPlan(make(), BatchSettings(30, samples_per_step, tokens, shuffle=shuffle, seed=seed))
 
 
-def ids(steps: list[Step]) -> Counter[int]:
+def ids(steps: list[StepBatch]) -> Counter[int]:
     """The trained samples of steps; a repeated row without labels does not count."""
     rows = [row for step in steps for row in step.rows if (row.labels != -100).any()]
     return Counter(sample for row in rows for sample in row.sample_ids)

@@ -13,7 +13,7 @@ from lightning_hub.data.prepare import prepare
 from lightning_hub.data.readers.token_rows import LOSS_MASKS, parse_tokens
 from lightning_hub.data.settings import DataSettings
 from lightning_hub.models.pretrained import Pretrained
-from lightning_hub.ops.batch import IGNORED
+from lightning_hub.ops.batch import IGNORE_INDEX
 
 REMOVED = ("padding removed from token rows",)
 
@@ -38,7 +38,7 @@ def test_padding_is_no_part_of_the_loss(tmp_path: Path) -> None:
     for index in range(3):
         sample, labels = prepared.train[index]
         assert sample.tolist() == [10, 11, 12, 1]
-        assert labels.tolist() == [IGNORED, 11, 12, 1]
+        assert labels.tolist() == [IGNORE_INDEX, 11, 12, 1]
         loss = model(torch.tensor(sample)[None].long(), labels=torch.tensor(labels)[None].long()).loss
         assert float(loss) == pytest.approx(8.4620, abs=1e-3)
         assert float(loss) == pytest.approx(float(by_library.loss), abs=1e-4)
@@ -50,17 +50,17 @@ IDS = {"input_ids": [9, 5, 6, 7]}
 
 @pytest.mark.parametrize("name", LOSS_MASKS)
 def test_masks_decide_what_is_trained(name: str) -> None:
-    assert parse_tokens(IDS | {name: [0, 0, 1, 1]}).labels == (IGNORED, IGNORED, 6, 7)
-    assert parse_tokens(IDS | {name: [False, False, True, True]}).labels == (IGNORED, IGNORED, 6, 7)
-    both = IDS | {name: [0, 1, 1, 0], "labels": [IGNORED, IGNORED, 6, 7]}
-    assert parse_tokens(both).labels == (IGNORED, IGNORED, 6, IGNORED)
+    assert parse_tokens(IDS | {name: [0, 0, 1, 1]}).labels == (IGNORE_INDEX, IGNORE_INDEX, 6, 7)
+    assert parse_tokens(IDS | {name: [False, False, True, True]}).labels == (IGNORE_INDEX, IGNORE_INDEX, 6, 7)
+    both = IDS | {name: [0, 1, 1, 0], "labels": [IGNORE_INDEX, IGNORE_INDEX, 6, 7]}
+    assert parse_tokens(both).labels == (IGNORE_INDEX, IGNORE_INDEX, 6, IGNORE_INDEX)
     padded = IDS | {name: [0, 1, 1, 0], "attention_mask": [0, 1, 1, 1]}
-    assert parse_tokens(padded).labels == (5, 6, IGNORED)
+    assert parse_tokens(padded).labels == (5, 6, IGNORE_INDEX)
 
 
 def test_two_masks_train_what_both_allow() -> None:
     row = IDS | {"completion_mask": [0, 1, 1, 1], "assistant_masks": [0, 1, 0, 1]}
-    assert parse_tokens(row).labels == (IGNORED, 5, IGNORED, 7)
+    assert parse_tokens(row).labels == (IGNORE_INDEX, 5, IGNORE_INDEX, 7)
 
 
 @pytest.mark.parametrize(

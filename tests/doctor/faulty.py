@@ -58,38 +58,38 @@ def world_forgotten() -> None:
 
 def rank_dies() -> None:
     """Rank 1 raises in its first step, while rank 0 waits for it."""
-    from lightning_hub.doctor.recorded_run import Watched
+    from lightning_hub.doctor.recorded_run import RecordingSFT
 
-    def die(self: Watched, *_: object) -> None:
+    def die(self: RecordingSFT, *_: object) -> None:
         if self.trainer.global_rank == 1:
             raise RuntimeError("rank 1 has had enough")
 
-    Watched.on_before_optimizer_step = die  # type: ignore[method-assign, assignment]
+    RecordingSFT.on_before_optimizer_step = die  # type: ignore[method-assign, assignment]
 
 
 def altered_checkpoint() -> None:
     """One number of one tensor differs by the smallest step when a checkpoint is read."""
     import torch
 
-    from lightning_hub.checkpoints.tensors import Part, Stored
+    from lightning_hub.checkpoints.tensors import Shard, TensorReader
 
-    fill, altered_names = Stored.fill, set[str]()
+    fill, altered_names = TensorReader.fill, set[str]()
 
-    def altered(self: Stored, name: str, part: Part) -> None:
+    def altered(self: TensorReader, name: str, part: Shard) -> None:
         fill(self, name, part)
         if not altered_names:
             altered_names.add(name)
             number = part.data.view(-1)[:1]
             number.copy_(torch.nextafter(number, number + 1))
 
-    Stored.fill = altered  # type: ignore[method-assign]
+    TensorReader.fill = altered  # type: ignore[method-assign]
 
 
 def random_state_lost() -> None:
     """Random states are not restored."""
-    from lightning_hub.checkpoints.checkpoint_io import Restored
+    from lightning_hub.checkpoints.checkpoint_io import CheckpointTensors
 
-    Restored.restore_random = lambda self, share: None  # type: ignore[method-assign]
+    CheckpointTensors.restore_random = lambda self, share: None  # type: ignore[method-assign]
 
 
 def altered_export() -> None:

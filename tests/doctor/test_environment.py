@@ -17,7 +17,7 @@ import pytest
 
 from lightning_hub.cli import run
 from lightning_hub.doctor import environment
-from lightning_hub.doctor.environment import examine
+from lightning_hub.doctor.environment import check_machine
 from lightning_hub.doctor.findings import Finding
 
 Usage = namedtuple("Usage", "total used free")
@@ -25,7 +25,7 @@ Breaks = Callable[[pytest.MonkeyPatch], None]
 
 
 def found(tmp_path: Path) -> dict[str, Finding]:
-    return {finding.check: finding for finding in examine(tmp_path / "runs")}
+    return {finding.check: finding for finding in check_machine(tmp_path / "runs")}
 
 
 def version(name: str, given: str) -> Breaks:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from lightning_hub.errors import ConfigError
 from lightning_hub.launch.devices import visible_gpus
-from lightning_hub.launch.environment import RANK_VARIABLES, Place, find_place
+from lightning_hub.launch.environment import RANK_VARIABLES, ProcessInfo, detect_process
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
 VARIABLES = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
@@ -29,22 +29,22 @@ SLURM = {
         ({"RANK": "0"}, None),
         ({"LOCAL_RANK": "0"}, None),
         ({"WORLD_SIZE": "1", "RANK": "0"}, None),
-        (TORCHRUN, Place(5, 8, 1, 4, "torchrun")),
-        (VARIABLES, Place(1, 2, 1, 2, "env")),
-        ({**VARIABLES, "RANK": "3", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, Place(3, 4, 1, 2, "env")),
-        (SLURM, Place(3, 4, 1, 2, "slurm")),
+        (TORCHRUN, ProcessInfo(5, 8, 1, 4, "torchrun")),
+        (VARIABLES, ProcessInfo(1, 2, 1, 2, "env")),
+        ({**VARIABLES, "RANK": "3", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, ProcessInfo(3, 4, 1, 2, "env")),
+        (SLURM, ProcessInfo(3, 4, 1, 2, "slurm")),
         ({**SLURM, "SLURM_JOB_NAME": "bash"}, None),
         ({**SLURM, "SLURM_NTASKS": "1"}, None),
         ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4"}, None),
     ],
 )
-def test_the_place_is_what_the_launcher_says(environ: dict[str, str], place: Place | None) -> None:
-    assert find_place(environ) == place
+def test_the_place_is_what_the_launcher_says(environ: dict[str, str], place: ProcessInfo | None) -> None:
+    assert detect_process(environ) == place
 
 
 def test_ranks_of_our_own_know_their_run() -> None:
     own = {"LIGHTNING_HUB_RUN_DIR": "/runs/a", "LIGHTNING_HUB_ATTEMPT": "2", "LIGHTNING_HUB_LISTENER": "7"}
-    assert find_place({**TORCHRUN, **own}) == Place(5, 8, 1, 4, "fit", Path("/runs/a"), 2, 7)
+    assert detect_process({**TORCHRUN, **own}) == ProcessInfo(5, 8, 1, 4, "fit", Path("/runs/a"), 2, 7)
 
 
 @pytest.mark.parametrize(
@@ -60,13 +60,13 @@ def test_ranks_of_our_own_know_their_run() -> None:
 )
 def test_half_a_place_is_refused(environ: dict[str, str], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        find_place(environ)
+        detect_process(environ)
 
 
 @given(st.dictionaries(st.sampled_from((*RANK_VARIABLES, "MASTER_ADDR", "TORCHELASTIC_RUN_ID")), st.text(max_size=4)))
 def test_any_environment_gives_a_place_or_a_sentence(environ: dict[str, str]) -> None:
     try:
-        place = find_place(environ)
+        place = detect_process(environ)
     except ConfigError:
         return
     assert place is None or 0 <= place.rank < place.world_size

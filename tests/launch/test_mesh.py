@@ -6,14 +6,14 @@ from hypothesis import strategies as st
 from transformers import GPT2Config, LlamaConfig
 
 from lightning_hub.errors import ConfigError
-from lightning_hub.launch.mesh import Mesh, check_divisible, check_mesh, check_replicas, nearest, read_mesh
+from lightning_hub.launch.mesh import Mesh, check_divisible, check_mesh, check_replicas, nearest_mesh, read_mesh
 from lightning_hub.parallel.strategies import DDP, FSDP, ModelParallel, strategy_for
 from lightning_hub.parallel.tensor_parallel import check_plan
 
 
 @given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 64))
 def test_every_mesh_that_is_named_fits(fsdp: int, tp: int, world: int) -> None:
-    for text in nearest(Mesh(fsdp, tp), world).split(" or "):
+    for text in nearest_mesh(Mesh(fsdp, tp), world).split(" or "):
         sizes = text[2 : text.index("]")].split(", ")
         check_mesh(Mesh(int(sizes[0]), int(sizes[1])), world)
 

@@ -17,7 +17,7 @@ from lightning_hub.launch.orphans import end_orphans, find_orphans
 from lightning_hub.parent import SUPERVISOR_VARIABLE
 from lightning_hub.runs.files import write_json
 from lightning_hub.runs.folder import RunFolder
-from lightning_hub.runs.process_identity import Identity
+from lightning_hub.runs.process_identity import ProcessIdentity
 from tests.conftest import PATIENCE
 
 HELD = """
@@ -118,7 +118,7 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
 
 
 def identity_of(process: subprocess.Popen[bytes]) -> dict[str, object]:
-    found = Identity.of(process.pid)
+    found = ProcessIdentity.of(process.pid)
     assert found is not None
     return dict(found.to_json())
 

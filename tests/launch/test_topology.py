@@ -6,21 +6,21 @@ import pytest
 
 from lightning_hub.config.recipe import recipe_from_text
 from lightning_hub.errors import ConfigError
-from lightning_hub.launch.environment import Place
-from lightning_hub.launch.topology import Topology, settle
+from lightning_hub.launch.environment import ProcessInfo
+from lightning_hub.launch.topology import Topology, resolve_topology
 
 
 def settled(
-    text: str, place: Place | None = None, gpus: int = 0, model: str = ""
+    text: str, place: ProcessInfo | None = None, gpus: int = 0, model: str = ""
 ) -> tuple[Topology, dict[str, Any], list[str]]:
     recipe = recipe_from_text(f"trainer: {{{text}}}\nmodel: {{init_args: {{{model}}}}}", "recipe.yaml")
     given: Any = recipe.tree["trainer"]
     trainer = {"num_nodes": 1, "devices": "auto", "strategy": "auto", "accelerator": "auto", **given}
     said: list[str] = []
-    return settle(recipe, trainer, place, gpus, said.append), trainer, said
+    return resolve_topology(recipe, trainer, place, gpus, said.append), trainer, said
 
 
-EIGHT = Place(5, 8, 1, 4, "torchrun")
+EIGHT = ProcessInfo(5, 8, 1, 4, "torchrun")
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ EIGHT = Place(5, 8, 1, 4, "torchrun")
         ("devices: 4", EIGHT, 4, (2, 4)),
     ],
 )
-def test_the_shape_of_a_run(text: str, place: Place | None, gpus: int, shape: tuple[int, int]) -> None:
+def test_the_shape_of_a_run(text: str, place: ProcessInfo | None, gpus: int, shape: tuple[int, int]) -> None:
     topology, trainer, _ = settled(text, place, gpus)
     assert topology == Topology(*shape)
     assert trainer["num_nodes"] == shape[0]
@@ -59,7 +59,9 @@ def test_the_shape_of_a_run(text: str, place: Place | None, gpus: int, shape: tu
         ("strategy: {class_path: ModelParallel, init_args: {mesh_shape: [2, 2]}}", EIGHT, 4, "write sizes and names"),
     ],
 )
-def test_what_does_not_fit_is_refused_with_both_numbers(text: str, place: Place | None, gpus: int, said: str) -> None:
+def test_what_does_not_fit_is_refused_with_both_numbers(
+    text: str, place: ProcessInfo | None, gpus: int, said: str
+) -> None:
     with pytest.raises(ConfigError, match=said):
         settled(text, place, gpus)
 

@@ -19,14 +19,14 @@ from transformers import AutoModelForCausalLM
 from lightning_hub.data.sample_store import SampleStore
 from lightning_hub.data.step_plan import BatchSettings, StepPlan
 from lightning_hub.methods.sft import SFT
-from lightning_hub.ops.batch import Step
+from lightning_hub.ops.batch import StepBatch
 from tests.ops.models import VOCABULARY, make
 
 
-class Steps(DataLoader[Step]):
+class Steps(DataLoader[StepBatch]):
     """Feeds given steps to a trainer."""
 
-    def __init__(self, steps: list[Step]) -> None:
+    def __init__(self, steps: list[StepBatch]) -> None:
         super().__init__(steps, batch_size=None)  # type: ignore[arg-type]  # a list is a dataset
 
 
@@ -51,7 +51,7 @@ class Watched(SFT):
         self.losses.append(float(self.step_loss))
 
 
-def run(steps: list[Step], precision: Any = "32-true", **options: Any) -> Watched:
+def run(steps: list[StepBatch], precision: Any = "32-true", **options: Any) -> Watched:
     module = Watched(**options)
     trainer = Trainer(
         accelerator="cpu",
@@ -137,7 +137,7 @@ def test_half_precision_trains_and_rounds_nothing_but_weights(
 ) -> None:
     shares: list[float] = []
 
-    def kept(self: SFT, row: Any, step: Step) -> torch.Tensor:
+    def kept(self: SFT, row: Any, step: StepBatch) -> torch.Tensor:
         shares.append(float((share := row_loss(self, row, step)).detach()))
         return share
 
@@ -156,7 +156,7 @@ def test_half_precision_trains_and_rounds_nothing_but_weights(
 
 
 def test_the_test_notices_a_mean_of_means(monkeypatch: pytest.MonkeyPatch) -> None:
-    def mean_of_means(self: SFT, row: Any, step: Step) -> torch.Tensor:
+    def mean_of_means(self: SFT, row: Any, step: StepBatch) -> torch.Tensor:
         assert self.loss_head is not None
         loss: torch.Tensor = self.loss_head(row) / (len(step.rows) * (row.labels != -100).sum())
         return loss

@@ -24,11 +24,11 @@ from lightning_hub.checkpoints.checkpoint_io import FolderCheckpointIO
 from lightning_hub.cli import run
 from lightning_hub.errors import ConfigError, HubError
 from lightning_hub.methods.lora import LoRA
-from lightning_hub.methods.lora.adapter_io import Adapter, finished, probe
+from lightning_hub.methods.lora.adapter_io import Adapter, export_adapter, probe_logits
 from lightning_hub.methods.lora.adapters import layers_of
 from lightning_hub.models.pretrained import EMBEDDED_FOLDER, Pretrained
 from lightning_hub.ops.attention import PACKED
-from lightning_hub.ops.attention_proof import proven_head
+from lightning_hub.ops.attention_proof import proven_loss
 from lightning_hub.runs.folder import RunFolder
 from tests.conftest import WriteRows
 from tests.parallel.multiprocess import Case, calm, plan, trained
@@ -41,7 +41,7 @@ def peft_loop(model: PreTrainedModel, config: LoraConfig) -> tuple[list[float], 
     """Train the same rows with peft, AdamW and a loop that anyone would write."""
     torch.manual_seed(0)
     adapted = get_peft_model(model, config)
-    loss_of = proven_head(model)  # whose layers peft has replaced
+    loss_of = proven_loss(model)  # whose layers peft has replaced
     optimizer = torch.optim.AdamW(
         [p for p in adapted.parameters() if p.requires_grad], 1e-2, (0.9, 0.95), weight_decay=0
     )
@@ -211,21 +211,21 @@ def test_the_export_is_the_trained_model_for_peft_and_merged(kind: str, tmp_path
     module = train(folder, tmp_path, **options)
     assert module.model is not None
     module.model.set_attn_implementation("eager")
-    expected = probe(module.model)
+    expected = probe_logits(module.model)
     base = Pretrained(folder).load(dtype=torch.float32, attn_implementation="eager")
-    before = probe(base)
+    before = probe_logits(base)
     loaded = PeftModel.from_pretrained(base, tmp_path / "adapter")
-    torch.testing.assert_close(probe(loaded), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(probe_logits(loaded), expected, rtol=1e-5, atol=1e-5)
     assert (expected - before).abs().max() > 0.01, "the adapter does something"
     said = module.export_merged(tmp_path / "merged", Pretrained("demo").tokenizer, torch.float32)
     assert "in bfloat16" in said
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32, attn_implementation="eager")
-    torch.testing.assert_close(probe(merged), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(probe_logits(merged), expected, rtol=1e-5, atol=1e-5)
     assert not [name for name in load_file(tmp_path / "merged/model.safetensors") if "lora" in name]
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)  # chat and predict would show it
         again = Pretrained(str(tmp_path / "adapter")).load(dtype=torch.float32, attn_implementation="eager")
-    torch.testing.assert_close(probe(again), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(probe_logits(again), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_untouched_weights_keep_their_bytes(tmp_path: Path) -> None:
@@ -276,7 +276,7 @@ def test_a_faulty_adapter_file_is_noticed_when_it_is_written(
 
 def test_an_adapter_whose_reading_changes_the_base_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def with_another_start(*args: Any, **options: Any) -> Adapter:
-        adapter = finished(*args, **options)
+        adapter = export_adapter(*args, **options)
         adapter.config.init_lora_weights = "pissa"  # peft then takes a start out of the base that it reads it into
         return adapter
 

@@ -24,15 +24,15 @@ from lightning_hub.runs.metrics import read_metrics
 from tests.conftest import WriteRows
 from tests.methods.test_lora_liveness import with_experts
 from tests.parallel.multiprocess import processes
-from tests.parallel.resume_cases import Story, prepare, tell, tell_all
+from tests.parallel.resume_cases import ResumeCase, prepare, run_case, run_cases
 
 LAYERS = ["q_proj", "v_proj", "down_proj"]
 STILL = {"init": "eva", "r": 4, "targets": LAYERS, "learning_rate": 1e-30}
 """A step that moves nothing, so that what a training ends with is what it began with."""
 
 
-def still(topology: str, rows: Path, folder: Path, **options: Any) -> Story:
-    return Story(topology, rows, folder, kind=LoRA, method=STILL | options, trainer={"max_steps": 1})
+def still(topology: str, rows: Path, folder: Path, **options: Any) -> ResumeCase:
+    return ResumeCase(topology, rows, folder, kind=LoRA, method=STILL | options, trainer={"max_steps": 1})
 
 
 def starts(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -42,7 +42,7 @@ def starts(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.slow
 def test_the_start_is_what_peft_finds(tmp_path: Path, write_rows: WriteRows) -> None:
     story = still("single", write_rows(50), tmp_path / "run")
-    found = starts(tell(story).weights)
+    found = starts(run_case(story).weights)
     data: ChatData = prepare(story)[2]
     data.open(Pretrained(story.model))
     base = Pretrained(story.model).load(dtype=torch.float32, attn_implementation=PACKED)
@@ -63,9 +63,9 @@ def test_the_start_is_what_peft_finds(tmp_path: Path, write_rows: WriteRows) -> 
 @pytest.mark.slow
 def test_every_topology_starts_at_the_same(tmp_path: Path, write_rows: WriteRows) -> None:
     rows = write_rows(50)
-    alone = starts(tell(still("single", rows, tmp_path / "alone")).weights)
+    alone = starts(run_case(still("single", rows, tmp_path / "alone")).weights)
     stories = [still(name, rows, tmp_path / name) for name in ("ddp", "fsdp", "tp")]
-    for told in processes(2, partial(tell_all, stories), tmp_path)[0]:
+    for told in processes(2, partial(run_cases, stories), tmp_path)[0]:
         assert starts(told.weights).keys() == alone.keys()
         assert all(torch.equal(tensor, alone[name]) for name, tensor in starts(told.weights).items())
 
@@ -108,6 +108,6 @@ def test_what_has_no_directions_is_refused(
     model: str, options: dict[str, Any], said: str, tmp_path: Path, write_rows: WriteRows
 ) -> None:
     folder = with_experts() if model == "experts" else model
-    story = Story("single", write_rows(50), tmp_path, folder, kind=LoRA, method=STILL | options)
+    story = ResumeCase("single", write_rows(50), tmp_path, folder, kind=LoRA, method=STILL | options)
     with pytest.raises(ConfigError, match=said):
-        tell(story)
+        run_case(story)

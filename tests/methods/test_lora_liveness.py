@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, GptOssConfig
 
 from lightning_hub.errors import HubError
 from lightning_hub.methods.lora import LoRA
-from lightning_hub.methods.lora.liveness import DeadAdapterError, Pulse
+from lightning_hub.methods.lora.liveness import AdapterUpdateCheck, DeadAdapterError
 from lightning_hub.models.pretrained import Pretrained
-from lightning_hub.ops.batch import Step
+from lightning_hub.ops.batch import StepBatch
 from tests.methods.test_lora import SMALL
 from tests.ops.models import SHAPE
 from tests.parallel.multiprocess import Case, trained
@@ -56,8 +56,8 @@ def test_a_dead_adapter_is_named(harm: Callable[[LoRA, int], None], hook: str, p
             getattr(LoRA, hook)(self, *args)
         harm(self, self.trainer.global_step)
         if hook == "on_train_start":
-            assert self.pulse is not None
-            self.pulse.check(self.trainer.optimizers)
+            assert self.update_check is not None
+            self.update_check.check(self.trainer.optimizers)
         else:
             getattr(LoRA, hook)(self, *args)
 
@@ -95,7 +95,7 @@ def steered(order: Sequence[int], harm: Callable[[LoRA], None] = lambda module: 
     """Return a method that sends all tokens of a step to one expert, in turn."""
 
     class Steered(LoRA):
-        def training_step(self, step: Step, index: int) -> Tensor:
+        def training_step(self, step: StepBatch, index: int) -> Tensor:
             for name, parameter in self.named_parameters():
                 if name.endswith("router.bias"):
                     parameter.data = torch.eye(EXPERTS)[order[index % len(order)]] * 100
@@ -164,7 +164,7 @@ def watched_steps(order: Sequence[int], *, with_dense: bool = True) -> int:
     torch.manual_seed(0)
     model = Routed()
     inject_adapter_in_model(LoraConfig(r=2, target_modules=["0", "1", "2", "dense"]), model)
-    pulse = Pulse(model)
+    pulse = AdapterUpdateCheck(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2, weight_decay=0)
     for expert in order:
         optimizer.zero_grad()

@@ -4,7 +4,7 @@ import torch
 
 from lightning_hub.methods.neftune import Neftune
 from lightning_hub.ops.attention import PACKED
-from lightning_hub.ops.batch import Row
+from lightning_hub.ops.batch import PackedSequence
 from lightning_hub.ops.loss import inputs_of
 from tests.ops.models import documents, make
 
@@ -16,7 +16,7 @@ def _embeddings(alpha: float, training: bool) -> tuple[torch.Tensor, torch.Tenso
     seen: list[torch.Tensor] = []
     layer = model.get_submodule("model.layers.0")
     layer.register_forward_pre_hook(lambda _, args, kwargs: seen.append(args[0]), with_kwargs=True)
-    row = Row.pack(documents(4, 16))
+    row = PackedSequence.pack(documents(4, 16))
     torch.manual_seed(1)
     model(**inputs_of(model, row))
     return seen[0][0], model.get_input_embeddings()(row.input_ids)[0]

@@ -9,9 +9,9 @@ import torch
 
 from lightning_hub.models.pretrained import Pretrained
 from lightning_hub.ops.attention import PACKED
-from lightning_hub.ops.attention_proof import prove, settle
-from lightning_hub.ops.batch import Row
-from lightning_hub.ops.loss import LossHead
+from lightning_hub.ops.attention_proof import apply_capabilities, prove
+from lightning_hub.ops.batch import PackedSequence
+from lightning_hub.ops.loss import CausalLMLoss
 from tests.ops.models import documents, make
 
 CODE = """
@@ -48,13 +48,13 @@ def test_a_class_of_its_own_is_proven(share: float, tmp_path: Path, monkeypatch:
         outline = pretrained.skeleton(dtype=torch.float32, attn_implementation="eager")
     assert type(outline).__name__ == "OwnForCausalLM"
     proven = prove(type(outline), outline.config, PACKED)
-    assert proven.is_packable is (share == 0)
+    assert proven.isolates_documents is (share == 0)
     model = pretrained.load(dtype=torch.float32, attn_implementation=proven.attention)
-    row = Row.pack(documents(7, 12, 5))
+    row = PackedSequence.pack(documents(7, 12, 5))
     eager = pretrained.load(dtype=torch.float32, attn_implementation="eager")
     expected = torch.zeros(())
     for document in row.documents():
         logits = eager(input_ids=document.input_ids).logits[0, :-1]
         expected = expected + torch.nn.functional.cross_entropy(logits, document.labels[0, 1:], reduction="sum")
-    found = LossHead(model, traits=settle(model, proven))(row)
+    found = CausalLMLoss(model, traits=apply_capabilities(model, proven))(row)
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)

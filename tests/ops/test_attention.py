@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_hub.ops import attention
-from lightning_hub.ops.attention import PACKED, borders_of, packed_attention
-from lightning_hub.ops.batch import Row
+from lightning_hub.ops.attention import PACKED, cu_seqlens_of, packed_attention
+from lightning_hub.ops.batch import PackedSequence
 from lightning_hub.ops.loss import inputs_of
 from tests.ops.models import CONFIGS, documents, make
 
@@ -21,7 +21,7 @@ def _packed_and_lone(family: str, attention: str) -> tuple[torch.Tensor, torch.T
     model, reference = make(family, attention).eval(), make(family, "eager").eval()
     pairs = documents(*LENGTHS)
     with torch.no_grad():
-        packed = model(**inputs_of(model, Row.pack(pairs))).logits[0]
+        packed = model(**inputs_of(model, PackedSequence.pack(pairs))).logits[0]
         lone = torch.cat([reference(ids.unsqueeze(0), use_cache=False).logits[0] for ids, _ in pairs])
     return packed, lone
 
@@ -42,8 +42,8 @@ def test_the_kernels_of_transformers_do_not_leak_either(family: str, attention: 
 
 def test_one_document_over_the_whole_row_is_another_number() -> None:
     model = make("llama", PACKED).eval()
-    row = Row.pack(documents(*LENGTHS))
-    merged = Row(row.input_ids, row.labels, row.position_ids, (0, row.num_tokens), (0,))
+    row = PackedSequence.pack(documents(*LENGTHS))
+    merged = PackedSequence(row.input_ids, row.labels, row.position_ids, (0, row.num_tokens), (0,))
     with torch.no_grad():
         difference = model(**inputs_of(model, row)).logits - model(**inputs_of(model, merged)).logits
     assert difference.abs().max() > 1e-2, "the test of leaks could not fail"
@@ -59,7 +59,7 @@ def test_a_mask_is_refused() -> None:
 def test_gradients_of_a_row_are_the_sum_of_its_documents() -> None:
     packed, lone = make("llama", PACKED), make("llama", "eager")
     pairs = documents(*LENGTHS)
-    packed(**inputs_of(packed, Row.pack(pairs))).logits.square().sum().backward()
+    packed(**inputs_of(packed, PackedSequence.pack(pairs))).logits.square().sum().backward()
     for ids, _ in pairs:
         lone(ids.unsqueeze(0), use_cache=False).logits.square().sum().backward()
     for (name, ours), theirs in zip(packed.named_parameters(), lone.parameters(), strict=True):
@@ -67,7 +67,7 @@ def test_gradients_of_a_row_are_the_sum_of_its_documents() -> None:
 
 
 def test_borders_travel_on_the_host() -> None:
-    borders = borders_of(Row.pack(documents(3, 4)))
+    borders = cu_seqlens_of(PackedSequence.pack(documents(3, 4)))
     assert borders == {"borders": (0, 3, 7), "packed_cu_seqlens": None}
 
 

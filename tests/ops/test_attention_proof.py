@@ -32,9 +32,9 @@ from transformers import (
 from lightning_hub.errors import ConfigError
 from lightning_hub.ops import attention_proof, reference
 from lightning_hub.ops.attention import PACKED
-from lightning_hub.ops.attention_proof import prove, proven_head, settle, traits_of
-from lightning_hub.ops.batch import Row
-from lightning_hub.ops.loss import LossHead, Traits, inputs_of
+from lightning_hub.ops.attention_proof import apply_capabilities, capabilities_of, prove, proven_loss
+from lightning_hub.ops.batch import PackedSequence
+from lightning_hub.ops.loss import CausalLMLoss, ModelCapabilities, inputs_of
 from lightning_hub.ops.miniature import NoMiniatureError
 from lightning_hub.runs.folder import default_cache_dir
 from tests.ops.models import CONFIGS, LEAKING, SHAPE, documents, make
@@ -111,15 +111,15 @@ class Evaluating(LlamaForCausalLM):
         self.model = EvaluatingModel(config)
 
 
-def proven_head_of(model: PreTrainedModel, proven: Traits) -> LossHead:
-    return LossHead(model, traits=settle(model, proven))
+def proven_head_of(model: PreTrainedModel, proven: ModelCapabilities) -> CausalLMLoss:
+    return CausalLMLoss(model, traits=apply_capabilities(model, proven))
 
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_families_that_keep_documents_apart_are_packed(family: str) -> None:
     model = make(family, PACKED)
-    assert traits_of(model).is_packable
-    assert traits_of(model).attention == PACKED
+    assert capabilities_of(model).isolates_documents
+    assert capabilities_of(model).attention == PACKED
 
 
 @pytest.mark.parametrize("family", LEAKING)
@@ -127,7 +127,7 @@ def test_families_that_do_not_are_run_one_by_one(family: str) -> None:
     config = LEAKING[family]
     model = make(family, "eager")
     proven = prove(type(model), config, PACKED)
-    assert not proven.is_packable
+    assert not proven.isolates_documents
     assert proven.attention in ("sdpa", "eager")
     assert "packed in a row" in proven.reason
 
@@ -136,17 +136,17 @@ def test_families_that_do_not_are_run_one_by_one(family: str) -> None:
 def test_classes_of_ones_own_are_proven_too(kind: type[PreTrainedModel], wished: str) -> None:
     config = llama()
     proven = prove(kind, config, wished)
-    assert (proven.attention, proven.is_packable) == ("sdpa", False)
+    assert (proven.attention, proven.isolates_documents) == ("sdpa", False)
     config._attn_implementation = proven.attention
     torch.manual_seed(0)
     model = kind(config)
-    row = Row.pack(documents(7, 1, 12, 5))
-    head = proven_head(model)
+    row = PackedSequence.pack(documents(7, 1, 12, 5))
+    head = proven_loss(model)
     assert head(row).item() == pytest.approx(sum(head(document).item() for document in row.documents()), rel=1e-6)
 
 
 def test_evaluation_is_proven_as_well() -> None:
-    assert not prove(Evaluating, llama(), PACKED).is_packable
+    assert not prove(Evaluating, llama(), PACKED).isolates_documents
 
 
 @pytest.mark.parametrize("attention", [PACKED, "sdpa"])
@@ -159,7 +159,11 @@ def test_rotary_embeddings_that_follow_the_longest_document(kind: str, attention
     sizes = {**SHAPE, "max_position_embeddings": 8 if kind == "dynamic" else 32}
     config = LlamaConfig(**sizes, rope_parameters=rope)
     proven = prove(LlamaForCausalLM, config, attention)
-    assert (proven.attention, proven.is_packable, proven.longest) == (attention, True, 7 if kind == "dynamic" else 8)
+    assert (proven.attention, proven.isolates_documents, proven.max_document_length) == (
+        attention,
+        True,
+        7 if kind == "dynamic" else 8,
+    )
     config._attn_implementation = "eager"
     torch.manual_seed(0)
     plain, ours = LlamaForCausalLM(config), LlamaForCausalLM(deepcopy(config))
@@ -168,18 +172,18 @@ def test_rotary_embeddings_that_follow_the_longest_document(kind: str, attention
     ours.load_state_dict(plain.state_dict())
     head = proven_head_of(ours, proven)
     for lengths in ((5, 7, 3), (5, 12, 3), (5, 7, 3)):
-        row = Row.pack(documents(*lengths))
-        expected = proven_head_of(plain, replace(proven, attention="eager", is_packable=False))(row)
+        row = PackedSequence.pack(documents(*lengths))
+        expected = proven_head_of(plain, replace(proven, attention="eager", isolates_documents=False))(row)
         assert head(row).item() == pytest.approx(expected.item(), rel=1e-5)
-    row, whole = Row.pack(documents(5, 12, 3)), replace(proven, longest=None)
-    expected = proven_head_of(plain, replace(proven, attention="eager", is_packable=False))(row)
+    row, whole = PackedSequence.pack(documents(5, 12, 3)), replace(proven, max_document_length=None)
+    expected = proven_head_of(plain, replace(proven, attention="eager", isolates_documents=False))(row)
     packed = proven_head_of(ours, whole)(row)
     assert packed.item() != pytest.approx(expected.item(), rel=1e-4), "the row could be packed"
 
 
 def test_a_head_with_something_behind_it_is_not_fused() -> None:
-    assert prove(LlamaForCausalLM, llama(), PACKED).is_linear
-    assert not prove(Scaling, llama(), PACKED).is_linear
+    assert prove(LlamaForCausalLM, llama(), PACKED).has_linear_head
+    assert not prove(Scaling, llama(), PACKED).has_linear_head
 
 
 def test_what_stands_in_the_place_of_the_head_is_not_fused() -> None:
@@ -190,14 +194,14 @@ def test_what_stands_in_the_place_of_the_head_is_not_fused() -> None:
             return super().forward(input) * 2
 
     model = make("llama", PACKED)
-    assert settle(model, proven).is_linear
+    assert apply_capabilities(model, proven).has_linear_head
     model.lm_head = Other(32, 61)
-    assert not settle(model, proven).is_linear
+    assert not apply_capabilities(model, proven).has_linear_head
     model = make("llama", PACKED)
     head = model.get_output_embeddings()
     assert head is not None
     head.register_forward_hook(lambda *given: given[-1] * 2)
-    assert not settle(model, proven).is_linear
+    assert not apply_capabilities(model, proven).has_linear_head
 
 
 @pytest.mark.parametrize(
@@ -229,14 +233,19 @@ def test_a_model_that_cannot_be_made_small_runs_as_its_own_attention_does(monkey
 
     monkeypatch.setattr(attention_proof, "small_config", fails)
     proven = prove(LlamaForCausalLM, llama(), PACKED)
-    assert (proven.attention, proven.is_packable, proven.is_linear, proven.is_proven) == ("eager", False, False, False)
+    assert (proven.attention, proven.isolates_documents, proven.has_linear_head, proven.is_proven) == (
+        "eager",
+        False,
+        False,
+        False,
+    )
     assert "its sizes are written in its code" in proven.reason
-    assert not settle(make("llama", "eager"), proven).is_packable
+    assert not apply_capabilities(make("llama", "eager"), proven).isolates_documents
     with pytest.raises(ConfigError, match="cannot be compared"):
         prove(LlamaForCausalLM, llama(), "sdpa")
     torch.manual_seed(0)
     with pytest.raises(ConfigError, match="not causal"):
-        settle(Peeking(llama()), proven)
+        apply_capabilities(Peeking(llama()), proven)
 
 
 def test_a_configuration_that_is_not_whole_is_refused() -> None:
@@ -248,7 +257,7 @@ def test_a_configuration_that_is_not_whole_is_refused() -> None:
     )  # fmt: skip
     proven = prove(DeepseekV2ForCausalLM, config, PACKED)
     with pytest.raises(ConfigError, match="fails on documents"):
-        settle(DeepseekV2ForCausalLM(config), proven)
+        apply_capabilities(DeepseekV2ForCausalLM(config), proven)
 
 
 def test_further_terms_of_a_models_own_loss_are_known() -> None:
@@ -263,7 +272,7 @@ def test_a_proof_is_found_out_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (file,) = (tmp_path / "proofs").iterdir()
     find, runs = attention_proof._find, []
 
-    def counted(*given: Any) -> Traits:
+    def counted(*given: Any) -> ModelCapabilities:
         runs.append(given)
         return find(*given)
 
@@ -285,7 +294,7 @@ def test_a_proof_leaves_no_trace() -> None:
     config, state = llama(), torch.get_rng_state()
     before = config.to_dict()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert prove(LlamaForCausalLM, config, PACKED).is_packable
+        assert prove(LlamaForCausalLM, config, PACKED).isolates_documents
         assert not torch.is_grad_enabled()
     assert torch.equal(torch.get_rng_state(), state)
     assert config.to_dict() == before
@@ -308,22 +317,22 @@ def test_a_proof_is_the_same_whatever_the_process_is_at(state: str) -> None:
         found = prove(LlamaForCausalLM, llama(), PACKED)
     torch.set_float32_matmul_precision(precision)
     assert found == expected
-    assert found.is_packable
+    assert found.isolates_documents
     assert torch.get_default_dtype() == dtype
 
 
 def test_the_proof_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     """Boundaries that are one token off are noticed."""
 
-    def wrong(model: PreTrainedModel, row: Row, packed: bool = True) -> dict[str, Any]:
+    def wrong(model: PreTrainedModel, row: PackedSequence, packed: bool = True) -> dict[str, Any]:
         inputs = inputs_of(model, row, packed)
         if "borders" in inputs:
             start, first, *others = inputs["borders"]
             inputs["borders"] = (start, first + 1, *others)
         return inputs
 
-    assert prove(LlamaForCausalLM, llama(), PACKED).is_packable
+    assert prove(LlamaForCausalLM, llama(), PACKED).isolates_documents
     monkeypatch.setattr(reference, "inputs_of", wrong)
     monkeypatch.setattr(attention_proof, "_proven", {})
     monkeypatch.setattr(attention_proof, "_kept", lambda key: None)
-    assert not prove(LlamaForCausalLM, llama(), PACKED).is_packable
+    assert not prove(LlamaForCausalLM, llama(), PACKED).isolates_documents

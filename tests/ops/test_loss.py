@@ -6,8 +6,8 @@ from torch.nn import functional as F
 
 from lightning_hub.ops import loss
 from lightning_hub.ops.attention import PACKED
-from lightning_hub.ops.attention_proof import proven_head
-from lightning_hub.ops.batch import Row
+from lightning_hub.ops.attention_proof import proven_loss
+from lightning_hub.ops.batch import PackedSequence
 from lightning_hub.ops.loss import linear_cross_entropy
 from tests.ops.models import CONFIGS, LEAKING, documents, make
 
@@ -31,7 +31,7 @@ def test_loss_and_gradients_equal_full_logits(family: str, smoothing: float, mon
     monkeypatch.setattr(loss, "CHUNK", 5)  # several chunks, the last one partial
     pairs = documents(9, 4, 13)
     model = make(family, PACKED)
-    ours = proven_head(model, smoothing)(Row.pack(pairs))
+    ours = proven_loss(model, smoothing)(PackedSequence.pack(pairs))
     ours.backward()
     expected, gradients = _reference(family, pairs, smoothing)
     assert ours.item() == pytest.approx(expected, rel=1e-5)
@@ -52,7 +52,7 @@ def test_loss_and_gradients_equal_full_logits(family: str, smoothing: float, mon
     ],
 )
 def test_a_head_is_known_by_its_numbers(family: str, linear: bool) -> None:
-    assert proven_head(make(family, PACKED)).traits.is_linear is linear
+    assert proven_loss(make(family, PACKED)).capabilities.has_linear_head is linear
 
 
 def test_bias_and_frozen_weights() -> None:
@@ -68,7 +68,7 @@ def test_bias_and_frozen_weights() -> None:
 
 def test_validation_makes_no_gradients() -> None:
     with torch.no_grad():
-        value = proven_head(make("llama", PACKED))(Row.pack(documents(9)))
+        value = proven_loss(make("llama", PACKED))(PackedSequence.pack(documents(9)))
     assert not value.requires_grad
     assert value > 0
 
@@ -76,7 +76,7 @@ def test_validation_makes_no_gradients() -> None:
 def test_a_row_without_labels_is_a_zero_that_reaches_every_parameter() -> None:
     model = make("llama", PACKED)
     ids = documents(6)[0][0]
-    value = proven_head(model)(Row.pack([(ids, torch.full_like(ids, -100))]))
+    value = proven_loss(model)(PackedSequence.pack([(ids, torch.full_like(ids, -100))]))
     value.backward()
     assert value.item() == 0
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
@@ -84,16 +84,16 @@ def test_a_row_without_labels_is_a_zero_that_reaches_every_parameter() -> None:
 
 def test_the_first_token_of_a_document_is_never_a_target() -> None:
     pairs = [(ids, ids) for ids, _ in documents(5, 6)]
-    assert int((Row.pack(pairs).labels != -100).sum()) == 4 + 5
+    assert int((PackedSequence.pack(pairs).labels != -100).sum()) == 4 + 5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16])
 def test_autocast_stays_near_full_precision(dtype: torch.dtype) -> None:
-    row = Row.pack(documents(20, 30))
+    row = PackedSequence.pack(documents(20, 30))
     model = make("llama", PACKED)
-    exact = proven_head(model)(row).item()
+    exact = proven_loss(model)(row).item()
     with torch.autocast("cpu", dtype=dtype):
-        rough = proven_head(model)(row)
+        rough = proven_loss(model)(row)
     rough.backward()
     assert rough.item() == pytest.approx(exact, rel=2e-2)
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())

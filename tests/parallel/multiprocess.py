@@ -26,9 +26,9 @@ from lightning_hub.demo.tasks import REVERSE, SHOUT, SPELL, conversations
 from lightning_hub.methods.causal_lm import CausalLMModule
 from lightning_hub.methods.sft import SFT
 from lightning_hub.models.pretrained import Pretrained
-from lightning_hub.ops.batch import Step
+from lightning_hub.ops.batch import StepBatch
 from lightning_hub.parallel.data_parallel import data_parallel
-from lightning_hub.parallel.dtensor import own_part
+from lightning_hub.parallel.dtensor import local_tensor
 from tests.warm import as_own_process, warm_context
 
 T = TypeVar("T")
@@ -153,9 +153,9 @@ def trained(case: Case, topology: Topology) -> Seen:
                 model, seen.start = self.export_state()
                 seen.start |= {name: buffer.clone() for name, buffer in model.named_buffers()}
                 seen.start = {name: tensor.clone() for name, tensor in seen.start.items()}
-                seen.parts = sum(own_part(parameter).numel() for parameter in model.parameters())
+                seen.parts = sum(local_tensor(parameter).numel() for parameter in model.parameters())
 
-        def on_train_batch_end(self, outputs: object, batch: Step, batch_idx: int) -> None:
+        def on_train_batch_end(self, outputs: object, batch: StepBatch, batch_idx: int) -> None:
             super().on_train_batch_end(outputs, batch, batch_idx)
             seen.losses.append(float(data_parallel(self.trainer.strategy).mean(self.step_loss)))
             seen.norms.append(float(self.grad_norm))

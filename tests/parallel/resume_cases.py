@@ -11,14 +11,14 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
-from lightning_hub.callbacks.checkpoint_saver import SaveCheckpoints
+from lightning_hub.callbacks.checkpoint_saver import CheckpointSaver
 from lightning_hub.checkpoints.checkpoint_io import FolderCheckpointIO
 from lightning_hub.checkpoints.settings import CheckpointSettings
 from lightning_hub.data.datamodule import ChatData
 from lightning_hub.methods.causal_lm import CausalLMModule
 from lightning_hub.methods.run_context import RunContext, run_context
 from lightning_hub.methods.sft import SFT
-from lightning_hub.ops.batch import IGNORED, Step
+from lightning_hub.ops.batch import IGNORE_INDEX, StepBatch
 from lightning_hub.parallel.strategies import DDP, FSDP, ModelParallel
 from tests.parallel.multiprocess import Topology, make_trainer
 
@@ -33,7 +33,7 @@ TOPOLOGIES = {
 
 
 @dataclass(frozen=True)
-class Story:
+class ResumeCase:
     """One training with checkpoints.
 
     Attributes:
@@ -62,7 +62,7 @@ class Story:
 
 
 @dataclass
-class Told:
+class Outcome:
     """What one rank has seen of a story, by step.
 
     Attributes:
@@ -78,22 +78,26 @@ class Watch(Callback):
     """Notes losses and samples."""
 
     def __init__(self) -> None:
-        self.told = Told()
+        self.told = Outcome()
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: object, batch: Step, batch_idx: int
+        self, trainer: Trainer, pl_module: Any, outputs: object, batch: StepBatch, batch_idx: int
     ) -> None:
         step = trainer.global_step
         self.told.losses[step] = float(pl_module.step_loss)
-        trained = [row for row in batch.rows if bool((row.labels != IGNORED).any())]
+        trained = [row for row in batch.rows if bool((row.labels != IGNORE_INDEX).any())]
         self.told.samples[step] = [sample for row in trained for sample in row.sample_ids]
 
 
-def prepare(story: Story, *callbacks: Callback) -> tuple[Trainer, CausalLMModule, ChatData]:
+def prepare(story: ResumeCase, *callbacks: Callback) -> tuple[Trainer, CausalLMModule, ChatData]:
     """Return what a story needs to run."""
     facts: dict[str, str] = {}
-    saver = SaveCheckpoints(
-        CheckpointSettings(**story.settings), story.folder, facts, wish=lambda: None, saved=lambda step, path: None
+    saver = CheckpointSaver(
+        CheckpointSettings(**story.settings),
+        story.folder,
+        facts,
+        request=lambda: None,
+        on_saved=lambda step, path: None,
     )
     trainer = make_trainer(
         TOPOLOGIES[story.topology],
@@ -109,7 +113,7 @@ def prepare(story: Story, *callbacks: Callback) -> tuple[Trainer, CausalLMModule
     return trainer, module, data
 
 
-def tell(story: Story, *callbacks: Callback) -> Told:
+def run_case(story: ResumeCase, *callbacks: Callback) -> Outcome:
     """Train a story in this process, which is one rank of its topology."""
     watch = Watch()
     trainer, module, data = prepare(story, watch, *callbacks)
@@ -118,6 +122,6 @@ def tell(story: Story, *callbacks: Callback) -> Told:
     return watch.told
 
 
-def tell_all(stories: list[Story]) -> list[Told]:
+def run_cases(stories: list[ResumeCase]) -> list[Outcome]:
     """Train one story after another."""
-    return [tell(story) for story in stories]
+    return [run_case(story) for story in stories]

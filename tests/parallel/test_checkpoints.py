@@ -20,16 +20,16 @@ from lightning_hub.checkpoints.storage import Files
 from lightning_hub.config.recipe import recipe_from_text
 from lightning_hub.config.resolve import fill_defaults
 from lightning_hub.errors import HubError
-from lightning_hub.launch.topology import settle_alone
+from lightning_hub.launch.topology import single_process_topology
 from lightning_hub.models.pretrained import EMBEDDED_FOLDER
-from lightning_hub.parallel.dtensor import own_part
+from lightning_hub.parallel.dtensor import local_tensor
 from lightning_hub.runs.folder import RunFolder
 from lightning_hub.runs.manifest import verify
 from lightning_hub.training.run import export
 from tests.conftest import WriteRows
 from tests.parallel.memory_probe import Samples, heaviest_moment, save_heavy_model, weighed
 from tests.parallel.multiprocess import processes
-from tests.parallel.resume_cases import Story, Told, prepare, tell
+from tests.parallel.resume_cases import Outcome, ResumeCase, prepare, run_case
 from tests.parallel.test_resume import assert_same
 
 
@@ -42,10 +42,10 @@ def full_disk_on_rank_1(*args: object) -> Files:
 def nan_on_rank_1(module: torch.nn.Module) -> None:
     if torch.distributed.get_rank() == 1:
         weight = next(module.parameters())
-        own_part(weight.detach()).view(-1)[0] = float("nan")
+        local_tensor(weight.detach()).view(-1)[0] = float("nan")
 
 
-def faults_and_others(story: Story) -> tuple[list[tuple[str, str]], list[Told]]:
+def faults_and_others(story: ResumeCase) -> tuple[list[tuple[str, str]], list[Outcome]]:
     """Fail to save in two ways, then let Lightning's own callback save, and go on from what it saved."""
     trainer, module, data = prepare(story)
     trainer.fit(module, data)
@@ -73,16 +73,16 @@ def faults_and_others(story: Story) -> tuple[list[tuple[str, str]], list[Told]]:
         save_last=True,
     )
     quiet = {"every_n_epochs": None}
-    whole = Story("fsdp", story.data, story.folder / "whole", settings=quiet)
-    straight = tell(whole, keeper)
-    resumed = Story("fsdp", story.data, story.folder / "resumed", resume=theirs / "step=8.ckpt", settings=quiet)
-    return faults, [straight, tell(resumed)]
+    whole = ResumeCase("fsdp", story.data, story.folder / "whole", settings=quiet)
+    straight = run_case(whole, keeper)
+    resumed = ResumeCase("fsdp", story.data, story.folder / "resumed", resume=theirs / "step=8.ckpt", settings=quiet)
+    return faults, [straight, run_case(resumed)]
 
 
 @pytest.mark.slow
 @pytest.mark.fault("F18")
 def test_ranks_fail_together_and_lightnings_callback_works(tmp_path: Path, write_rows: WriteRows) -> None:
-    story = Story("fsdp", write_rows(50), tmp_path / "run", trainer={"max_steps": 1})
+    story = ResumeCase("fsdp", write_rows(50), tmp_path / "run", trainer={"max_steps": 1})
     ranks = processes(2, partial(faults_and_others, story), tmp_path)
     faults = ranks[0][0]
     assert faults == ranks[1][0]
@@ -103,7 +103,7 @@ def test_ranks_fail_together_and_lightnings_callback_works(tmp_path: Path, write
     assert all(straight[0].weights[name].equal(tensor) for name, tensor in exported.items())
 
 
-def weigh(story: Story) -> tuple[Samples, Samples]:
+def weigh(story: ResumeCase) -> tuple[Samples, Samples]:
     """Weigh this rank while it saves, and while weights and a new optimizer are filled from that."""
     saving: Samples = []
     filling: Samples = []
@@ -114,8 +114,8 @@ def weigh(story: Story) -> tuple[Samples, Samples]:
     optimizer = torch.optim.AdamW(module.parameters())
     with weighed(filling):
         restored = FolderCheckpointIO().load_checkpoint(story.folder / "step-2")["restored"]
-        state_dict.fill_weights(module, restored.weights)
-        state_dict.fill_optimizer(module, optimizer, restored.optimizer)
+        state_dict.load_weights(module, restored.weights)
+        state_dict.load_optimizer_state(module, optimizer, restored.optimizer)
     return saving, filling
 
 
@@ -129,7 +129,7 @@ trainer: {{devices: 2, strategy: fsdp}}
 def alone(text: str) -> dict[str, Any]:
     """Return a recipe as the export of its run reads it."""
     tree: dict[str, Any] = fill_defaults(recipe_from_text(text, "recipe.yaml"))
-    settle_alone(tree["trainer"])
+    single_process_topology(tree["trainer"])
     return tree
 
 
@@ -148,7 +148,7 @@ def test_saving_and_filling_take_little_memory(tmp_path: Path, write_rows: Write
     AutoTokenizer.from_pretrained(EMBEDDED_FOLDER).save_pretrained(tmp_path / "model")
     trainer = {"max_steps": 1, "limit_val_batches": 0}
     run = RunFolder(tmp_path / "run")
-    story = Story("fsdp", write_rows(50), run.checkpoints, str(tmp_path / "model"), trainer=trainer)
+    story = ResumeCase("fsdp", write_rows(50), run.checkpoints, str(tmp_path / "model"), trainer=trainer)
     saving, filling = zip(*processes(2, partial(weigh, story), tmp_path), strict=True)
     assert heaviest_moment([*saving]) <= 0.3 * size
     text = RECIPE.format(model=story.model, data=story.data)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_hub.parallel.clipping import clip_by_norm, clip_by_value, total_norm
+from lightning_hub.parallel.clipping import clip_grad_norm, clip_grad_value, total_norm
 
 
 def parameters(scale: float) -> list[nn.Parameter]:
@@ -18,14 +18,14 @@ def parameters(scale: float) -> list[nn.Parameter]:
 @pytest.mark.parametrize("scale", [1e-3, 10.0])
 def test_clipping_by_norm_is_that_of_torch(scale: float) -> None:
     ours, theirs = parameters(scale), parameters(scale)
-    assert clip_by_norm(ours, 1.0) == pytest.approx(float(nn.utils.clip_grad_norm_(theirs, 1.0)), rel=1e-6)
+    assert clip_grad_norm(ours, 1.0) == pytest.approx(float(nn.utils.clip_grad_norm_(theirs, 1.0)), rel=1e-6)
     for mine, other in zip(ours[:2], theirs, strict=False):
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-6, atol=0)
 
 
 def test_clipping_by_value_bites() -> None:
     clipped, before = parameters(10.0), float(total_norm(parameters(10.0)))
-    clip_by_value(clipped, 0.1)
+    clip_grad_value(clipped, 0.1)
     assert clipped[0].grad is not None
     assert clipped[0].grad.abs().max() == pytest.approx(0.1)
     assert total_norm(clipped) < before / 10

@@ -9,23 +9,27 @@ import torch.distributed
 
 from lightning_hub.config.check import RecipeError
 from lightning_hub.errors import ConfigError, HubError
-from lightning_hub.launch.environment import Place
+from lightning_hub.launch.environment import ProcessInfo
 from lightning_hub.methods.lora.liveness import DeadAdapterError
-from lightning_hub.methods.nonfinite import UnfitStepError
-from lightning_hub.parallel.collectives import Crew, largest, worst
-from lightning_hub.parallel.process_group import join, leave
+from lightning_hub.methods.nonfinite import NonFiniteStepError
+from lightning_hub.parallel.collectives import Ranks, all_reduce_max, max_with_rank
+from lightning_hub.parallel.process_group import destroy_process_group, init_process_group
 from tests.parallel.multiprocess import processes
 
 
 def agree() -> list[object]:
     rank = int(os.environ["RANK"])
-    join(Place(rank, 2, rank, 2, "env"), on_gpu=False)
-    found: list[object] = [largest(rank), worst(float(10 - rank)), Crew().on_first(lambda: f"rank {rank}")]
+    init_process_group(ProcessInfo(rank, 2, rank, 2, "env"), on_gpu=False)
+    found: list[object] = [
+        all_reduce_max(rank),
+        max_with_rank(float(10 - rank)),
+        Ranks().run_on_rank_zero(lambda: f"rank {rank}"),
+    ]
     try:
-        Crew().on_first(fail)
+        Ranks().run_on_rank_zero(fail)
     except HubError as error:
         found.append(str(error))
-    leave()
+    destroy_process_group()
     return [*found, torch.distributed.is_initialized()]
 
 
@@ -39,13 +43,13 @@ def test_ranks_agree_on_votes_results_and_errors(tmp_path: Path) -> None:
 
 
 def test_alone_everything_is_agreed_on() -> None:
-    assert (largest(3), worst(2.5), Crew().on_first(lambda: 1)) == (3, (2.5, 0), 1)
+    assert (all_reduce_max(3), max_with_rank(2.5), Ranks().run_on_rank_zero(lambda: 1)) == (3, (2.5, 0), 1)
 
 
 @pytest.mark.parametrize(
     "error",
     [
-        UnfitStepError(3, [float("nan"), 1.0]),
+        NonFiniteStepError(3, [float("nan"), 1.0]),
         DeadAdapterError("are frozen by now", ["layers.0.lora_A"], 42),
         RecipeError([ConfigError("one", where="a.yaml:1"), ConfigError("two", remedy="three")]),
         ConfigError("given", where="there", remedy="do it"),

@@ -12,7 +12,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from lightning_hub.checkpoints import state_dict
 from lightning_hub.checkpoints.checkpoint_io import FolderCheckpointIO
-from lightning_hub.parallel.dtensor import full_state, own_part, part_of
+from lightning_hub.parallel.dtensor import full_state_dict, local_shard_of, local_tensor
 from tests.parallel.multiprocess import processes
 
 
@@ -29,19 +29,23 @@ def cut_and_gather(folder: Path) -> tuple[list[bool], bool, list[bool]]:
     whole = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     parallelize_module(model, mesh["tp"], {"0": ColwiseParallel(), "1": RowwiseParallel()}, src_data_rank=None)
     fully_shard(model, mesh=mesh["fsdp"])
-    parts = [own_part(cut.detach()).equal(part_of(whole[name], cut)) for name, cut in model.named_parameters()]
-    gathered = full_state(model)
+    parts = [
+        local_tensor(cut.detach()).equal(local_shard_of(whole[name], cut)) for name, cut in model.named_parameters()
+    ]
+    gathered = full_state_dict(model)
     rank_0 = torch.distributed.get_rank() == 0
     found = all(gathered[name].equal(whole[name]) for name in whole) if rank_0 else gathered == {}
     FolderCheckpointIO().save_together({"global_step": 1, "state_dict": state_dict.weights(model)}, folder / "step-1")
     stored = FolderCheckpointIO().load_checkpoint(folder / "step-1")["restored"].weights
     again = nn.Sequential(nn.Linear(10, 8), nn.Linear(8, 10))
-    state_dict.fill_weights(again, stored)
+    state_dict.load_weights(again, stored)
     with torch.no_grad():
         for weight in model.parameters():
             weight.zero_()
-    state_dict.fill_weights(model, stored)
-    filled = [own_part(cut.detach()).equal(part_of(whole[name], cut)) for name, cut in model.named_parameters()]
+    state_dict.load_weights(model, stored)
+    filled = [
+        local_tensor(cut.detach()).equal(local_shard_of(whole[name], cut)) for name, cut in model.named_parameters()
+    ]
     return parts, found, filled + [again.state_dict()[name].equal(tensor) for name, tensor in whole.items()]
 
 

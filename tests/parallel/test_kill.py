@@ -13,29 +13,29 @@ from pathlib import Path
 
 import pytest
 
-from lightning_hub.runs.manifest import committed, newest_whole, verify
+from lightning_hub.runs.manifest import list_checkpoints, newest_valid, verify
 from tests.conftest import WriteRows
 from tests.parallel.multiprocess import TIME_LIMIT, started
-from tests.parallel.resume_cases import TOPOLOGIES, Story, tell
+from tests.parallel.resume_cases import TOPOLOGIES, ResumeCase, run_case
 
 OTHER_DEVICE = Path("/dev/shm")
 
 
-def save_for_ever(story: Story, temporary: Path) -> None:
+def save_for_ever(story: ResumeCase, temporary: Path) -> None:
     """Train and save after every step until somebody ends it."""
     os.environ["TMPDIR"] = str(temporary)
     tempfile.tempdir = None
-    tell(story)
+    run_case(story)
 
 
 def newest_step(folder: Path) -> int:
-    return next((step for step, _ in committed(folder)), 0)
+    return next((step for step, _ in list_checkpoints(folder)), 0)
 
 
-def kill_while_saving(story: Story, folder: Path, kills: int, temporary: Path) -> None:
+def kill_while_saving(story: ResumeCase, folder: Path, kills: int, temporary: Path) -> None:
     source = random.Random(0)
     for _ in range(kills):
-        before, damaged = newest_whole(story.folder)
+        before, damaged = newest_valid(story.folder)
         assert not damaged
         began = newest_step(story.folder)
         attempt = partial(save_for_ever, replace(story, resume=before), temporary)
@@ -53,13 +53,13 @@ def kill_while_saving(story: Story, folder: Path, kills: int, temporary: Path) -
                 process.kill()
             for process in ranks:
                 process.join()
-        for step, path in committed(story.folder):
+        for step, path in list_checkpoints(story.folder):
             assert verify(path).step == step
         assert newest_step(story.folder) > began
 
 
-def real_saves(topology: str, data: Path, folder: Path) -> Story:
-    return Story(
+def real_saves(topology: str, data: Path, folder: Path) -> ResumeCase:
+    return ResumeCase(
         topology,
         data,
         folder / "checkpoints",

@@ -17,9 +17,9 @@ from benchmarks.strategy_memory import lines
 from lightning_hub.errors import ConfigError
 from lightning_hub.methods.sft import SFT
 from lightning_hub.models.pretrained import Pretrained
-from lightning_hub.ops.batch import Step
-from lightning_hub.parallel.dtensor import own_part
-from lightning_hub.parallel.fsdp import Sharding
+from lightning_hub.ops.batch import StepBatch
+from lightning_hub.parallel.dtensor import local_tensor
+from lightning_hub.parallel.fsdp import FSDPConfig
 from lightning_hub.parallel.memory import strategy_memory
 from lightning_hub.parallel.strategies import DDP, FSDP, ModelParallel
 from tests.parallel.multiprocess import Shares, Topology, make_trainer, processes
@@ -42,7 +42,7 @@ class Weighed(SFT):
 
     held: Held
 
-    def on_train_batch_end(self, outputs: object, batch: Step, batch_idx: int) -> None:
+    def on_train_batch_end(self, outputs: object, batch: StepBatch, batch_idx: int) -> None:
         parameters = list(self.parameters())
         (states,) = (optimizer.state.values() for optimizer in self.trainer.optimizers)
         moments = [state[name] for state in states for name in ("exp_avg", "exp_avg_sq")]
@@ -51,7 +51,7 @@ class Weighed(SFT):
 
 
 def num_bytes(tensors: list[Any]) -> int:
-    return sum(own_part(tensor).nbytes for tensor in tensors)
+    return sum(local_tensor(tensor).nbytes for tensor in tensors)
 
 
 def weigh(cases: list[tuple[str, Any]], topology: Topology) -> list[Held]:
@@ -92,7 +92,7 @@ def peak(options: dict[str, Any], precision: str, rows: int) -> int:
 
     torch.distributed.init_process_group("fake", rank=0, world_size=RANKS, store=FakeStore())
     model = LlamaForCausalLM(config())
-    sharding = Sharding(**options)
+    sharding = FSDPConfig(**options)
     mesh = init_device_mesh("cpu", (RANKS,), mesh_dim_names=("fsdp",))
     sharding.apply(model, mesh, precision)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
@@ -108,7 +108,7 @@ def peak(options: dict[str, Any], precision: str, rows: int) -> int:
     with tracker:
         for _ in range(2):  # the optimizer has its state from the second step on
             for _ in range(rows - 1):
-                with sharding.accumulation(model):
+                with sharding.no_gradient_sync(model):
                     run()
             run()
             optimizer.step()

@@ -13,10 +13,10 @@ import pytest
 from lightning_hub.methods.lora import LoRA
 from lightning_hub.methods.osft import OSFT
 from lightning_hub.methods.sft import SFT
-from lightning_hub.runs.manifest import newest_whole, read_manifest
+from lightning_hub.runs.manifest import newest_valid, read_manifest
 from tests.conftest import WriteRows
 from tests.parallel.multiprocess import calm, processes
-from tests.parallel.resume_cases import Story, Told, tell_all
+from tests.parallel.resume_cases import Outcome, ResumeCase, run_cases
 
 NOISY = {"neftune_alpha": 5.0, "lr_scheduler": "cosine"}
 """Random numbers in every step, another learning rate in each."""
@@ -25,7 +25,7 @@ DROPPED = {"dropout": 0.2, "r": 4, "lr_scheduler": "cosine"}
 """The same for adapters."""
 
 
-def assert_same(resumed: list[Told], straight: list[Told], after: int) -> None:
+def assert_same(resumed: list[Outcome], straight: list[Outcome], after: int) -> None:
     """Compare every rank's rest of a training, bit for bit."""
     for found, expected in zip(resumed, straight, strict=True):
         assert found.losses == {step: loss for step, loss in expected.losses.items() if step > after}
@@ -40,7 +40,7 @@ def test_two_ranks_go_on_exactly(tmp_path: Path, write_rows: WriteRows) -> None:
     data, every_two = write_rows(50), {"val_check_interval": 2}
     everywhere = {2: 2, 5: 0, 7: 2}  # after a validation, at the end of an epoch, in the middle of one: loader workers
     once = {7: 0}  # where a run stops is no matter of its method
-    stories: list[Story] = []
+    stories: list[ResumeCase] = []
     starts: dict[int, dict[int, int]] = {}
     for topology, name, kind, options, stops in (
         ("ddp", "ddp", SFT, NOISY, everywhere),
@@ -49,7 +49,7 @@ def test_two_ranks_go_on_exactly(tmp_path: Path, write_rows: WriteRows) -> None:
         ("fsdp", "lora-fsdp", LoRA, DROPPED, once),
         ("fsdp", "osft-fsdp", OSFT, NOISY | {"unfreeze_rank_ratio": 0.3}, once),
     ):
-        straight = Story(topology, data, tmp_path / name, kind=kind, method=options, trainer=every_two)
+        straight = ResumeCase(topology, data, tmp_path / name, kind=kind, method=options, trainer=every_two)
         starts[len(stories)] = stops
         stories.append(straight)
         stories += [
@@ -61,7 +61,7 @@ def test_two_ranks_go_on_exactly(tmp_path: Path, write_rows: WriteRows) -> None:
             )
             for step, workers in stops.items()
         ]
-    ranks = processes(2, partial(tell_all, stories), tmp_path)
+    ranks = processes(2, partial(run_cases, stories), tmp_path)
     for start, stops in starts.items():
         straight_ranks = [told[start] for told in ranks]
         assert sorted(straight_ranks[0].losses) == list(range(1, 11))
@@ -95,7 +95,7 @@ def assert_damage_is_passed_over(folder: Path) -> None:
     for place, (sentence, harm) in enumerate(DAMAGE.items()):
         newest = folder / f"step-{10 - place}"
         harm(newest / "weights-00002-of-00002.safetensors")
-        found, damaged = newest_whole(folder)
+        found, damaged = newest_valid(folder)
         assert found == folder / f"step-{9 - place}"
         assert damaged[-1].where == str(newest)
         assert "weights-00002-of-00002" in damaged[-1].message
@@ -105,7 +105,7 @@ def assert_damage_is_passed_over(folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.fault("F23")
 def test_any_topology_goes_on_from_any_other(tmp_path: Path, write_rows: WriteRows) -> None:
-    first = Story(
+    first = ResumeCase(
         "single",
         write_rows(50),
         tmp_path / "one",
@@ -115,7 +115,7 @@ def test_any_topology_goes_on_from_any_other(tmp_path: Path, write_rows: WriteRo
         settings={"every_n_epochs": None},
     )
 
-    def leg(topology: str, name: str, start: Path | None, end: int) -> Story:
+    def leg(topology: str, name: str, start: Path | None, end: int) -> ResumeCase:
         return replace(
             first, topology=topology, folder=tmp_path / name, resume=start, trainer={**first.trainer, "max_steps": end}
         )
@@ -133,16 +133,16 @@ def test_any_topology_goes_on_from_any_other(tmp_path: Path, write_rows: WriteRo
         leg("ddp x 4", "a", tmp_path / "a/step-6", 10),
     ]
     # fmt: on
-    of_two = processes(2, partial(tell_all, two), tmp_path)
-    straight, second_of_a, last_of_b = tell_all(one)
-    of_four = processes(4, partial(tell_all, four), tmp_path)
+    of_two = processes(2, partial(run_cases, two), tmp_path)
+    straight, second_of_a, last_of_b = run_cases(one)
+    of_four = processes(4, partial(run_cases, four), tmp_path)
     a = [[told[0] for told in of_two], [second_of_a], *map(list, zip(*of_four, strict=True))]
     b = [*map(list, zip(*(told[1:] for told in of_two), strict=True)), [last_of_b]]
     for chain in (a, b):
         assert_same_course(chain, straight)
 
 
-def assert_same_course(chain: list[list[Told]], straight: Told) -> None:
+def assert_same_course(chain: list[list[Outcome]], straight: Outcome) -> None:
     """Compare a training that went through several topologies with the unbroken one."""
     losses = {step: loss for ranks in chain for step, loss in ranks[0].losses.items()}
     assert losses == pytest.approx(straight.losses, rel=1e-5)

@@ -25,7 +25,7 @@ from lightning_hub.runs.folder import (
     runs_root,
     unlock_run,
 )
-from lightning_hub.runs.process_identity import Identity, boot_id
+from lightning_hub.runs.process_identity import ProcessIdentity, boot_id
 from lightning_hub.runs.rank_writer import RankWriter
 from lightning_hub.runs.records import Heartbeat, RunInfo, Status, newer_schema
 from lightning_hub.runs.writer import RunWriter
@@ -173,7 +173,7 @@ def test_of_two_starts_in_one_folder_one_is_refused(folder: RunFolder) -> None:
     for process in both:
         process.communicate()
     lock_run(folder)  # the owner is dead: its lock is taken over
-    assert Identity.from_json(read_json(folder.lock) or {}) == Identity.own()
+    assert ProcessIdentity.from_json(read_json(folder.lock) or {}) == ProcessIdentity.own()
     unlock_run(folder)
     lock_run(folder)
 
@@ -191,7 +191,7 @@ def test_two_starts_look_at_the_lock_one_after_the_other(folder: RunFolder) -> N
 
 @pytest.mark.fault("F45")
 def test_a_lock_of_a_reused_pid_is_taken_over_and_that_of_another_host_is_not(folder: RunFolder) -> None:
-    own = Identity.own()
+    own = ProcessIdentity.own()
     write_json(folder.lock, own.to_json() | {"pid_start": own.start - 1})
     lock_run(folder)
     write_json(folder.lock, own.to_json() | {"boot_id": "before the reboot"})
@@ -206,17 +206,17 @@ def test_a_lock_of_a_reused_pid_is_taken_over_and_that_of_another_host_is_not(fo
 @pytest.mark.fault("F45")
 def test_a_process_is_known_by_more_than_its_number() -> None:
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    identity = Identity.of(child.pid)
+    identity = ProcessIdentity.of(child.pid)
     assert identity is not None
     assert identity.is_alive() is True
-    assert Identity.from_json(json.loads(json.dumps(identity.to_json()))) == identity
-    assert Identity(identity.pid, identity.start + 1, boot_id(), identity.host).is_alive() is False
+    assert ProcessIdentity.from_json(json.loads(json.dumps(identity.to_json()))) == identity
+    assert ProcessIdentity(identity.pid, identity.start + 1, boot_id(), identity.host).is_alive() is False
     child.kill()
     while child.returncode is None and identity.is_alive():
         pass
     assert identity.is_alive() is False  # a zombie has ended, before anyone waits for it
     child.wait()
-    assert Identity.of(child.pid) is None
+    assert ProcessIdentity.of(child.pid) is None
 
 
 def test_records_forgive_what_they_do_not_know() -> None:

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import psutil
 
-from lightning_hub.runs.hardware_metrics import Gauges
+from lightning_hub.runs.hardware_metrics import HardwareMetrics
 
 
 def test_readings_are_those_of_the_machine(tmp_path: Path) -> None:
-    gauges = Gauges(tmp_path / "gauges.json", tmp_path)
+    gauges = HardwareMetrics(tmp_path / "gauges.json", tmp_path)
     (tmp_path / "some").write_bytes(b"x" * 1000)
     gauges.write()
     found = json.loads((tmp_path / "gauges.json").read_text())

@@ -15,7 +15,7 @@ import pytest
 
 from lightning_hub.runs.files import read_json, write_json
 from lightning_hub.runs.folder import RunFolder
-from lightning_hub.runs.heartbeat import MAX_BYTES, HeartbeatFile, Pulse, heartbeat_period
+from lightning_hub.runs.heartbeat import MAX_BYTES, HeartbeatFile, RankActivity, heartbeat_period
 from lightning_hub.runs.rank_writer import STACKS_SIGNAL, RankWriter, classify
 from lightning_hub.runs.reader import RunReader, first_error, read_run
 from lightning_hub.runs.records import Heartbeat, Lease
@@ -207,11 +207,11 @@ def test_a_full_disk_stops_no_training_and_is_told_once(
 
 
 def test_a_heartbeat_is_small_whatever_is_in_it(tmp_path: Path) -> None:
-    pulse = Pulse()
+    pulse = RankActivity()
     pulse.step = pulse.epoch = 2**53
     pulse.loss = -1.2345678901234567e-300
     for text in ("x" * 1000, "\u00e9" * 100, '"\\' * 100, "\n\x00\x1b" * 50, "\U0001f600" * 64, "\ud800"):
-        pulse.do(text)
+        pulse.begin(text)
         data = HeartbeatFile(tmp_path / "h.json", pulse).content()
         assert len(data) <= MAX_BYTES
         assert len(str(json.loads(data)["doing"])) <= 64
@@ -248,10 +248,10 @@ def test_what_the_person_gave_is_kept_word_for_word(folder: RunFolder, run: RunW
 
 def test_wishes_reach_the_training_loop_and_end_with_the_attempt(folder: RunFolder, run: RunWriter) -> None:
     rank = RankWriter(folder, run.start_attempt("test"))
-    assert (rank.wishes_stop(), rank.wishes_checkpoint()) == (False, False)
+    assert (rank.stop_requested(), rank.checkpoint_requested()) == (False, False)
     folder.control_stop.touch()
     folder.control_checkpoint.touch()
-    assert (rank.wishes_stop(), rank.wishes_checkpoint(), rank.wishes_checkpoint()) == (True, True, False)
+    assert (rank.stop_requested(), rank.checkpoint_requested(), rank.checkpoint_requested()) == (True, True, False)
     run.close()
     again = RunWriter(folder)
     assert again.start_attempt("resumed by hand", step=4) == 2

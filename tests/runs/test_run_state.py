@@ -3,13 +3,15 @@ from __future__ import annotations
 import pytest
 
 from lightning_hub.runs.records import Heartbeat, Phase, Status
-from lightning_hub.runs.run_state import LeaseLook, Limits, RankLook, RunLook, rank_state, run_verdict
+from lightning_hub.runs.run_state import LeaseSnapshot, Limits, RankSnapshot, RunSnapshot, rank_state, run_verdict
 
 RUNNING = Status(state="running")
 
 
-def rank(number: int = 0, *, phase: Phase = "train", step: int = 5, doing: str = "forward", **look: object) -> RankLook:
-    return RankLook(number, heartbeat=Heartbeat(step=step, phase=phase, doing=doing), **look)  # type: ignore[arg-type]
+def rank(
+    number: int = 0, *, phase: Phase = "train", step: int = 5, doing: str = "forward", **look: object
+) -> RankSnapshot:
+    return RankSnapshot(number, heartbeat=Heartbeat(step=step, phase=phase, doing=doing), **look)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -18,7 +20,7 @@ def rank(number: int = 0, *, phase: Phase = "train", step: int = 5, doing: str =
         (rank(still=1, stuck=1, alive=True), "train"),
         (rank(phase="eval", still=1, stuck=100), "eval"),
         (rank(phase="save", still=1, stuck=100), "save"),
-        (RankLook(0), "init"),
+        (RankSnapshot(0), "init"),
         (rank(still=1, stuck=61), "stalled"),
         (rank(phase="save", still=1, stuck=1801), "stalled"),
         (rank(still=11, alive=True), "silent"),
@@ -32,7 +34,7 @@ def rank(number: int = 0, *, phase: Phase = "train", step: int = 5, doing: str =
         (rank(has_error=True, still=1, alive=True), "failed"),
     ],
 )
-def test_the_state_of_a_rank(look: RankLook, state: str) -> None:
+def test_the_state_of_a_rank(look: RankSnapshot, state: str) -> None:
     assert rank_state(look, Limits()) == state
 
 
@@ -41,33 +43,37 @@ def test_slow_steps_are_no_stall() -> None:
     assert rank_state(rank(still=1, stuck=301), Limits(), median_step_time=30) == "stalled"
 
 
-moving = LeaseLook(0, still=1)
-standing = LeaseLook(0, still=21)
+moving = LeaseSnapshot(0, seconds_without_heartbeat=1)
+standing = LeaseSnapshot(0, seconds_without_heartbeat=21)
 
 
 @pytest.mark.parametrize(
     ("look", "state", "sure"),
     [
-        (RunLook(None), "unknown", False),
-        (RunLook(Status(state="finished"), (rank(exit_code=0),)), "finished", True),
-        (RunLook(Status(state="finished"), (rank(exit_code=1),)), "failed", True),
-        (RunLook(Status(state="stopped")), "stopped", True),
-        (RunLook(RUNNING, (rank(still=1), rank(1, has_error=True)), (moving,)), "failed", True),
-        (RunLook(RUNNING, (rank(still=1),), (moving,)), "running", True),
-        (RunLook(RUNNING, (rank(still=11),), (moving,)), "running", True),
-        (RunLook(RUNNING, (rank(still=1, stuck=61),), (moving,)), "stalled", True),
-        (RunLook(RUNNING, (rank(still=61, stuck=61, alive=True),), (LeaseLook(0, 61, alive=True),)), "stalled", True),
-        (RunLook(RUNNING, (rank(phase="save", still=1, stuck=61),), (moving,)), "running", True),
-        (RunLook(RUNNING, (rank(still=21),), (standing,)), "lost", True),
-        (RunLook(RUNNING, (rank(still=1),), (standing,)), "orphan", True),
-        (RunLook(RUNNING, (rank(still=1, alive=False),), (LeaseLook(0, 1, alive=False),)), "lost", True),
-        (RunLook(RUNNING, (rank(),), (LeaseLook(0),)), "running", False),
-        (RunLook(Status(state="starting"), owner_alive=True), "starting", True),
-        (RunLook(Status(state="starting"), owner_alive=False), "lost", True),
-        (RunLook(Status(state="queued")), "queued", False),
+        (RunSnapshot(None), "unknown", False),
+        (RunSnapshot(Status(state="finished"), (rank(exit_code=0),)), "finished", True),
+        (RunSnapshot(Status(state="finished"), (rank(exit_code=1),)), "failed", True),
+        (RunSnapshot(Status(state="stopped")), "stopped", True),
+        (RunSnapshot(RUNNING, (rank(still=1), rank(1, has_error=True)), (moving,)), "failed", True),
+        (RunSnapshot(RUNNING, (rank(still=1),), (moving,)), "running", True),
+        (RunSnapshot(RUNNING, (rank(still=11),), (moving,)), "running", True),
+        (RunSnapshot(RUNNING, (rank(still=1, stuck=61),), (moving,)), "stalled", True),
+        (
+            RunSnapshot(RUNNING, (rank(still=61, stuck=61, alive=True),), (LeaseSnapshot(0, 61, alive=True),)),
+            "stalled",
+            True,
+        ),
+        (RunSnapshot(RUNNING, (rank(phase="save", still=1, stuck=61),), (moving,)), "running", True),
+        (RunSnapshot(RUNNING, (rank(still=21),), (standing,)), "lost", True),
+        (RunSnapshot(RUNNING, (rank(still=1),), (standing,)), "orphan", True),
+        (RunSnapshot(RUNNING, (rank(still=1, alive=False),), (LeaseSnapshot(0, 1, alive=False),)), "lost", True),
+        (RunSnapshot(RUNNING, (rank(),), (LeaseSnapshot(0),)), "running", False),
+        (RunSnapshot(Status(state="starting"), owner_alive=True), "starting", True),
+        (RunSnapshot(Status(state="starting"), owner_alive=False), "lost", True),
+        (RunSnapshot(Status(state="queued")), "queued", False),
     ],
 )
-def test_the_verdict_on_a_run(look: RunLook, state: str, sure: bool) -> None:
+def test_the_verdict_on_a_run(look: RunSnapshot, state: str, sure: bool) -> None:
     verdict = run_verdict(look)
     assert (verdict.state, verdict.sure) == (state, sure)
 
@@ -77,6 +83,6 @@ def test_a_stall_names_the_rank_behind_and_what_it_does() -> None:
         rank(0, step=6, still=1, stuck=70, doing="all_reduce"),
         rank(1, step=5, still=1, stuck=70, doing="forward 2/4"),
     )
-    assert run_verdict(RunLook(RUNNING, ranks, (moving,))).reason == (
+    assert run_verdict(RunSnapshot(RUNNING, ranks, (moving,))).reason == (
         "no step is finished any more; rank 1 stands at 5, in forward 2/4"
     )

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lightning_hub.cli import run
 from lightning_hub.methods import causal_lm
 from lightning_hub.models.pretrained import EMBEDDED_FOLDER
-from lightning_hub.ops.loss import Traits
+from lightning_hub.ops.loss import ModelCapabilities
 from lightning_hub.runs.folder import RunFolder
 from lightning_hub.runs.metrics import Line, read_metrics
 from tests.conftest import WriteRows
@@ -301,8 +301,12 @@ def test_a_model_that_costs_more_is_announced(
 ) -> None:
     fit("--trainer.max_steps", "1")
     assert "note" not in capsys.readouterr().out
-    slow = Traits(
-        "sdpa", is_linear=False, is_packable=False, reason="packed in a row, logits are off", adds_to_loss=True
+    slow = ModelCapabilities(
+        "sdpa",
+        has_linear_head=False,
+        isolates_documents=False,
+        reason="packed in a row, logits are off",
+        adds_to_loss=True,
     )
     monkeypatch.setattr(causal_lm, "prove", lambda *given: slow)
     fit("--trainer.max_steps", "1", folder="again")

@@ -16,7 +16,7 @@ from lightning_hub.data.datamodule import ChatData
 from lightning_hub.demo.tasks import SPELL, conversations
 from lightning_hub.methods.sft import SFT
 from lightning_hub.models.pretrained import Pretrained
-from lightning_hub.ops.batch import IGNORED
+from lightning_hub.ops.batch import IGNORE_INDEX
 from lightning_hub.parallel.strategies import DDP, FSDP
 from lightning_hub.runs.folder import RunFolder
 from lightning_hub.runs.metrics import read_metrics
@@ -70,7 +70,7 @@ def reference(old: Path) -> float:
             ids, labels = (torch.from_numpy(part.astype("int64")) for part in samples[sample])
             logits = model(ids[None], use_cache=False).logits[0, :-1]
             total += float(cross_entropy(logits.double(), labels[1:], reduction="sum"))
-            count += int((labels[1:] != IGNORED).sum())
+            count += int((labels[1:] != IGNORE_INDEX).sum())
     return total / count
 
 

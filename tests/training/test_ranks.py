@@ -18,7 +18,7 @@ import pytest
 from lightning_hub.cli import run
 from lightning_hub.runs.folder import RunFolder
 from lightning_hub.runs.metrics import read_metrics
-from lightning_hub.runs.process_identity import Identity
+from lightning_hub.runs.process_identity import ProcessIdentity
 from lightning_hub.runs.reader import read_run
 from tests.conftest import PATIENCE, WriteRows
 from tests.warm import Warm, after_step_3, hub
@@ -69,7 +69,7 @@ def processes_of(folder: RunFolder) -> list[int]:
     """Return the living ranks of the run: those of its lease, and those that know of it by their environment."""
     lease = json.loads(folder.node(0).lease.read_text())
     machine = {"boot_id": lease["boot_id"], "host": lease["host"]}
-    ranks = [Identity.from_json({**child, **machine}) for child in lease["children"]]
+    ranks = [ProcessIdentity.from_json({**child, **machine}) for child in lease["children"]]
     found = [rank.pid for rank in ranks if rank is not None and rank.is_alive() and not is_zombie(rank.pid)]
     for process in psutil.process_iter():
         try:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from lightning_hub.cli import run
 from lightning_hub.data import prepare
 from lightning_hub.runs.folder import RunFolder
-from lightning_hub.runs.manifest import committed, verify
+from lightning_hub.runs.manifest import list_checkpoints, verify
 from lightning_hub.runs.metrics import Line, read_metrics
 from tests.conftest import WriteRows
 from tests.training.conftest import Fit
@@ -46,7 +46,7 @@ def cut_after(folder: RunFolder, step: int, to: Path) -> RunFolder:
     """Copy a run as it was when its checkpoint of ``step`` was the newest."""
     shutil.copytree(folder.path, to, symlinks=True)
     cut = RunFolder(to)
-    for later, path in committed(cut.checkpoints):
+    for later, path in list_checkpoints(cut.checkpoints):
         if later > step:
             shutil.rmtree(path)
     cut.latest.unlink()
@@ -63,7 +63,7 @@ def cut_after(folder: RunFolder, step: int, to: Path) -> RunFolder:
 def test_resume_from_every_step_is_exact(fit: Fit, tmp_path: Path, workers: str, stops: tuple[int, ...]) -> None:
     code, straight = fit(*LONG, *EVERY_STEP, "--data.num_workers", workers)
     assert code == 0
-    steps = [step for step, _ in committed(straight.checkpoints)]
+    steps = [step for step, _ in list_checkpoints(straight.checkpoints)]
     assert steps == list(range(12, 0, -1))
     for step in stops:
         resumed = cut_after(straight, step, tmp_path / f"from-{step}")
@@ -113,7 +113,7 @@ def test_damaged_checkpoints_are_passed_over(fit: Fit, capsys: pytest.CaptureFix
     assert "state.pt has 0 bytes" in capsys.readouterr().err
     assert json.loads(folder.attempt_json(2).read_text())["checkpoint"] == "step-2"
     assert verify(folder.latest.resolve()).step == 3, "the damaged one was replaced"
-    for _, path in committed(folder.checkpoints):
+    for _, path in list_checkpoints(folder.checkpoints):
         (path / "weights.safetensors").unlink()
     assert run(["runs", "resume", str(folder.path)]) == 4
 
@@ -123,7 +123,7 @@ def test_going_on_from_an_older_checkpoint_gives_up_the_newer_ones(fit: Fit) -> 
     _, folder = fit(*EVERY_STEP, "--trainer.max_steps", "4")
     older = ["--resume", str(folder.checkpoint(1)), "--checkpoint.keep", "2", "--trainer.max_steps", "2"]
     assert run(["fit", "--config", str(folder.config), "--run-dir", str(folder.path), *older]) == 0
-    assert [step for step, _ in committed(folder.checkpoints)] == [2, 1]
+    assert [step for step, _ in list_checkpoints(folder.checkpoints)] == [2, 1]
     assert verify(folder.latest.resolve()).step == 2
 
 

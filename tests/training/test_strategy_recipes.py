@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from lightning_hub.cli import run
-from lightning_hub.config.check import check
+from lightning_hub.config.check import check_recipe
 from lightning_hub.config.command import parse_command
 from lightning_hub.config.resolve import fill_defaults
-from lightning_hub.launch.topology import settle
+from lightning_hub.launch.topology import resolve_topology
 from tests.conftest import WriteRows
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -21,9 +21,9 @@ STRATEGIES = sorted((CONFIGS / "strategy").glob("*.yaml"))
 @pytest.mark.parametrize("recipe", STRATEGIES, ids=lambda path: path.stem)
 def test_a_strategy_is_read_beside_a_recipe(recipe: Path) -> None:
     read = parse_command(["--config", str(CONFIGS / "sft.yaml"), "--config", str(recipe)]).recipe
-    check(read)
+    check_recipe(read)
     tree: dict[str, Any] = fill_defaults(read)
-    assert settle(read, tree["trainer"], place=None, gpus=0).world_size == 2
+    assert resolve_topology(read, tree["trainer"], place=None, gpus=0).world_size == 2
     assert tree["trainer"]["precision"] == "bf16-mixed", "the rest of the recipe stays"
 
 

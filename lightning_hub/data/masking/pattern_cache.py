@@ -20,7 +20,7 @@ from lightning_hub.data.conversation import Conversation
 from lightning_hub.data.masking.reference import MaskedConversation, ReferenceMasker, TokenSpan
 from lightning_hub.data.masking.sentinels import plain_turns
 from lightning_hub.data.sample_store import Ids, Indices
-from lightning_hub.ops.batch import IGNORED
+from lightning_hub.ops.batch import IGNORE_INDEX
 
 AGREEING_EXAMPLES = 4
 """Examples of the same roles that the reference must mask with the same pattern before the pattern is used."""
@@ -71,7 +71,7 @@ class PatternMasked:
 
     Attributes:
         ids: Token ids, int32, shape ``(tokens,)``.
-        labels: The ids where a token is trained, else ``IGNORED``, the same shape.
+        labels: The ids where a token is trained, else ``IGNORE_INDEX``, the same shape.
         text: The rendering.
         texts: The number of tokens of each message's text.
     """
@@ -256,8 +256,8 @@ class _Batch:
     def masked(self) -> list[tuple[Ids, Ids, list[int]] | None]:
         """The ids and labels (int32, shape ``(tokens,)``) and the text lengths of each masked conversation."""
         is_trained = np.cumsum(self.changes[:-1]) > 0
-        labels = np.where(is_trained, self.ids, np.int32(IGNORED)).astype(np.int32)
-        labels[self.offsets[:-1]] = IGNORED
+        labels = np.where(is_trained, self.ids, np.int32(IGNORE_INDEX)).astype(np.int32)
+        labels[self.offsets[:-1]] = IGNORE_INDEX
         return [
             None if texts is None else (self.ids[start:end], labels[start:end], texts)
             for texts, start, end in zip(self.texts, self.offsets.tolist(), self.offsets[1:].tolist(), strict=False)

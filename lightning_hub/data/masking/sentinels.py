@@ -49,7 +49,7 @@ class MarkedText:
 
 @dataclass(frozen=True, slots=True)
 class TextSpan:
-    """The position of a marked text in a rendering: from character ``start`` up to, not including, ``end``.
+    """The position of a marked text in a rendering: from character ``load_and_shard`` up to, not including, ``end``.
 
     Attributes:
         again: Ends of further copies of a part of a tool call; some templates repeat the name in the tool's turn.

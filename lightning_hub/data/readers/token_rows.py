@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lightning_hub.data.conversation import BadExampleError, Tokens
-from lightning_hub.ops.batch import IGNORED
+from lightning_hub.ops.batch import IGNORE_INDEX
 
 LOSS_MASKS = ("loss_mask", "completion_mask", "assistant_masks", "assistant_mask")
 """Columns with 1 for a trained token, else 0; a token is trained if it has 1 in all of them."""
@@ -37,7 +37,7 @@ def parse_tokens(fields: Mapping[str, object]) -> Tokens:
     for name in LOSS_MASKS:
         if fields.get(name) is not None:
             mask = _bits(fields[name], name, len(ids))
-            labels = tuple(label if bit else IGNORED for label, bit in zip(labels, mask, strict=True))
+            labels = tuple(label if bit else IGNORE_INDEX for label, bit in zip(labels, mask, strict=True))
     if fields.get("attention_mask") is not None:
         start, end = _without_padding(_bits(fields["attention_mask"], "attention_mask", len(ids)))
         if end - start < len(ids):
@@ -58,9 +58,9 @@ def _labels(fields: Mapping[str, object], ids: tuple[int, ...]) -> tuple[int, ..
     labels = _integers(fields["labels"], "labels")
     if len(ids) != len(labels):
         raise BadExampleError(f"{len(ids)} input_ids but {len(labels)} labels")
-    if any(label not in (IGNORED, token) for token, label in zip(ids, labels, strict=True)):
+    if any(label not in (IGNORE_INDEX, token) for token, label in zip(ids, labels, strict=True)):
         raise BadExampleError(
-            f"each label must be {IGNORED} or the token at the same position (labels are not shifted)"
+            f"each label must be {IGNORE_INDEX} or the token at the same position (labels are not shifted)"
         )
     return labels
 

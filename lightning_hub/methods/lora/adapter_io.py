@@ -15,10 +15,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_hub.checkpoints.export import whole_or_absent
+from lightning_hub.checkpoints.export import atomic_folder
 from lightning_hub.errors import ConfigError, HubError
-from lightning_hub.methods.fingerprint import sampled
-from lightning_hub.methods.lora.adapters import ADAPTER, PREFIX, Settings, layers_of, start_of
+from lightning_hub.methods.fingerprint import tensor_fingerprint
+from lightning_hub.methods.lora.adapters import ADAPTER, PREFIX, LoraSettings, initial_factors, layers_of
 from lightning_hub.models.pretrained import Pretrained
 
 WEIGHTS = "adapter_model.safetensors"
@@ -60,7 +60,7 @@ def _is_adapter(name: str) -> bool:
     return ".lora_" in name
 
 
-def finished(
+def export_adapter(
     model: PreTrainedModel, state: Mapping[str, Tensor], config: LoraConfig, base_hash: str, *, is_shifted: bool
 ) -> Adapter:
     """Return the adapter of a trained model.
@@ -81,7 +81,7 @@ def finished(
     if is_shifted:
         for name, layer in layers_of(model):
             a, b = (f"{PREFIX}{name}.lora_{key}.weight" for key in ("A", "B"))
-            start_a, start_b = start_of(layer)
+            start_a, start_b = initial_factors(layer)
             tensors[a] = torch.cat([tensors[a], start_a])
             tensors[b] = torch.cat([tensors[b], -start_b], dim=1)
         config.lora_alpha *= 2**0.5 if config.use_rslora else 2  # type: ignore[assignment]  # typed as a whole number
@@ -108,7 +108,7 @@ def write_adapter(
     Raises:
         HubError: What was written does not answer as what was trained.
     """
-    with whole_or_absent(target) as folder:
+    with atomic_folder(target) as folder:
         metadata = {"format": "pt", BASE_HASH: adapter.base_hash}
         safetensors.torch.save_file(  # tied weights stand under each of their names
             {name: tensor.clone() for name, tensor in adapter.tensors.items()}, folder / WEIGHTS, metadata
@@ -116,14 +116,14 @@ def write_adapter(
         adapter.config.save_pretrained(str(folder))
         tokenizer.save_pretrained(folder)
         fresh = _fresh(base)
-        before = {name: sampled(parameter) for name, parameter in fresh.named_parameters()}
+        before = {name: tensor_fingerprint(parameter) for name, parameter in fresh.named_parameters()}
         loaded = PeftModel.from_pretrained(fresh, str(folder))
         check_loaded(loaded, adapter.tensors, folder)
-        found = probe(loaded)
+        found = probe_logits(loaded)
         fresh = loaded.unload()  # a base without adapters again: reading it a second time takes as long as training
         _check_untouched(fresh, before, adapter.config.modules_to_save or [], folder)
         as_trained(fresh)
-        check_answers(found, probe(fresh), folder)
+        check_answers(found, probe_logits(fresh), folder)
 
 
 def _check_untouched(base: torch.nn.Module, before: Mapping[str, bytes], trained: Iterable[str], folder: Path) -> None:
@@ -140,7 +140,7 @@ def _check_untouched(base: torch.nn.Module, before: Mapping[str, bytes], trained
     """
     whole = tuple(f"{name}." for name in trained)
     for name, parameter in base.named_parameters():
-        if not name.startswith(whole) and sampled(parameter) != before[name]:
+        if not name.startswith(whole) and tensor_fingerprint(parameter) != before[name]:
             raise HubError(f"reading the adapter changes {name} of its base", where=str(folder))
 
 
@@ -174,7 +174,7 @@ def check_answers(found: Tensor, expected: Tensor, folder: Path) -> None:
 
 
 @torch.no_grad()
-def probe(model: torch.nn.Module) -> Tensor:
+def probe_logits(model: torch.nn.Module) -> Tensor:
     """Return the logits of a few tokens from all over the vocabulary, in float32."""
     model.eval()
     size = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]  # any model of transformers has it
@@ -191,7 +191,7 @@ def _fresh(base: Pretrained) -> PreTrainedModel:
     return base.load(dtype=dtype, attn_implementation="eager")
 
 
-def read_config(folder: Path, settings: Settings) -> None:
+def read_config(folder: Path, settings: LoraSettings) -> None:
     """Check that the adapter to go on from is what the recipe says.
 
     Raises:
@@ -224,7 +224,7 @@ def read_config(folder: Path, settings: Settings) -> None:
 
 
 @torch.no_grad()
-def fill_from(folder: Path, model: PreTrainedModel, base_hash: str) -> None:
+def load_adapter(folder: Path, model: PreTrainedModel, base_hash: str) -> None:
     """Give the live adapters of a model the weights of a folder.
 
     Raises:

@@ -17,13 +17,19 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lightning_hub.errors import ConfigError
-from lightning_hub.methods.fingerprint import sampled
+from lightning_hub.methods.fingerprint import tensor_fingerprint
 from lightning_hub.methods.lora.layers import compute_in_layer_dtype
-from lightning_hub.methods.targets import Matrix, describe, matrices, refuse_shared, resolve
+from lightning_hub.methods.targets import (
+    WeightMatrix,
+    describe_matrices,
+    reject_tied_weights,
+    resolve_targets,
+    weight_matrices,
+)
 
 Init = Literal["default", "gaussian", "orthogonal", "pissa", "pissa_niter_4", "pissa_niter_16", "olora", "eva"]
 
-SHIFTING = ("pissa", "olora")
+BASE_MODIFYING_INITS = ("pissa", "olora")
 """Beginnings of the inits whose adapters are no zero at the start: as much is taken out of the frozen weights."""
 
 EVA = "eva"
@@ -42,14 +48,14 @@ INIT_SEED = 0
 
 
 @dataclass(frozen=True)
-class Settings:
+class LoraSettings:
     """What adapters are, as a recipe says it.
 
     Attributes:
         r: Rank.
         alpha: Strength: an adapter's output is scaled by ``alpha / r``, or ``alpha / sqrt(r)`` with ``use_rslora``.
         dropout: Share of an adapter's inputs that is left out while training.
-        targets: Which layers are adapted, as `resolve` takes them.
+        targets: Which layers are adapted, as `resolve_targets` takes them.
         modules_to_save: Modules that are trained whole.
         use_rslora: Scale by the root of the rank.
         use_dora: Train the length of each weight column apart from its direction.
@@ -66,7 +72,7 @@ class Settings:
     init: Init
 
 
-def adapt(model: PreTrainedModel, settings: Settings, base: str) -> LoraConfig:
+def inject_adapters(model: PreTrainedModel, settings: LoraSettings, base: str) -> LoraConfig:
     """Freeze a model, put adapters beside its target layers, and return how peft describes them.
 
     The layers are replaced in place: class, names outside of the layers, forward and generation of the model stay
@@ -82,7 +88,7 @@ def adapt(model: PreTrainedModel, settings: Settings, base: str) -> LoraConfig:
     Raises:
         ConfigError: A name matches nothing, or the wishes do not go together; the model is as it was.
     """
-    config, trained = wished(model, settings, base)
+    config, trained = build_lora_config(model, settings, base)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.filterwarnings("ignore", ".*fan_in_fan_out.*")
         if settings.init.startswith("pissa_niter"):
@@ -104,12 +110,12 @@ def adapt(model: PreTrainedModel, settings: Settings, base: str) -> LoraConfig:
     config.init_lora_weights = True  # whoever reads the adapter needs no other start
     for name in trained:
         model.get_submodule(name).requires_grad_(True)
-    if is_shifting(settings.init):
-        _remember_start(model)
+    if modifies_base(settings.init):
+        _store_initial_factors(model)
     return config
 
 
-def wished(model: PreTrainedModel, settings: Settings, base: str) -> tuple[LoraConfig, list[str]]:
+def build_lora_config(model: PreTrainedModel, settings: LoraSettings, base: str) -> tuple[LoraConfig, list[str]]:
     """Return how peft describes the adapters that a model is to have, and the modules that are trained whole.
 
     Raises:
@@ -117,18 +123,18 @@ def wished(model: PreTrainedModel, settings: Settings, base: str) -> tuple[LoraC
     """
     trained = whole_modules(model, settings.modules_to_save)
     whole = tuple(f"{name}." for name in trained)
-    found = [matrix for matrix in resolve(model, settings.targets) if not matrix.full_name.startswith(whole)]
+    found = [matrix for matrix in resolve_targets(model, settings.targets) if not matrix.full_name.startswith(whole)]
     if not found:
         message = "all that targets name is trained whole, as modules_to_save says"
         raise ConfigError(message, where="model.init_args.targets", remedy="leave some of it to the adapters")
-    refuse_shared(found, remedy="leave it out, or train it whole with modules_to_save")
-    _check_shifting(model, found, settings)
+    reject_tied_weights(found, remedy="leave it out, or train it whole with modules_to_save")
+    _check_base_modifying(model, found, settings)
     return _config(model, found, settings, base), trained
 
 
-def is_shifting(init: str) -> bool:
+def modifies_base(init: str) -> bool:
     """Say whether an init takes the adapters' start out of the frozen weights."""
-    return init.startswith(SHIFTING)
+    return init.startswith(BASE_MODIFYING_INITS)
 
 
 def whole_modules(model: PreTrainedModel, entries: Sequence[str]) -> list[str]:
@@ -145,7 +151,7 @@ def whole_modules(model: PreTrainedModel, entries: Sequence[str]) -> list[str]:
             raise ConfigError(
                 f"{entry!r} names no module of this model",
                 where="model.init_args.modules_to_save",
-                remedy=f"it has {describe(matrices(model))}",
+                remedy=f"it has {describe_matrices(weight_matrices(model))}",
             )
         if isinstance(owners[found[0]], nn.ModuleList | nn.ModuleDict):
             raise ConfigError(
@@ -166,13 +172,13 @@ def whole_modules(model: PreTrainedModel, entries: Sequence[str]) -> list[str]:
     return [name for name in owners if name in [*chosen, *tied] and not name.startswith(inside)]
 
 
-def _check_shifting(model: PreTrainedModel, found: Iterable[Matrix], settings: Settings) -> None:
+def _check_base_modifying(model: PreTrainedModel, found: Iterable[WeightMatrix], settings: LoraSettings) -> None:
     """Refuse layers that an init cannot take a start out of: peft would fail late, or start somewhere else.
 
     Raises:
         ConfigError: There is one.
     """
-    for matrix in found if is_shifting(settings.init) else ():
+    for matrix in found if modifies_base(settings.init) else ():
         least = min(matrix.shape)
         is_known = isinstance(model.get_submodule(matrix.module), nn.Linear)
         if not is_known and not (matrix.is_transposed and settings.init != "olora"):
@@ -185,7 +191,7 @@ def _check_shifting(model: PreTrainedModel, found: Iterable[Matrix], settings: S
             raise ConfigError(message, where="model.init_args.r", remedy=remedy)
 
 
-def _config(model: PreTrainedModel, found: Sequence[Matrix], settings: Settings, base: str) -> LoraConfig:
+def _config(model: PreTrainedModel, found: Sequence[WeightMatrix], settings: LoraSettings, base: str) -> LoraConfig:
     layers = [matrix for matrix in found if isinstance(model.get_submodule(matrix.module), (nn.Linear, Conv1D))]
     others = [matrix for matrix in found if matrix not in layers]
     embeddings = [matrix for matrix in others if isinstance(model.get_submodule(matrix.module), nn.Embedding)]
@@ -213,7 +219,7 @@ def layers_of(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
             yield name, module
 
 
-def _remember_start(model: nn.Module) -> None:
+def _store_initial_factors(model: nn.Module) -> None:
     """Keep what the adapters start from: the frozen weights lack it, so an adapter for the whole ones needs it."""
     for _, layer in layers_of(model):
         for key in ("A", "B"):
@@ -221,13 +227,13 @@ def _remember_start(model: nn.Module) -> None:
             cast("nn.Module", layer).register_buffer(f"start_{key}", weight.detach().clone(), persistent=False)
 
 
-def start_of(layer: LoraLayer) -> tuple[Tensor, Tensor]:
+def initial_factors(layer: LoraLayer) -> tuple[Tensor, Tensor]:
     """Return what the ``A`` and ``B`` of a layer have started from, on the host."""
     held = cast("nn.Module", layer)
     return held.get_buffer("start_A").cpu(), held.get_buffer("start_B").cpu()
 
 
-def base_hash(model: nn.Module) -> str:
+def hash_of_base(model: nn.Module) -> str:
     """Return a hash of a model as it was read: names, shapes, and numbers from all over each tensor.
 
     Numbers are rounded to bfloat16 first, so that the hash is the same in whichever precision a model was read.
@@ -235,11 +241,11 @@ def base_hash(model: nn.Module) -> str:
     found = hashlib.sha256()
     for name, parameter in model.named_parameters():
         found.update(f"{name} {tuple(parameter.shape)}".encode())
-        found.update(sampled(parameter))
+        found.update(tensor_fingerprint(parameter))
     return found.hexdigest()
 
 
-def describe_adapters(model: nn.Module, settings: Settings, trained: Sequence[str]) -> list[str]:
+def describe_adapters(model: nn.Module, settings: LoraSettings, trained: Sequence[str]) -> list[str]:
     """Return lines about what is adapted: how many layers of which name and shape."""
     kinds: Counter[str] = Counter()
     for name, layer in layers_of(model):

@@ -14,46 +14,48 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_hub.errors import ConfigError
 from lightning_hub.methods.lora.adapters import ADAPTER, EVA, INIT, layers_of
-from lightning_hub.ops.batch import IGNORED, Row, Step
-from lightning_hub.ops.loss import Traits, inputs_of, parts_of
+from lightning_hub.ops.batch import IGNORE_INDEX, PackedSequence, StepBatch
+from lightning_hub.ops.loss import ModelCapabilities, forwards_of, inputs_of
 
 FORWARDS = 1000
 """Rows after which directions that still turn are given up."""
 
 
-class Steps(Protocol):
+class StepSource(Protocol):
     """The steps of a run, by epoch and number."""
 
     def __len__(self) -> int:
         """Return the number of steps of an epoch."""
 
-    def step(self, epoch: int, index: int, rank: int = 0, world_size: int = 1) -> Step:
+    def step(self, epoch: int, index: int, rank: int = 0, world_size: int = 1) -> StepBatch:
         """Return a step."""
 
 
 @dataclass(frozen=True)
-class Rows:
+class PackedRows:
     """The rows of the first epoch in its order, whole, whoever shares them out later.
 
     Only those are of use that train at least as many tokens as the adapters have ranks.
     """
 
-    steps: Steps
-    traits: Traits
+    steps: StepSource
+    traits: ModelCapabilities
     least: int
 
     def __len__(self) -> int:
         return len(self.steps)
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[PackedSequence]:
         for index in range(len(self.steps)):
             for row in self.steps.step(0, index).rows:
-                for part in parts_of(row, self.traits):
-                    if (part.labels != IGNORED).sum() >= self.least:
+                for part in forwards_of(row, self.traits):
+                    if (part.labels != IGNORE_INDEX).sum() >= self.least:
                         yield part
 
 
-def directions(model: PreTrainedModel, traits: Traits, config: LoraConfig, steps: Steps) -> dict[str, Tensor]:
+def eva_directions(
+    model: PreTrainedModel, traits: ModelCapabilities, config: LoraConfig, steps: StepSource
+) -> dict[str, Tensor]:
     """Return the main directions of what each target layer is given, as peft finds them.
 
     It looks at trained tokens only, and goes on through the rows until the directions no longer turn. Each layer keeps
@@ -77,19 +79,19 @@ def directions(model: PreTrainedModel, traits: Traits, config: LoraConfig, steps
     if others := sorted({*(config.target_modules or ()), *(config.target_parameters or ())} - {*layers}):
         message = f"init eva is for linear layers, not for {others[0]}"
         raise ConfigError(message, where=INIT, remedy="take another init, or leave it out of targets")
-    rows = Rows(steps, traits, config.r)
+    rows = PackedRows(steps, traits, config.r)
     if next(iter(rows), None) is None:
         message = f"no row has {config.r} trained tokens, from which init eva takes rank {config.r}"
         raise ConfigError(message, where=INIT, remedy="take longer rows, a smaller r or another init")
     asked = 0
 
-    def forward(model: PreTrainedModel, row: Row) -> None:
+    def forward(model: PreTrainedModel, row: PackedSequence) -> None:
         nonlocal asked
         asked += 1
         if asked > FORWARDS:
             message = f"the directions of init eva still turn after {FORWARDS} rows"
             raise ConfigError(message, where=INIT, remedy="take another init")
-        model(**inputs_of(model, row, traits.is_packable))
+        model(**inputs_of(model, row, traits.isolates_documents))
 
     plain = LoraConfig(
         r=config.r,
@@ -100,10 +102,10 @@ def directions(model: PreTrainedModel, traits: Traits, config: LoraConfig, steps
     try:
         found = get_eva_state_dict(
             model,
-            cast("Sequence[Row]", rows),
+            cast("Sequence[PackedSequence]", rows),
             plain,
             forward_fn=forward,
-            prepare_model_inputs_fn=lambda row, _: (row.labels != IGNORED).flatten(),
+            prepare_model_inputs_fn=lambda row, _: (row.labels != IGNORE_INDEX).flatten(),
             prepare_layer_inputs_fn=lambda given, trained, _: given[0].flatten(0, -2)[trained],
             gather_distributed_inputs=False,
             show_progress_bar=False,
@@ -115,7 +117,7 @@ def directions(model: PreTrainedModel, traits: Traits, config: LoraConfig, steps
 
 
 @torch.no_grad()
-def fill_directions(model: PreTrainedModel, found: dict[str, Tensor]) -> None:
+def set_directions(model: PreTrainedModel, found: dict[str, Tensor]) -> None:
     """Give the ``A`` of each layer its directions; every ``B`` stays zero."""
     for name, layer in layers_of(model):
         cast("Tensor", layer.lora_A[ADAPTER].weight).copy_(found[name])

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_hub.errors import HubError
-from lightning_hub.parallel.collectives import any_rank
-from lightning_hub.parallel.dtensor import own_part
+from lightning_hub.parallel.collectives import all_reduce_any
+from lightning_hub.parallel.dtensor import local_tensor
 
-LEAST_RATE = 1e-8
+MIN_LEARNING_RATE = 1e-8
 """Learning rates up to this one may leave float32 weights where they are: their steps prove nothing."""
 
 NAMED = 4
@@ -40,7 +40,7 @@ def group_of(name: str) -> str:
     return re.sub(r"(experts?)\.\d+\.", r"\1.*.", name)
 
 
-class Pulse:
+class AdapterUpdateCheck:
     """Watches the first steps of a training, and what trains at each save.
 
     ``B`` starts at zero, so the gradient of ``A`` is zero in the first step, and that is no fault: all ``B`` must have
@@ -83,8 +83,8 @@ class Pulse:
     def before_step(self, optimizer: Optimizer) -> None:
         """Remember the weights that have not moved yet, if the step of an optimizer that comes now proves something."""
         rate = max(group["lr"] for group in optimizer.param_groups)
-        if self._waiting and rate > LEAST_RATE:
-            self._before = {name: own_part(one.detach()).clone() for name, one in self._weights().items()}
+        if self._waiting and rate > MIN_LEARNING_RATE:
+            self._before = {name: local_tensor(one.detach()).clone() for name, one in self._weights().items()}
 
     def after_step(self, *, counts: bool) -> None:
         """Compare the weights with what they were.
@@ -99,8 +99,8 @@ class Pulse:
         if before is None or not counts:
             return
         self.steps += 1
-        moved = [not torch.equal(own_part(one.detach()), before[name]) for name, one in self._weights().items()]
-        alive = {group_of(name) for name, moves in zip(self._waiting, any_rank(moved), strict=True) if moves}
+        moved = [not torch.equal(local_tensor(one.detach()), before[name]) for name, one in self._weights().items()]
+        alive = {group_of(name) for name, moves in zip(self._waiting, all_reduce_any(moved), strict=True) if moves}
         self._waiting = [name for name in self._waiting if group_of(name) not in alive]
         dead = [name for name in self._waiting if ".lora_B." in name or self.steps > self._patience[name]]
         if dead:

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from lightning_hub.checkpoints.export import write_export
 from lightning_hub.errors import HubError
-from lightning_hub.methods.cast_error import Survival
-from lightning_hub.methods.lora.adapter_io import check_answers, probe
+from lightning_hub.methods.cast_error import CastError
+from lightning_hub.methods.lora.adapter_io import check_answers, probe_logits
 from lightning_hub.methods.lora.adapters import layers_of
 from lightning_hub.models.pretrained import Pretrained
 
@@ -55,8 +55,8 @@ def write_merged(
     loaded = base.load(dtype=torch.float32, attn_implementation="eager")
     names = set(loaded.state_dict())
     adapted = PeftModel.from_pretrained(loaded, str(folder))
-    expected = probe(adapted)
-    survivals = [Survival(found) for found in dict.fromkeys((torch.bfloat16, dtype))]
+    expected = probe_logits(adapted)
+    survivals = [CastError(found) for found in dict.fromkeys((torch.bfloat16, dtype))]
     for _, layer in layers_of(adapted):
         before = _weight(layer).clone()
         layer.merge(safe_merge=True)
@@ -64,7 +64,7 @@ def write_merged(
         for survival in survivals:
             survival.add(before, end - before, end)
     merged = adapted.unload()
-    check_answers(probe(merged), expected, folder)
+    check_answers(probe_logits(merged), expected, folder)
     _cast(merged, dtype)
     weights = merged.state_dict()
     if weights.keys() != names:
@@ -72,5 +72,5 @@ def write_merged(
     write_export(target, merged, weights, tokenizer)
     _cast(merged, torch.float32)
     again = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32, attn_implementation="eager")
-    check_answers(probe(again), probe(merged), target)
+    check_answers(probe_logits(again), probe_logits(merged), target)
     return "\n".join(f"merge  {survival.describe()}" for survival in survivals)

@@ -13,31 +13,31 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_hub.checkpoints.rng import seed_anew
+from lightning_hub.checkpoints.rng import reseed
 from lightning_hub.config.rules import check_adapters
 from lightning_hub.errors import ConfigError
 from lightning_hub.methods.causal_lm import CausalLMModule
-from lightning_hub.methods.lora.adapter_io import fill_from, finished, read_config, write_adapter
+from lightning_hub.methods.lora.adapter_io import export_adapter, load_adapter, read_config, write_adapter
 from lightning_hub.methods.lora.adapters import (
     EVA,
     INIT,
     Init,
-    Settings,
-    adapt,
-    base_hash,
+    LoraSettings,
+    build_lora_config,
     describe_adapters,
-    is_shifting,
-    wished,
+    hash_of_base,
+    inject_adapters,
+    modifies_base,
 )
-from lightning_hub.methods.lora.eva import directions, fill_directions
-from lightning_hub.methods.lora.liveness import DeadAdapterError, Pulse, group_of
+from lightning_hub.methods.lora.eva import eva_directions, set_directions
+from lightning_hub.methods.lora.liveness import AdapterUpdateCheck, DeadAdapterError, group_of
 from lightning_hub.methods.lora.merge import write_merged
 from lightning_hub.methods.lora.quantization import Quantization, check_quantization, load_quantized
-from lightning_hub.ops.attention_proof import settle
-from lightning_hub.ops.batch import Step
-from lightning_hub.ops.loss import Traits
-from lightning_hub.parallel.collectives import Crew
-from lightning_hub.parallel.data_parallel import Placing, data_parallel
+from lightning_hub.ops.attention_proof import apply_capabilities
+from lightning_hub.ops.batch import StepBatch
+from lightning_hub.ops.loss import ModelCapabilities
+from lightning_hub.parallel.collectives import Ranks
+from lightning_hub.parallel.data_parallel import HubStrategy, data_parallel
 from lightning_hub.parallel.dtensor import full_tensors
 from lightning_hub.parallel.strategies import MeshStrategy
 
@@ -82,10 +82,10 @@ class LoRA(CausalLMModule):
         **options: Any,
     ) -> None:
         super().__init__(model, learning_rate, **options)
-        if (is_shifting(init) and (use_dora or adapter)) or (init == EVA and adapter):
+        if (modifies_base(init) and (use_dora or adapter)) or (init == EVA and adapter):
             other = "adapter" if adapter else "use_dora"
             raise ConfigError(f"{other} does not go with init {init}", where=INIT, remedy="leave it out")
-        self.settings = Settings(r, alpha, dropout, targets, modules_to_save or [], use_rslora, use_dora, init)
+        self.settings = LoraSettings(r, alpha, dropout, targets, modules_to_save or [], use_rslora, use_dora, init)
         check_quantization(quantization, init)
         self.quantization: Quantization = quantization
         self.adapter = Path(adapter).expanduser() if adapter else None
@@ -93,7 +93,7 @@ class LoRA(CausalLMModule):
             read_config(self.adapter, self.settings)
         self.adapter_config: LoraConfig | None = None
         self.base_hash = ""
-        self.pulse: Pulse | None = None
+        self.update_check: AdapterUpdateCheck | None = None
 
     # ---- what trains -------------------------------------------------------------------------------------------------
 
@@ -101,10 +101,10 @@ class LoRA(CausalLMModule):
         """Freeze everything, and put adapters beside the target layers."""
         is_read = not next(model.parameters()).is_meta
         if is_read and self.quantization == "none":
-            self.base_hash = base_hash(model)
-        self.adapter_config = adapt(model, self.settings, self.pretrained.name)
+            self.base_hash = hash_of_base(model)
+        self.adapter_config = inject_adapters(model, self.settings, self.pretrained.name)
         if is_read and self.adapter is not None:
-            fill_from(self.adapter, model, self.base_hash)
+            load_adapter(self.adapter, model, self.base_hash)
 
     def configure_model(self) -> None:
         """Read the weights; tell every rank which base it is; draw other random numbers for other rows."""
@@ -119,9 +119,9 @@ class LoRA(CausalLMModule):
             )
         super().configure_model()
         assert self.model is not None, "the call before has made it"
-        self.base_hash = Crew().on_first(lambda: self.base_hash)
+        self.base_hash = Ranks().run_on_rank_zero(lambda: self.base_hash)
         if share := data_parallel(self.trainer.strategy).rank:
-            seed_anew(share)
+            reseed(share)
 
     def _check_strategy(self) -> None:
         """Refuse what has not been made right, where no recipe was checked before the processes started.
@@ -143,24 +143,24 @@ class LoRA(CausalLMModule):
             use_dora=self.settings.use_dora, quantization=self.quantization, tp=tp, world_size=self.trainer.world_size
         )
 
-    def load_pretrained(self) -> tuple[PreTrainedModel, Traits]:
+    def load_pretrained(self) -> tuple[PreTrainedModel, ModelCapabilities]:
         """Read the base, and find out what its layers are given where the adapters start from that."""
         if self.settings.init != EVA or self.run.resume_from is not None or self.trainer.state.fn != "fit":
             return super().load_pretrained()
         proven = self.proven_capabilities()
         model = self.load_weights(proven.attention)
-        if not isinstance(self.trainer.strategy, Placing):  # else it may be too large for the device of one
+        if not isinstance(self.trainer.strategy, HubStrategy):  # else it may be too large for the device of one
             nn.Module.to(model, self.trainer.strategy.root_device)  # its own `to` is typed as no method
-        config, _ = wished(model, self.settings, self.source)
+        config, _ = build_lora_config(model, self.settings, self.source)
         steps = getattr(self._data(), "plan", None)
         if steps is None:
             raise ConfigError(
                 "init eva looks at the rows of the run", where=INIT, remedy="take the data class ChatData"
             )
-        found = directions(model, settle(model, proven), config, steps)
+        found = eva_directions(model, apply_capabilities(model, proven), config, steps)
         self.choose_trainable(model)
-        fill_directions(model, found)
-        return model, settle(model, proven)
+        set_directions(model, found)
+        return model, apply_capabilities(model, proven)
 
     def load_weights(self, attention: str) -> PreTrainedModel:
         """Read the base, in fewer bits where that is asked for."""
@@ -171,7 +171,7 @@ class LoRA(CausalLMModule):
 
     def load_dtype(self) -> torch.dtype:
         """Frozen weights need no more than the precision that is computed in, unless some train or are decomposed."""
-        shifting = is_shifting(self.settings.init)
+        shifting = modifies_base(self.settings.init)
         dtype = super().load_dtype()
         if shifting and dtype != torch.float32:
             raise ConfigError(
@@ -209,26 +209,26 @@ class LoRA(CausalLMModule):
     def on_train_start(self) -> None:
         """Begin to watch."""
         assert self.model is not None, "configure_model has run"
-        self.pulse = Pulse(self.model)
-        self.pulse.check(self.trainer.optimizers)
+        self.update_check = AdapterUpdateCheck(self.model)
+        self.update_check.check(self.trainer.optimizers)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Remember the weights before the first steps."""
-        assert self.pulse is not None, "training has started"
-        self.pulse.before_step(optimizer)
+        assert self.update_check is not None, "training has started"
+        self.update_check.before_step(optimizer)
 
-    def on_train_batch_end(self, outputs: object, batch: Step, batch_idx: int) -> None:
+    def on_train_batch_end(self, outputs: object, batch: StepBatch, batch_idx: int) -> None:
         """See whether they have moved."""
-        assert self.pulse is not None, "training has started"
-        self.pulse.after_step(counts=batch.num_trained > 0 and not self.is_skipped)
+        assert self.update_check is not None, "training has started"
+        self.update_check.after_step(counts=batch.num_trained > 0 and not self.is_skipped)
 
     # ---- what is kept ------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep which base the adapters belong to: the base itself is not saved."""
         super().on_save_checkpoint(checkpoint)
-        if self.pulse is not None:
-            self.pulse.check(self.trainer.optimizers)
+        if self.update_check is not None:
+            self.update_check.check(self.trainer.optimizers)
         checkpoint["base"] = self.base_hash
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -266,11 +266,11 @@ class LoRA(CausalLMModule):
             return
         state = {name.removeprefix("model."): tensor.cpu() for name, tensor in state.items()}
         _check_alive(state)
-        shifted = is_shifting(self.settings.init)
-        adapter = finished(self.model, state, self.adapter_config, self.base_hash, is_shifted=shifted)
+        shifted = modifies_base(self.settings.init)
+        adapter = export_adapter(self.model, state, self.adapter_config, self.base_hash, is_shifted=shifted)
 
         def as_trained(fresh: PreTrainedModel) -> None:
-            adapt(fresh, self.settings, self.source)
+            inject_adapters(fresh, self.settings, self.source)
             found = fresh.load_state_dict(state, strict=False)
             assert not found.unexpected_keys, f"live names are those of a fresh model: {found.unexpected_keys[:1]}"
 

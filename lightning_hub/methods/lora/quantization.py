@@ -9,7 +9,7 @@ import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from lightning_hub.errors import ConfigError
-from lightning_hub.methods.lora.adapters import is_shifting
+from lightning_hub.methods.lora.adapters import modifies_base
 from lightning_hub.models.pretrained import Pretrained
 
 Quantization = Literal["none", "nf4", "int8"]
@@ -28,7 +28,7 @@ def check_quantization(kind: Quantization, init: str) -> None:
     if find_spec("bitsandbytes") is None:
         remedy = "install lightning-hub[gpu], or leave it out"
         raise ConfigError(f"{kind} weights need the library bitsandbytes", where=QUANTIZATION, remedy=remedy)
-    if is_shifting(init):
+    if modifies_base(init):
         message = f"init {init} takes its start out of the weights, which {kind} has rounded"
         raise ConfigError(message, where="model.init_args.init", remedy="leave one of them out")
 

@@ -14,17 +14,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightning_hub.methods.osft.inject import Site
-from lightning_hub.methods.osft.previous_tasks import Earlier, Spans, protect
-from lightning_hub.methods.osft.subspace import split
-from lightning_hub.methods.osft.weight_delta import Change, Piece
-from lightning_hub.parallel.collectives import Crew, is_several
-from lightning_hub.parallel.dtensor import own_part, part_of
+from lightning_hub.methods.osft.inject import ParametrizedWeight
+from lightning_hub.methods.osft.previous_tasks import PreviousTasks, Spans, protect
+from lightning_hub.methods.osft.subspace import split_subspace
+from lightning_hub.methods.osft.weight_delta import SingleDelta, WeightDelta
+from lightning_hub.parallel.collectives import Ranks, is_distributed
+from lightning_hub.parallel.dtensor import local_shard_of, local_tensor
 
 VERSION = 3
 """Of the algorithm: a change of what it computes raises it, and old entries are left alone."""
 
-KEPT = "kept"
+STORED_BASIS = "kept"
 
 
 class BasesCache:
@@ -37,7 +37,7 @@ class BasesCache:
     def __init__(self, root: Path) -> None:
         self.root = root / "bases"
 
-    def path(self, weight: Tensor, change: Change, earlier: str = "") -> Path:
+    def path(self, weight: Tensor, change: WeightDelta, earlier: str = "") -> Path:
         """Return where the bases of a weight lie: a hash of its bytes and of how it is split.
 
         Args:
@@ -68,7 +68,7 @@ class BasesCache:
             return
 
 
-def decompose(weight: Tensor, piece: Piece, name: str, earlier: Spans | None = None) -> dict[str, Tensor]:
+def decompose(weight: Tensor, piece: SingleDelta, name: str, earlier: Spans | None = None) -> dict[str, Tensor]:
     """Return the bases of a weight, or of each expert's, as its change keeps them.
 
     Args:
@@ -81,22 +81,22 @@ def decompose(weight: Tensor, piece: Piece, name: str, earlier: Spans | None = N
         DecompositionError: The weight holds what is no number.
     """
     slices = weight if weight.ndim == 3 else weight[None]
-    splits = [split(one, piece.rank + piece.taken, name) for one in slices]
+    splits = [split_subspace(one, piece.rank + piece.taken, name) for one in slices]
     if earlier is not None:
         spans = [(part if weight.ndim == 3 else part[None]) for part in earlier]
         splits = [protect(one, *span) for one, *span in zip(splits, *spans, strict=True)]
     found = [piece.bases_of(one) for one in splits]
     made = {key: torch.stack([one[key] for one in found]).to(getattr(piece, key).dtype) for key in piece.basis_names}
     if any(piece.needs_kept(one) for one in splits):
-        made[KEPT] = torch.stack([one.long_side for one in splits]).float()
+        made[STORED_BASIS] = torch.stack([one.long_side for one in splits]).float()
     return {key: basis if weight.ndim == 3 else basis[0] for key, basis in made.items()}
 
 
 @torch.no_grad()
-def fill_bases(
-    found: Sequence[Site],
+def compute_bases(
+    found: Sequence[ParametrizedWeight],
     cache: BasesCache,
-    earlier: Earlier | None = None,
+    earlier: PreviousTasks | None = None,
     done: Callable[[float], None] = lambda share: None,
     device: torch.device | None = None,
 ) -> int:
@@ -114,16 +114,16 @@ def fill_bases(
     Raises:
         DecompositionError: A weight cannot be decomposed; on every rank.
     """
-    crew = Crew()
-    costs = [cost(site) for site in found]
-    owners = share_out(costs, crew.size)
+    crew = Ranks()
+    costs = [decomposition_cost(site) for site in found]
+    owners = assign_owners(costs, crew.size)
     mine: dict[int, Tensor] = {}
     for place, site in enumerate(found):
         whole = site.original.full_tensor() if isinstance(site.original, DTensor) else site.original
         if owners[place] == crew.rank:
             mine[place] = whole.detach()
     made: dict[int, dict[str, Tensor]] = {}
-    earlier = earlier or Earlier()
+    earlier = earlier or PreviousTasks()
 
     def work() -> int:
         decomposed, behind, total = 0, 0.0, sum(costs[place] for place in mine)
@@ -135,14 +135,16 @@ def fill_bases(
                 done(behind / total)
         return decomposed
 
-    decomposed = crew.together(work)[crew.rank]
+    decomposed = crew.run_on_all(work)[crew.rank]
     for place, site in enumerate(found):
-        _give(site.change, made.pop(place, None), owners[place])
+        _broadcast_bases(site.change, made.pop(place, None), owners[place])
         site.change.begin()
     return decomposed
 
 
-def _bases(site: Site, weight: Tensor, cache: BasesCache, earlier: Earlier) -> tuple[dict[str, Tensor], bool]:
+def _bases(
+    site: ParametrizedWeight, weight: Tensor, cache: BasesCache, earlier: PreviousTasks
+) -> tuple[dict[str, Tensor], bool]:
     """Return the bases of one change by their names in it, and whether they had to be computed."""
     learnt = f"{earlier.fingerprint} {site.matrix.full_name}" if earlier.paths else ""  # equal weights may differ in it
     path = cache.path(weight, site.change, learnt)
@@ -159,13 +161,13 @@ def _bases(site: Site, weight: Tensor, cache: BasesCache, earlier: Earlier) -> t
     return bases, True
 
 
-def cost(site: Site) -> float:
+def decomposition_cost(site: ParametrizedWeight) -> float:
     """Return what a decomposition takes, relative to others: the shorter side squared times the longer one."""
     *experts, out, into = site.matrix.shape
     return (experts[0] if experts else 1) * min(out, into) ** 2 * max(out, into)
 
 
-def share_out(costs: Sequence[float], num_ranks: int) -> list[int]:
+def assign_owners(costs: Sequence[float], num_ranks: int) -> list[int]:
     """Return the rank of each piece of work: the dearest first, each to the rank that has least to do."""
     loads = [0.0] * num_ranks
     owners = [0] * len(costs)
@@ -175,11 +177,11 @@ def share_out(costs: Sequence[float], num_ranks: int) -> list[int]:
     return owners
 
 
-def _give(change: Change, bases: dict[str, Tensor] | None, owner: int) -> None:
+def _broadcast_bases(change: WeightDelta, bases: dict[str, Tensor] | None, owner: int) -> None:
     """Send the bases of one change from the rank that has them, and keep this rank's part."""
-    device = own_part(change.trained()[0]).device
+    device = local_tensor(change.trained()[0]).device
     shapes = [{name: basis.shape for name, basis in (bases or {}).items()}]
-    if is_several():
+    if is_distributed():
         torch.distributed.broadcast_object_list(shapes, src=owner)
     targets = dict(change.named_parameters())
     for name, shape in shapes[0].items():
@@ -187,9 +189,9 @@ def _give(change: Change, bases: dict[str, Tensor] | None, owner: int) -> None:
         dtype = torch.float32 if target is None else target.dtype
         whole = torch.empty(shape, dtype=dtype) if bases is None else bases[name]
         whole = whole.to(device=device, dtype=dtype).contiguous()
-        if is_several():
+        if is_distributed():
             torch.distributed.broadcast(whole, src=owner)
         if target is None:
             change.get_submodule(name.rpartition(".")[0]).kept = whole
         else:
-            own_part(target.detach()).copy_(part_of(whole, target))
+            local_tensor(target.detach()).copy_(local_shard_of(whole, target))

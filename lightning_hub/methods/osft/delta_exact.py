@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
-from lightning_hub.methods.osft.subspace import Split, trained_rank
-from lightning_hub.methods.osft.weight_delta import Factors, Piece, whole_gradient
+from lightning_hub.methods.osft.subspace import SubspaceSplit, trained_rank
+from lightning_hub.methods.osft.weight_delta import Factors, SingleDelta, whole_gradient
 
 Complement = Literal["full", "thin"]
 
@@ -46,7 +46,7 @@ NEGLIGIBLE = 1e-8
 """Singular values below this share of the largest count as zero."""
 
 
-class Delta(Piece):
+class ExactDelta(SingleDelta):
     """The change of a weight in its exact form.
 
     The long side's basis is never stored where the weight itself can give it: ``U_h U_h^T = W0 G W0^T`` with
@@ -109,7 +109,7 @@ class Delta(Piece):
         """The names of what is kept of the split."""
         return [name for name, _ in self.named_parameters() if name != "delta"]
 
-    def bases_of(self, split: Split) -> dict[str, Tensor]:
+    def bases_of(self, split: SubspaceSplit) -> dict[str, Tensor]:
         """Return from the split of a weight what is kept of it, by name, in float64."""
         protected = split.protected
         values = split.values[:protected]
@@ -123,7 +123,7 @@ class Delta(Piece):
         }
         return {name: every[name] for name in self.basis_names}
 
-    def needs_kept(self, split: Split) -> bool:
+    def needs_kept(self, split: SubspaceSplit) -> bool:
         """Say whether the weight cannot give the basis of its long side accurately."""
         if self.side not in ("left", "right"):
             return False

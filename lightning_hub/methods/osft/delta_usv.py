@@ -14,11 +14,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lightning_hub.methods.osft.subspace import Split, trained_rank
-from lightning_hub.methods.osft.weight_delta import Factors, Piece, whole_gradient
+from lightning_hub.methods.osft.subspace import SubspaceSplit, trained_rank
+from lightning_hub.methods.osft.weight_delta import Factors, SingleDelta, whole_gradient
 
 
-class Usv(Piece):
+class UsvDelta(SingleDelta):
     """The change of a weight in the published form.
 
     Args:
@@ -63,9 +63,9 @@ class Usv(Piece):
         """Return what decides its bases beside the weight."""
         return f"{self.rank} usv"
 
-    def bases_of(self, split: Split) -> dict[str, Tensor]:
+    def bases_of(self, split: SubspaceSplit) -> dict[str, Tensor]:
         """Return from the split of a weight all directions and the trained values, in float64."""
-        u_low, s_low, v_low = split.low
+        u_low, s_low, v_low = split.trainable
         return {
             "u_high": split.u[:, : split.protected],
             "v_high": split.v[: split.protected],

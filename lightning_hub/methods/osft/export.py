@@ -12,22 +12,22 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightning_hub.methods.cast_error import Survival
-from lightning_hub.methods.fingerprint import sampled
-from lightning_hub.methods.osft.inject import Site, merged_name
-from lightning_hub.methods.osft.weight_delta import Change, Factors, product
-from lightning_hub.methods.targets import Group
+from lightning_hub.methods.cast_error import CastError
+from lightning_hub.methods.fingerprint import tensor_fingerprint
+from lightning_hub.methods.osft.inject import ParametrizedWeight, merged_name
+from lightning_hub.methods.osft.weight_delta import Factors, WeightDelta, product
+from lightning_hub.methods.targets import TargetGroup
 
 DELTA_FILE = "osft_delta.safetensors"
 """The exact changes, float32: ``<weight>.left`` times ``<weight>.right``; only ``left`` where everything trained. Parts
 of a fused weight are ``<weight>.0`` and so on, in the order of their outputs."""
 
-LEFT = "left"
+RESULT_FINGERPRINTS = "left"
 """Where the file tells numbers of each weight with its change, by which a further task knows it."""
 
 
 @dataclass(frozen=True)
-class Merged:
+class MergedWeight:
     """One weight and its change, whole.
 
     Attributes:
@@ -40,7 +40,7 @@ class Merged:
     """
 
     name: str
-    group: Group
+    group: TargetGroup
     weight: Tensor
     change: Tensor
     factors: dict[str, Factors]
@@ -56,7 +56,7 @@ class Merged:
 
 
 @torch.no_grad()
-def merged(sites: Iterable[Site], state: Mapping[str, Tensor]) -> Iterator[Merged]:
+def merge_delta(sites: Iterable[ParametrizedWeight], state: Mapping[str, Tensor]) -> Iterator[MergedWeight]:
     """Yield each weight that has a change, from whole tensors.
 
     Args:
@@ -69,22 +69,22 @@ def merged(sites: Iterable[Site], state: Mapping[str, Tensor]) -> Iterator[Merge
         tensors |= {f"inner.{name}": kept.cpu() for name, kept in site.change.named_buffers()}
         weight = state[f"{prefix}.original"]
         factors = torch.func.functional_call(_Factors(site.change), tensors, (weight,))
-        leaks = _with(_Leaks(site.change), tensors, weight)
+        leaks = _with_delta(_Leaks(site.change), tensors, weight)
         change = site.change.join([product(pair) for pair in factors], site.change.axis)
         names = [name for name, *_ in site.pieces(weight)]
-        yield Merged(
+        yield MergedWeight(
             site.matrix.full_name, site.matrix.group, weight, change, dict(zip(names, factors, strict=True)), leaks
         )
 
 
-def _with(leaks: _Leaks, tensors: dict[str, Tensor], weight: Tensor) -> Callable[[Tensor], tuple[float, float]]:
+def _with_delta(leaks: _Leaks, tensors: dict[str, Tensor], weight: Tensor) -> Callable[[Tensor], tuple[float, float]]:
     return lambda change: torch.func.functional_call(leaks, tensors, (weight, change))
 
 
 class _Factors(nn.Module):
     """Computes the factors of a change from tensors that are handed to it."""
 
-    def __init__(self, change: Change) -> None:
+    def __init__(self, change: WeightDelta) -> None:
         super().__init__()
         self.inner = change
 
@@ -95,7 +95,7 @@ class _Factors(nn.Module):
 class _Leaks(nn.Module):
     """Says how much of a change leaks, from tensors that are handed to it."""
 
-    def __init__(self, change: Change) -> None:
+    def __init__(self, change: WeightDelta) -> None:
         super().__init__()
         self.inner = change
 
@@ -104,15 +104,15 @@ class _Leaks(nn.Module):
 
 
 def merged_state(
-    sites: Iterable[Site], state: Mapping[str, Tensor], dtype: torch.dtype | None = None
+    sites: Iterable[ParametrizedWeight], state: Mapping[str, Tensor], dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
     """Return a model's weights with their changes, under the names that they had before; in a dtype if one is given."""
-    changed = {found.name: found.apply(dtype) for found in merged(sites, state)}
+    changed = {found.name: found.apply(dtype) for found in merge_delta(sites, state)}
     kept = {name: state[key] for key in state if (name := merged_name(key)) is not None}
     return {name: changed.get(name, tensor).to(dtype or tensor.dtype) for name, tensor in kept.items()}
 
 
-def write_changes(path: Path, found: Iterable[Merged], settings: Mapping[str, object]) -> None:
+def write_changes(path: Path, found: Iterable[MergedWeight], settings: Mapping[str, object]) -> None:
     """Write the exact changes, each with the hash of the weight that it belongs to, and numbers of what it has become.
 
     Args:
@@ -130,14 +130,14 @@ def write_changes(path: Path, found: Iterable[Merged], settings: Mapping[str, ob
                 tensors[f"{name}.right"] = right.contiguous()
         bits = one.weight.contiguous().view(torch.uint8).numpy().tobytes()
         hashes[one.name] = hashlib.sha256(bits).hexdigest()
-        left[one.name] = sampled(one.apply()).hex()
-    about = json.dumps({"settings": dict(settings), "weights": hashes, LEFT: left}, default=str)
+        left[one.name] = tensor_fingerprint(one.apply()).hex()
+    about = json.dumps({"settings": dict(settings), "weights": hashes, RESULT_FINGERPRINTS: left}, default=str)
     save_file(tensors, path, metadata={"format": "pt", "osft": about})
 
 
-def describe_sizes(found: Iterable[Merged]) -> str:
+def describe_sizes(found: Iterable[MergedWeight]) -> str:
     """Return for a person how large the changes are beside their weights, for each group: Frobenius norms."""
-    squares: dict[Group, list[float]] = {}
+    squares: dict[TargetGroup, list[float]] = {}
     for one in found:
         sums = squares.setdefault(one.group, [0.0, 0.0])
         for place, tensor in enumerate((one.change, one.weight)):
@@ -148,7 +148,7 @@ def describe_sizes(found: Iterable[Merged]) -> str:
 
 
 @dataclass
-class Leaking(Survival):
+class LeakageReport(CastError):
     """What a cast does to changes that have left protected directions alone.
 
     Attributes:
@@ -157,7 +157,7 @@ class Leaking(Survival):
 
     leaks: dict[str, float] = field(default_factory=dict)
 
-    def count(self, one: Merged) -> None:
+    def count(self, one: MergedWeight) -> None:
         """Count one weight."""
         left = self.add(one.weight, one.change, one.apply(self.dtype))
         self.leaks[one.name] = max(one.leaks(left)) if one.change.any() else 0.0

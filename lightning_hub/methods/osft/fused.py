@@ -7,19 +7,19 @@ from typing import cast
 from torch import nn
 from transformers import PreTrainedModel
 
-from lightning_hub.methods.targets import Matrix
+from lightning_hub.methods.targets import WeightMatrix
 
 QKV_SIDE_BY_SIDE = ("phi3", "phi4_multimodal")
 """Model types whose ``qkv_proj`` gives all queries, then all keys, then all values; others mix them head by head."""
 
 
-def output_axis(model: PreTrainedModel, matrix: Matrix) -> int:
+def output_axis(model: PreTrainedModel, matrix: WeightMatrix) -> int:
     """Return the axis of a stored weight along which its outputs lie: the last one where it is stored transposed."""
     is_transposed = matrix.is_transposed or getattr(model.get_submodule(matrix.module), "is_transposed", False)
     return -1 if is_transposed else -2
 
 
-def sizes(model: PreTrainedModel, matrix: Matrix) -> list[int]:
+def sizes(model: PreTrainedModel, matrix: WeightMatrix) -> list[int]:
     """Return how many outputs each part of a weight has, in order; one number for a weight that is not fused.
 
     Only layouts in which each part is one run of outputs are known: queries, keys and values of some models, the gate
@@ -41,7 +41,7 @@ def sizes(model: PreTrainedModel, matrix: Matrix) -> list[int]:
     return whole
 
 
-def _heads(model: PreTrainedModel, matrix: Matrix) -> list[int] | None:
+def _heads(model: PreTrainedModel, matrix: WeightMatrix) -> list[int] | None:
     """Return the outputs of queries, keys and values, if they add up."""
     config = model.config.get_text_config()
     heads, kv_heads = cast("int", config.num_attention_heads), cast("int", config.num_key_value_heads)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_hub.errors import ConfigError
-from lightning_hub.ops.attention_proof import proven_head
-from lightning_hub.ops.batch import Row
+from lightning_hub.ops.attention_proof import proven_loss
+from lightning_hub.ops.batch import PackedSequence
 from lightning_hub.parallel.fsdp import decoder_blocks
 
 LEAST_PROTECTED = 0.1
@@ -27,7 +27,7 @@ SAMPLE_TOKENS = 4096
 
 
 @torch.no_grad()
-def similarities(model: PreTrainedModel, rows: Iterable[Row]) -> list[float]:
+def similarities(model: PreTrainedModel, rows: Iterable[PackedSequence]) -> list[float]:
     """Return for each decoder block the mean cosine similarity of its input and output over the tokens of rows.
 
     Args:
@@ -47,7 +47,7 @@ def similarities(model: PreTrainedModel, rows: Iterable[Row]) -> list[float]:
     def hook(place: int) -> Any:
         return lambda block, args, kwargs, output: watch(place, args, kwargs, output)
 
-    was_training, head = model.training, proven_head(model.eval())
+    was_training, head = model.training, proven_loss(model.eval())
     hooks = [block.register_forward_hook(hook(place), with_kwargs=True) for place, block in enumerate(blocks)]
     try:
         for row in rows:
@@ -61,32 +61,34 @@ def similarities(model: PreTrainedModel, rows: Iterable[Row]) -> list[float]:
     return [total / max(1, count) for total, count in zip(sums, counts, strict=True)]
 
 
-def ratios(alike: Sequence[float], mean: float, bounds: tuple[float, float] = (0.0, 1.0)) -> list[float]:
+def layer_ratios(
+    similarities: Sequence[float], mean_ratio: float, bounds: tuple[float, float] = (0.0, 1.0)
+) -> list[float]:
     """Return for each layer which share of its directions may be trained.
 
     Args:
-        alike: How similar the input and output of each layer are.
-        mean: What the shares are on average, whatever the bounds cut off.
+        similarities: How similar the input and output of each layer are.
+        mean_ratio: What the shares are on average, whatever the bounds cut off.
         bounds: The least and the largest share of a layer.
 
     Raises:
         ConfigError: No shares within the bounds have that mean.
     """
     least, most = bounds
-    if not 0.0 <= least <= mean <= most <= 1.0:
+    if not 0.0 <= least <= mean_ratio <= most <= 1.0:
         raise ConfigError(
-            f"rank_bounds {least} to {most} do not lie around unfreeze_rank_ratio {mean} within 0 to 1",
+            f"rank_bounds {least} to {most} do not lie around unfreeze_rank_ratio {mean_ratio} within 0 to 1",
             where="model.init_args.rank_bounds",
             remedy="give a smaller and a larger number",
         )
-    total = sum(alike)
-    importance = [len(alike) * one / total if total else 1.0 for one in alike]
-    protected = min(LEAST_PROTECTED, 1.0 - mean)
-    wanted = torch.tensor([1.0 - protected - one * (1.0 - mean - protected) for one in importance]).double()
+    total = sum(similarities)
+    importance = [len(similarities) * one / total if total else 1.0 for one in similarities]
+    protected = min(LEAST_PROTECTED, 1.0 - mean_ratio)
+    wanted = torch.tensor([1.0 - protected - one * (1.0 - mean_ratio - protected) for one in importance]).double()
     low, high = -2.0 - float(wanted.abs().max()), 2.0 + float(wanted.abs().max())
     for _ in range(100):  # bisection: the mean grows with the shift
         shift = (low + high) / 2
-        low, high = (shift, high) if float(_cut(wanted, shift, bounds).mean()) < mean else (low, shift)
+        low, high = (shift, high) if float(_cut(wanted, shift, bounds).mean()) < mean_ratio else (low, shift)
     return [round(one, 4) for one in _cut(wanted, (low + high) / 2, bounds).tolist()]
 
 

@@ -15,12 +15,12 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lightning_hub.errors import ConfigError
-from lightning_hub.methods.osft.delta_exact import Complement, Delta
-from lightning_hub.methods.osft.delta_usv import Usv
+from lightning_hub.methods.osft.delta_exact import Complement, ExactDelta
+from lightning_hub.methods.osft.delta_usv import UsvDelta
 from lightning_hub.methods.osft.fused import output_axis, sizes
 from lightning_hub.methods.osft.subspace import trained_rank
-from lightning_hub.methods.osft.weight_delta import Change, Fused, Piece, Still
-from lightning_hub.methods.targets import Matrix, refuse_shared
+from lightning_hub.methods.osft.weight_delta import FusedDelta, SingleDelta, WeightDelta, ZeroDelta
+from lightning_hub.methods.targets import WeightMatrix, reject_tied_weights
 
 RATIO = "model.init_args.unfreeze_rank_ratio"
 
@@ -28,19 +28,19 @@ THIN = 1.6
 """What a multiplication costs in a product of a thin matrix, where it costs 1 in one of wide ones. Measured on a CPU
 for weights from 128 x 512 to 2048 x 768 and rows from 512 to 4,096 tokens: there the two ways about meet."""
 
-Taken: TypeAlias = Callable[[str, Sequence[int] | None], int]
+NumReserved: TypeAlias = Callable[[str, Sequence[int] | None], int]
 """How many directions earlier tasks have taken of the weight of a name; of any shape if that is None."""
 
 Parametrization = Literal["delta", "usv"]
 
 
 @dataclass(frozen=True)
-class Form:
+class DeltaConfig:
     """What the changes of a model look like.
 
     Attributes:
         ratio: Share of the singular directions that may be trained.
-        complement: See ``Delta``.
+        complement: See ``ExactDelta``.
         forward: How a layer applies its change; auto takes what costs less for each weight.
         parametrization: ``delta`` is the exact form, ``usv`` the published one.
         fused: Whether layers that do the work of several count as one weight, or as one for each part.
@@ -68,7 +68,7 @@ class Form:
 
 
 @dataclass(frozen=True)
-class Site:
+class ParametrizedWeight:
     """A weight that has a change.
 
     Attributes:
@@ -77,8 +77,8 @@ class Site:
         holder: The module that holds both.
     """
 
-    matrix: Matrix
-    change: Change
+    matrix: WeightMatrix
+    change: WeightDelta
     holder: parametrize.ParametrizationList
 
     @property
@@ -86,7 +86,7 @@ class Site:
         """The weight without its change, as it is stored."""
         return cast("nn.Parameter", self.holder.original)
 
-    def pieces(self, weight: Tensor | None = None) -> Iterator[tuple[str, str, Piece, Tensor]]:
+    def pieces(self, weight: Tensor | None = None) -> Iterator[tuple[str, str, SingleDelta, Tensor]]:
         """Yield the pieces of the change: name of its weight, where it lies in the change, itself, its part.
 
         Args:
@@ -97,17 +97,17 @@ class Site:
             yield piece_name(self.matrix, place, len(found)), path, piece, part
 
 
-def piece_name(matrix: Matrix, place: int, count: int) -> str:
+def piece_name(matrix: WeightMatrix, place: int, count: int) -> str:
     """Return the name of a part of a weight: the weight's own where there is one part only."""
     return matrix.full_name if count == 1 else f"{matrix.full_name}.{place}"
 
 
-def add_changes(
+def inject_deltas(
     model: PreTrainedModel,
-    targets: Sequence[Matrix],
-    form: Form,
-    ratios: Callable[[Matrix], float] | None = None,
-    taken: Taken = lambda name, shape: 0,
+    targets: Sequence[WeightMatrix],
+    form: DeltaConfig,
+    ratios: Callable[[WeightMatrix], float] | None = None,
+    num_reserved: NumReserved = lambda name, shape: 0,
 ) -> None:
     """Freeze the targets and put a change under each that trains anything.
 
@@ -119,17 +119,17 @@ def add_changes(
         targets: Weights of the model.
         form: Of the changes.
         ratios: Gives the ratio of each weight, where they differ.
-        taken: Tells how many directions of a weight, by its name and shape, earlier tasks have taken.
+        num_reserved: Tells how many directions of a weight, by its name and shape, earlier tasks have taken.
 
     Raises:
         ConfigError: A target shares its weight with another layer, or nothing of it is left to train.
     """
-    refuse_shared(targets, remedy="leave it out")
+    reject_tied_weights(targets, remedy="leave it out")
     for matrix in targets:
         module = model.get_submodule(matrix.module)
         weight = cast("nn.Parameter", getattr(module, matrix.parameter))
         weight.requires_grad_(False)
-        change = _change(model, matrix, form, ratios(matrix) if ratios else form.ratio, taken)
+        change = _delta_of(model, matrix, form, ratios(matrix) if ratios else form.ratio, num_reserved)
         if not change.trained():
             continue
         parametrize.register_parametrization(module, matrix.parameter, change.to(weight.device), unsafe=True)
@@ -138,7 +138,9 @@ def add_changes(
             module.register_forward_hook(change.add_to_output)
 
 
-def _change(model: PreTrainedModel, matrix: Matrix, form: Form, ratio: float, taken: Taken) -> Change:
+def _delta_of(
+    model: PreTrainedModel, matrix: WeightMatrix, form: DeltaConfig, ratio: float, taken: NumReserved
+) -> WeightDelta:
     """Return the change of one weight, or of its parts."""
     *experts, out, into = matrix.shape
     axis = output_axis(model, matrix)
@@ -151,7 +153,7 @@ def _change(model: PreTrainedModel, matrix: Matrix, form: Form, ratio: float, ta
             where="model.init_args.fused",
             remedy=f"set {'whole' if count > 1 else 'parts'}",
         )
-    parts: list[Piece] = []
+    parts: list[SingleDelta] = []
     for place, length in enumerate(lengths):
         shape = (length, into) if axis == -2 else (out, length)
         name = piece_name(matrix, place, count)
@@ -164,18 +166,18 @@ def _change(model: PreTrainedModel, matrix: Matrix, form: Form, ratio: float, ta
                 remedy="raise unfreeze_rank_ratio" if ratio < 1 else "leave it out of targets: nothing of it is left",
             )
         if not is_left:
-            parts.append(Still(shape))
+            parts.append(ZeroDelta(shape))
         elif form.parametrization == "usv":
-            parts.append(Usv(shape, ratio, dtype, *experts))
+            parts.append(UsvDelta(shape, ratio, dtype, *experts))
         else:
             number = experts[0] if experts else None
-            parts.append(Delta(shape, ratio, form.complement, dtype, number, used, is_rounded=form.is_rounded))
-    change = parts[0] if count == 1 else Fused(parts, lengths, axis)
+            parts.append(ExactDelta(shape, ratio, form.complement, dtype, number, used, is_rounded=form.is_rounded))
+    change = parts[0] if count == 1 else FusedDelta(parts, lengths, axis)
     change.axis = axis
     return change
 
 
-def _is_factored(change: Change, matrix: Matrix, form: Form) -> bool:
+def _is_factored(change: WeightDelta, matrix: WeightMatrix, form: DeltaConfig) -> bool:
     """Decide how a layer applies its change."""
     found = [(piece, part.shape) for _, piece, part in change.pieces(torch.empty(matrix.shape, device="meta"))]
     if form.forward == "merged" or not all(piece.protected for piece, _ in found):
@@ -186,7 +188,7 @@ def _is_factored(change: Change, matrix: Matrix, form: Form) -> bool:
     return form.parametrization == "delta" and THIN * sum(factored) < sum(merged)
 
 
-def _products(piece: Piece, shape: Sequence[int], tokens: int | None) -> tuple[float, float]:
+def _products(piece: SingleDelta, shape: Sequence[int], tokens: int | None) -> tuple[float, float]:
     """Return the multiplications of a row that a change takes when it is merged, and when it is not; relative ones.
 
     Merged, the change is built, and every token adds to a dense gradient, which two products bring back to what
@@ -197,7 +199,7 @@ def _products(piece: Piece, shape: Sequence[int], tokens: int | None) -> tuple[f
     return out * into * (1 + build), piece.rank * (2 * (out + into) + max(out, into))
 
 
-def sites(model: nn.Module, targets: Sequence[Matrix]) -> Iterator[Site]:
+def parametrized_weights(model: nn.Module, targets: Sequence[WeightMatrix]) -> Iterator[ParametrizedWeight]:
     """Yield the weights that have a change, in the model's order."""
     for matrix in targets:
         module = model.get_submodule(matrix.module)
@@ -205,12 +207,12 @@ def sites(model: nn.Module, targets: Sequence[Matrix]) -> Iterator[Site]:
             holder = cast("nn.ModuleDict", module.parametrizations)[matrix.parameter]
             assert isinstance(holder, parametrize.ParametrizationList)
             change = holder[0]
-            assert isinstance(change, Change)
-            yield Site(matrix, change, holder)
+            assert isinstance(change, WeightDelta)
+            yield ParametrizedWeight(matrix, change, holder)
 
 
 @contextmanager
-def built_once(found: Sequence[Site]) -> Iterator[None]:
+def cached_weights(found: Sequence[ParametrizedWeight]) -> Iterator[None]:
     """Keep the weights with their changes for a while, where this process has all of them: nothing may train then."""
     if any(isinstance(site.original, DTensor) for site in found):
         yield  # a rank of several would hold the whole model

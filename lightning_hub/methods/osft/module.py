@@ -16,27 +16,34 @@ from lightning_hub.checkpoints.checkpoint_io import read_state
 from lightning_hub.checkpoints.export import write_export
 from lightning_hub.errors import ConfigError
 from lightning_hub.methods.causal_lm import CausalLMModule
-from lightning_hub.methods.osft.bases import BasesCache, fill_bases
+from lightning_hub.methods.osft.bases import BasesCache, compute_bases
 from lightning_hub.methods.osft.delta_exact import Complement
-from lightning_hub.methods.osft.export import DELTA_FILE, Leaking, describe_sizes, merged, merged_state, write_changes
-from lightning_hub.methods.osft.importance import ratios, similarities
+from lightning_hub.methods.osft.export import (
+    DELTA_FILE,
+    LeakageReport,
+    describe_sizes,
+    merge_delta,
+    merged_state,
+    write_changes,
+)
+from lightning_hub.methods.osft.importance import layer_ratios, similarities
 from lightning_hub.methods.osft.inject import (
     RATIO,
-    Form,
+    DeltaConfig,
     Parametrization,
-    Site,
-    add_changes,
-    built_once,
+    ParametrizedWeight,
+    cached_weights,
+    inject_deltas,
     merged_name,
-    sites,
+    parametrized_weights,
 )
-from lightning_hub.methods.osft.previous_tasks import Earlier
-from lightning_hub.methods.osft.progress import Progressing
-from lightning_hub.methods.osft.summary import by_shape
-from lightning_hub.methods.targets import ALL_LINEAR, Matrix, describe, matrices, resolve
-from lightning_hub.ops.loss import Traits
-from lightning_hub.parallel.collectives import Crew
-from lightning_hub.parallel.dtensor import full_state
+from lightning_hub.methods.osft.previous_tasks import PreviousTasks
+from lightning_hub.methods.osft.progress import DecompositionProgress
+from lightning_hub.methods.osft.summary import lines_by_shape
+from lightning_hub.methods.targets import ALL_LINEAR, WeightMatrix, describe_matrices, resolve_targets, weight_matrices
+from lightning_hub.ops.loss import ModelCapabilities
+from lightning_hub.parallel.collectives import Ranks
+from lightning_hub.parallel.dtensor import full_state_dict
 from lightning_hub.parallel.fsdp import decoder_blocks
 from lightning_hub.parallel.lightning_internals import trainer_of
 from lightning_hub.parallel.strategies import MeshStrategy
@@ -106,16 +113,16 @@ class OSFT(CausalLMModule):
         **options: Any,
     ) -> None:
         super().__init__(model, **options)
-        self.form = Form(unfreeze_rank_ratio, complement, forward, parametrization, fused)
+        self.delta_config = DeltaConfig(unfreeze_rank_ratio, complement, forward, parametrization, fused)
         if ranks == "adaptive":
-            ratios([1.0], unfreeze_rank_ratio, rank_bounds)  # refuses bounds that cannot be kept
+            layer_ratios([1.0], unfreeze_rank_ratio, rank_bounds)  # refuses bounds that cannot be kept
         elif rank_bounds != (0.0, 1.0):
             raise ConfigError(
                 "rank_bounds holds for adaptive ranks only",
                 where="model.init_args.rank_bounds",
                 remedy="set ranks to adaptive, or leave it out",
             )
-        self.earlier = Earlier.of(previous or [])
+        self.previous_tasks = PreviousTasks.of(previous or [])
         if parametrization == "usv" and previous:
             raise ConfigError(
                 "previous does not go with the published form", where="model.init_args.previous", remedy="use delta"
@@ -127,23 +134,23 @@ class OSFT(CausalLMModule):
         self.layer_ratios: list[float] | None = None
         self.lr_scale = lr_scale
         self.decomposed = 0
-        self.strangers: list[str] = []
-        self._chosen: list[Matrix] = []
+        self.mismatch_warnings: list[str] = []
+        self._targets: list[WeightMatrix] = []
 
     # ---- what trains -------------------------------------------------------------------------------------------------
 
     def choose_trainable(self, model: PreTrainedModel) -> None:
         """Freeze everything and put a change under each target."""
-        self.earlier.check(model)
+        self.previous_tasks.check(model)
         if not next(model.parameters()).is_meta:
-            self.strangers = self.earlier.strangers(model)
+            self.mismatch_warnings = self.previous_tasks.mismatch_warnings(model)
         model.requires_grad_(False)
-        groups = {matrix.group for matrix in matrices(model)}
+        groups = {matrix.group for matrix in weight_matrices(model)}
         default = [group for group in ("attention", "mlp", "experts") if group in groups]
         wanted = (default or ALL_LINEAR) if self.targets is None else self.targets  # all-linear says what there is
-        self._chosen = resolve(model, wanted)
-        add_changes(model, self._chosen, self._form(), self._ratios(model), self.earlier.rank)
-        names = {matrix.full_name for matrix in self._chosen}
+        self._targets = resolve_targets(model, wanted)
+        inject_deltas(model, self._targets, self._delta_config(), self._ratios(model), self.previous_tasks.rank)
+        names = {matrix.full_name for matrix in self._targets}
         norms = _norms(model)
         for name, parameter in model.named_parameters():
             is_other = merged_name(name) not in (None, *names)
@@ -151,21 +158,21 @@ class OSFT(CausalLMModule):
                 parameter.requires_grad_(True)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ConfigError(
-                f"with unfreeze_rank_ratio {self.form.ratio} nothing at all would train",
+                f"with unfreeze_rank_ratio {self.delta_config.ratio} nothing at all would train",
                 where=RATIO,
                 remedy="raise it, or set train_other",
             )
 
-    def _form(self) -> Form:
+    def _delta_config(self) -> DeltaConfig:
         """Return what the changes look like, with what is known of the data and the trainer by now."""
         batching = getattr(self._data(), "batching", None)
         # Full sharding gathers what a change is made of in the precision that is computed in.
         trainer = trainer_of(self)
         is_gathered = trainer is not None and isinstance(trainer.strategy, MeshStrategy)
         is_rounded = is_gathered and self.trainer.precision == "bf16-mixed"
-        return replace(self.form, row_tokens=batching.max_tokens if batching else None, is_rounded=is_rounded)
+        return replace(self.delta_config, row_tokens=batching.max_tokens if batching else None, is_rounded=is_rounded)
 
-    def _ratios(self, model: PreTrainedModel) -> Callable[[Matrix], float] | None:
+    def _ratios(self, model: PreTrainedModel) -> Callable[[WeightMatrix], float] | None:
         """Return what gives the ratio of each weight; None where all have the same."""
         if self.ranks == "uniform":
             return None
@@ -174,8 +181,10 @@ class OSFT(CausalLMModule):
         layers = [f"{names[block]}." for block in decoder_blocks(model)]
         found = dict(zip(layers, self.layer_ratios, strict=True))
 
-        def ratio(matrix: Matrix) -> float:
-            return next((own for layer, own in found.items() if matrix.full_name.startswith(layer)), self.form.ratio)
+        def ratio(matrix: WeightMatrix) -> float:
+            return next(
+                (own for layer, own in found.items() if matrix.full_name.startswith(layer)), self.delta_config.ratio
+            )
 
         return ratio
 
@@ -187,11 +196,13 @@ class OSFT(CausalLMModule):
         super().configure_model()
         if self.run.resume_from is not None:
             return
-        with_bases = [site for site in self.sites() if any(piece.basis_names for _, _, piece, _ in site.pieces())]
-        with Progressing(speaks=self.trainer.is_global_zero) as progress:
+        with_bases = [
+            site for site in self.parametrized_weights() if any(piece.basis_names for _, _, piece, _ in site.pieces())
+        ]
+        with DecompositionProgress(speaks=self.trainer.is_global_zero) as progress:
             cache = BasesCache(default_cache_dir())
             device = self.trainer.strategy.root_device
-            self.decomposed = fill_bases(with_bases, cache, self.earlier, progress.done, device)
+            self.decomposed = compute_bases(with_bases, cache, self.previous_tasks, progress.done, device)
 
     def build_empty(self) -> None:
         """Build the model with the ranks of the checkpoint that is to fill it."""
@@ -203,7 +214,7 @@ class OSFT(CausalLMModule):
             return
         state = read_state(self.run.resume_from)
         self.layer_ratios = state.get(LAYER_RATIOS)
-        if state.get(PREVIOUS, self.earlier.fingerprint) != self.earlier.fingerprint:
+        if state.get(PREVIOUS, self.previous_tasks.fingerprint) != self.previous_tasks.fingerprint:
             raise ConfigError(
                 "the checkpoint protects what other files hold, or none",
                 where="model.init_args.previous",
@@ -218,23 +229,23 @@ class OSFT(CausalLMModule):
             if plan is None:
                 raise ConfigError("adaptive ranks need data", where="model.init_args.ranks", remedy="use ChatData")
             alike = similarities(model, plan.step(0, 0).rows)
-            self.layer_ratios = ratios(alike, self.form.ratio, self.rank_bounds)
+            self.layer_ratios = layer_ratios(alike, self.delta_config.ratio, self.rank_bounds)
         return model
 
-    def build_on_meta(self, traits: Traits | None) -> PreTrainedModel:
+    def build_on_meta(self, traits: ModelCapabilities | None) -> PreTrainedModel:
         """Build the model without weights, with the ratios that rank 0 has found."""
         if self.ranks == "adaptive":
-            self.layer_ratios = Crew().on_first(lambda: self.layer_ratios)
+            self.layer_ratios = Ranks().run_on_rank_zero(lambda: self.layer_ratios)
         return super().build_on_meta(traits)
 
-    def sites(self) -> Iterator[Site]:
+    def parametrized_weights(self) -> Iterator[ParametrizedWeight]:
         """Yield the weights that have a change."""
         assert self.model is not None, "configure_model has run"
-        return sites(self.model, self._chosen)
+        return parametrized_weights(self.model, self._targets)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Give the changes a learning rate of their own."""
-        changes = {id(parameter) for site in self.sites() for parameter in site.change.trained()}
+        changes = {id(parameter) for site in self.parametrized_weights() for parameter in site.change.trained()}
         return [
             {**group, "params": params, "lr": self.learning_rate * scale}
             for group in super().parameter_groups()
@@ -254,34 +265,36 @@ class OSFT(CausalLMModule):
 
     def summary_lines(self) -> list[str]:
         """Return what trains, by shape, and what no target names."""
-        lines = [f"osft   {line}" for line in by_shape(self.sites())]
+        lines = [f"osft   {line}" for line in lines_by_shape(self.parametrized_weights())]
         if self.layer_ratios is not None:
             lines.append(f"osft   ratio of each layer: {' '.join(f'{ratio:.3f}' for ratio in self.layer_ratios)}")
-        named = {matrix.full_name for matrix in self._chosen}
-        changed = {site.matrix.full_name for site in self.sites()}
+        named = {matrix.full_name for matrix in self._targets}
+        changed = {site.matrix.full_name for site in self.parametrized_weights()}
         assert self.model is not None, "configure_model has run"
-        others = [matrix for matrix in matrices(self.model) if merged_name(matrix.full_name) not in (None, *named)]
+        others = [
+            matrix for matrix in weight_matrices(self.model) if merged_name(matrix.full_name) not in (None, *named)
+        ]
         how = "also train" if self.train_other == "all" else "stay as they are"
         lines += [f"osft   no rank is left for {name}: it stays" for name in sorted(named - changed)]
-        lines += [f"osft   {how}: {describe(others)}"] * bool(others)
-        return lines + [f"osft   {line}" for line in self.strangers]
+        lines += [f"osft   {how}: {describe_matrices(others)}"] * bool(others)
+        return lines + [f"osft   {line}" for line in self.mismatch_warnings]
 
     def generate(self, *args: Any, **kwargs: Any) -> list[str]:
         """Answer prompts with weights that are built once, not for every token."""
-        with built_once(list(self.sites())):
+        with cached_weights(list(self.parametrized_weights())):
             return super().generate(*args, **kwargs)
 
     # ---- the published form is projected around each step ------------------------------------------------------------
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Project the gradients, before they are clipped."""
-        for site in self.sites():
+        for site in self.parametrized_weights():
             site.change.project_gradients()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, and project what has moved."""
         super().optimizer_step(*args, **kwargs)
-        for site in self.sites():
+        for site in self.parametrized_weights():
             site.change.project()
 
     # ---- what is kept ------------------------------------------------------------------------------------------------
@@ -289,24 +302,24 @@ class OSFT(CausalLMModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the ranks of the layers: they cannot be told from the options alone."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint[PREVIOUS] = self.earlier.fingerprint
+        checkpoint[PREVIOUS] = self.previous_tasks.fingerprint
         if self.layer_ratios is not None:
             checkpoint[LAYER_RATIOS] = self.layer_ratios
 
     def export_state(self) -> tuple[PreTrainedModel, dict[str, Tensor]]:
         """Return the model and its weights with their changes, under the names that they had before."""
         assert self.model is not None, "configure_model has run"
-        state = full_state(self.model)
-        return self.model, merged_state(self.sites(), state) if state else {}  # rank 0 has gathered
+        state = full_state_dict(self.model)
+        return self.model, merged_state(self.parametrized_weights(), state) if state else {}  # rank 0 has gathered
 
     def export(self, target: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """Write the weights with their changes, and the exact changes beside them; say how large these are."""
         assert self.model is not None, "configure_model has run"
-        state = full_state(self.model)
+        state = full_state_dict(self.model)
         if state:
-            self._write(target, tokenizer, state, merged_state(self.sites(), state))
-            print(f"osft   {describe_sizes(merged(self.sites(), state))}", flush=True)
-            halves = {site.original.dtype for site in self.sites()} - {torch.float32, torch.float64}
+            self._write(target, tokenizer, state, merged_state(self.parametrized_weights(), state))
+            print(f"osft   {describe_sizes(merge_delta(self.parametrized_weights(), state))}", flush=True)
+            halves = {site.original.dtype for site in self.parametrized_weights()} - {torch.float32, torch.float64}
             for dtype in halves:
                 print(f"osft   {self._leaking(state, dtype).describe()}", flush=True)
 
@@ -314,14 +327,14 @@ class OSFT(CausalLMModule):
         """Write a plain model in a dtype (that of the base on disk if None); return what rounding did to the change."""
         assert self.model is not None, "configure_model has run"
         wanted = dtype or self.pretrained.stored_dtype
-        state = full_state(self.model)
-        self._write(target, tokenizer, state, merged_state(self.sites(), state, wanted))
+        state = full_state_dict(self.model)
+        self._write(target, tokenizer, state, merged_state(self.parametrized_weights(), state, wanted))
         return f"merge  {self._leaking(state, wanted).describe()}"
 
-    def _leaking(self, state: dict[str, Tensor], dtype: torch.dtype) -> Leaking:
+    def _leaking(self, state: dict[str, Tensor], dtype: torch.dtype) -> LeakageReport:
         """Return what becomes of the changes in weights of a dtype."""
-        leaking = Leaking(dtype)
-        for one in merged(self.sites(), state):
+        leaking = LeakageReport(dtype)
+        for one in merge_delta(self.parametrized_weights(), state):
             leaking.count(one)
         return leaking
 
@@ -329,10 +342,10 @@ class OSFT(CausalLMModule):
         self, target: Path, tokenizer: PreTrainedTokenizerBase, state: dict[str, Tensor], weights: dict[str, Tensor]
     ) -> None:
         assert self.model is not None, "configure_model has run"
-        settings = {"unfreeze_rank_ratio": self.form.ratio, **asdict(self.form)}
+        settings = {"unfreeze_rank_ratio": self.delta_config.ratio, **asdict(self.delta_config)}
 
         def changes(folder: Path) -> None:
-            write_changes(folder / DELTA_FILE, merged(self.sites(), state), settings)
+            write_changes(folder / DELTA_FILE, merge_delta(self.parametrized_weights(), state), settings)
 
         write_export(target, self.model, weights, tokenizer, changes)
 

@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lightning_hub.errors import ConfigError
-from lightning_hub.methods.fingerprint import sampled
-from lightning_hub.methods.osft.export import DELTA_FILE, LEFT
-from lightning_hub.methods.osft.subspace import Split
+from lightning_hub.methods.fingerprint import tensor_fingerprint
+from lightning_hub.methods.osft.export import DELTA_FILE, RESULT_FINGERPRINTS
+from lightning_hub.methods.osft.subspace import SubspaceSplit
 
 _PLACE = "model.init_args.previous"
 
@@ -31,7 +31,7 @@ Spans: TypeAlias = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class Earlier:
+class PreviousTasks:
     """The exact changes that earlier runs have left.
 
     Attributes:
@@ -41,7 +41,7 @@ class Earlier:
     paths: tuple[Path, ...] = ()
 
     @classmethod
-    def of(cls, given: Sequence[str]) -> Earlier:
+    def of(cls, given: Sequence[str]) -> PreviousTasks:
         """Return what lies at paths: files of exact changes, or exports that hold one.
 
         Raises:
@@ -103,13 +103,15 @@ class Earlier:
                 message = f"{path} holds a change of {strange[0]}, which this model has not"
                 raise ConfigError(message, where=_PLACE, remedy=_OTHER)
 
-    def strangers(self, model: nn.Module) -> list[str]:
+    def mismatch_warnings(self, model: nn.Module) -> list[str]:
         """Return a line for a person if the weights of a model, as it was read, are not what the last file has left."""
         if not self.paths:
             return []
         with safe_open(self.paths[-1], framework="pt") as file:
-            left = json.loads(file.metadata()["osft"]).get(LEFT, {})
-        others = [name for name, numbers in left.items() if sampled(model.get_parameter(name)).hex() != numbers]
+            left = json.loads(file.metadata()["osft"]).get(RESULT_FINGERPRINTS, {})
+        others = [
+            name for name, numbers in left.items() if tensor_fingerprint(model.get_parameter(name)).hex() != numbers
+        ]
         if not others:
             return []
         return [
@@ -143,7 +145,7 @@ class Earlier:
         return " ".join(found)
 
 
-def protect(found: Split, columns: Tensor, rows: Tensor) -> Split:
+def protect(found: SubspaceSplit, columns: Tensor, rows: Tensor) -> SubspaceSplit:
     """Return a split that also protects what earlier changes span; as many directions are no longer trained.
 
     Args:
@@ -152,12 +154,12 @@ def protect(found: Split, columns: Tensor, rows: Tensor) -> Split:
         rows: What their rows span, shape ``(t, in)``.
     """
     count = columns.shape[1]
-    left = _move(found.u, found.protected, columns.to(found.u))
-    right = _move(found.v.mT, found.protected, rows.mT.to(found.v))
+    left = _rotate_basis(found.u, found.protected, columns.to(found.u))
+    right = _rotate_basis(found.v.mT, found.protected, rows.mT.to(found.v))
     return replace(found, u=left, v=right.mT, protected=found.protected + count)
 
 
-def _move(basis: Tensor, protected: int, span: Tensor) -> Tensor:
+def _rotate_basis(basis: Tensor, protected: int, span: Tensor) -> Tensor:
     """Return orthonormal columns: the protected ones, as many more with which they hold a span, what is left of others.
 
     Args:

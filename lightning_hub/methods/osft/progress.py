@@ -12,7 +12,7 @@ from lightning_hub.progress_bar import SECONDS_BETWEEN_LINES, ProgressBar
 WORDS = "decomposing weights"
 
 
-class Progressing:
+class DecompositionProgress:
     """Tells how much of this rank's work is done, from its first piece on.
 
     Args:
@@ -24,7 +24,7 @@ class Progressing:
         self._bar: ProgressBar | None = None
         self._said = time.monotonic()
 
-    def __enter__(self) -> Progressing:
+    def __enter__(self) -> DecompositionProgress:
         return self
 
     def __exit__(

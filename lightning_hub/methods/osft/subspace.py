@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_hub.errors import HubError
 
-LOOSE = 1e-10
+GRAM_TOLERANCE = 1e-10
 """Error of the split above which the slower, more accurate decomposition is used."""
 
 
@@ -28,7 +28,7 @@ class DecompositionError(HubError):
 
 
 @dataclass(frozen=True)
-class Split:
+class SubspaceSplit:
     """Orthonormal directions of a weight, the protected ones first, in float64.
 
     Attributes:
@@ -46,7 +46,7 @@ class Split:
     error: float
 
     @property
-    def low(self) -> tuple[Tensor, Tensor, Tensor]:
+    def trainable(self) -> tuple[Tensor, Tensor, Tensor]:
         """The trained directions with their values: ``u`` (out, r), ``values`` (r,), ``v`` (r, in)."""
         return self.u[:, self.protected :], self.values[self.protected :], self.v[self.protected :]
 
@@ -78,7 +78,7 @@ def trained_rank(ratio: float, size: int) -> int:
     return int(Fraction(str(ratio)) * size + Fraction(1, 2))
 
 
-def split(weight: Tensor, rank: int, name: str = "weight") -> Split:
+def split_subspace(weight: Tensor, rank: int, name: str = "weight") -> SubspaceSplit:
     """Split a weight so that its ``rank`` smallest singular directions may be trained.
 
     Args:
@@ -100,18 +100,18 @@ def split(weight: Tensor, rank: int, name: str = "weight") -> Split:
     return replace(turned, u=turned.v.mT, v=turned.u.mT)
 
 
-def _split_tall(weight: Tensor, rank: int) -> Split:
+def _split_tall(weight: Tensor, rank: int) -> SubspaceSplit:
     """Split a weight with at least as many rows as columns."""
     protected = weight.shape[1] - rank
     eigenvalues, vectors = torch.linalg.eigh(weight.mT @ weight)
     squares, right = eigenvalues.flip(0).clamp(min=0), vectors.flip(1).mT
     values, error = squares.sqrt(), _error(squares, protected)
-    if error > LOOSE:
+    if error > GRAM_TOLERANCE:
         _, values, right = torch.linalg.svd(weight, full_matrices=False)
         error = _error(values, protected)
     left, reached = torch.linalg.qr(weight @ right.mT)  # its first columns span what the first rows of `right` reach
     left = left * torch.where(reached.diagonal() < 0, -1.0, 1.0)  # so that a value is how far its direction is reached
-    return Split(left, right, values, protected, error)
+    return SubspaceSplit(left, right, values, protected, error)
 
 
 def _error(values: Tensor, protected: int) -> float:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_hub.methods.osft.subspace import Split
+from lightning_hub.methods.osft.subspace import SubspaceSplit
 
 Factors: TypeAlias = tuple[Tensor, Tensor | None]
 """Two matrices whose product is a change, ``(out, r)`` and ``(r, in)``; where everything trains, the change alone."""
@@ -18,11 +18,11 @@ Factors: TypeAlias = tuple[Tensor, Tensor | None]
 Forward = Literal["merged", "factored"]
 
 
-class Change(nn.Module, ABC):
+class WeightDelta(nn.Module, ABC):
     """A change of a weight. Without one, the weight comes out bit by bit as it went in.
 
     Attributes:
-        forward_as: ``merged`` adds the change to the weight, ``factored`` its effect to what the layer gives.
+        forward_as: ``merge_delta`` adds the change to the weight, ``factored`` its effect to what the layer gives.
         axis: Of the stored weight, along which the layer's outputs lie: -1 where it is stored as (in, out).
     """
 
@@ -30,7 +30,7 @@ class Change(nn.Module, ABC):
     axis: int = -2
 
     @abstractmethod
-    def pieces(self, weight: Tensor) -> Iterator[tuple[str, Piece, Tensor]]:
+    def pieces(self, weight: Tensor) -> Iterator[tuple[str, SingleDelta, Tensor]]:
         """Yield each part that has a decomposition of its own: its prefix in this module, itself, its part of a weight.
 
         Args:
@@ -102,7 +102,7 @@ class Change(nn.Module, ABC):
         """Take out of what is trained what must not be learnt; called after each step of the optimizer."""
 
 
-class Piece(Change):
+class SingleDelta(WeightDelta):
     """A change with one decomposition: of a weight, of each expert's, or of a part of a fused weight.
 
     Attributes:
@@ -131,10 +131,10 @@ class Piece(Change):
         """The names of what is kept of the split."""
 
     @abstractmethod
-    def bases_of(self, split: Split) -> dict[str, Tensor]:
+    def bases_of(self, split: SubspaceSplit) -> dict[str, Tensor]:
         """Return from the split of a weight what is kept of it, by name, in float64."""
 
-    def needs_kept(self, split: Split) -> bool:
+    def needs_kept(self, split: SubspaceSplit) -> bool:
         """Say whether the protected directions of the longer side are needed beside the parameters."""
         return False
 
@@ -147,7 +147,7 @@ class Piece(Change):
     def project(self) -> None:
         """Do nothing: nothing can leave what is allowed."""
 
-    def pieces(self, weight: Tensor) -> Iterator[tuple[str, Piece, Tensor]]:
+    def pieces(self, weight: Tensor) -> Iterator[tuple[str, SingleDelta, Tensor]]:
         """Yield itself."""
         yield "", self, weight
 
@@ -157,7 +157,7 @@ class Piece(Change):
         return part
 
 
-class Still(Piece):
+class ZeroDelta(SingleDelta):
     """No change, of a part of a fused weight for which no direction is left: it has no tensors that could be cut.
 
     Args:
@@ -185,7 +185,7 @@ class Still(Piece):
         """There are none."""
         return []
 
-    def bases_of(self, split: Split) -> dict[str, Tensor]:
+    def bases_of(self, split: SubspaceSplit) -> dict[str, Tensor]:
         """Return nothing."""
         return {}
 
@@ -194,7 +194,7 @@ class Still(Piece):
         return "0"
 
 
-class Fused(Change):
+class FusedDelta(WeightDelta):
     """The change of a layer that does the work of several, such as ``qkv_proj``: each of these is a weight of its own.
 
     Args:
@@ -203,13 +203,13 @@ class Fused(Change):
         axis: Of the outputs in the stored weight.
     """
 
-    def __init__(self, parts: Sequence[Piece], sizes: Sequence[int], axis: int) -> None:
+    def __init__(self, parts: Sequence[SingleDelta], sizes: Sequence[int], axis: int) -> None:
         super().__init__()
         self.parts = nn.ModuleList(parts)
         self.sizes = list(sizes)
         self.axis = axis
 
-    def pieces(self, weight: Tensor) -> Iterator[tuple[str, Piece, Tensor]]:
+    def pieces(self, weight: Tensor) -> Iterator[tuple[str, SingleDelta, Tensor]]:
         """Yield the parts."""
         slices = weight.split(self.sizes, self.axis)
         for place, (part, own) in enumerate(zip(self._parts(), slices, strict=True)):
@@ -239,8 +239,8 @@ class Fused(Change):
         for part in self._parts():
             part.project()
 
-    def _parts(self) -> Iterator[Piece]:
-        return (cast("Piece", part) for part in self.parts)
+    def _parts(self) -> Iterator[SingleDelta]:
+        return (cast("SingleDelta", part) for part in self.parts)
 
 
 def product(factors: Factors) -> Tensor:

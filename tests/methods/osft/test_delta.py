@@ -12,18 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_hub.methods.osft.bases import KEPT, decompose
-from lightning_hub.methods.osft.delta_exact import Complement, Delta
-from lightning_hub.methods.osft.subspace import DecompositionError, Split, split, trained_rank
+from lightning_hub.methods.osft.bases import STORED_BASIS, decompose
+from lightning_hub.methods.osft.delta_exact import Complement, ExactDelta
+from lightning_hub.methods.osft.subspace import DecompositionError, SubspaceSplit, split_subspace, trained_rank
 
 SHAPES = {"square": (24, 24), "tall": (40, 16), "wide": (16, 40)}
 
 
-def filled(weight: Tensor, ratio: float, complement: Complement = "full") -> tuple[Delta, Split]:
-    delta = Delta((weight.shape[0], weight.shape[1]), ratio, complement, weight.dtype)
+def filled(weight: Tensor, ratio: float, complement: Complement = "full") -> tuple[ExactDelta, SubspaceSplit]:
+    delta = ExactDelta((weight.shape[0], weight.shape[1]), ratio, complement, weight.dtype)
     if weight.dtype == torch.float64:
         delta.double()
-    found = split(weight, delta.rank)
+    found = split_subspace(weight, delta.rank)
     with torch.no_grad():
         for name, basis in delta.bases_of(found).items():
             getattr(delta, name).copy_(basis)
@@ -36,7 +36,7 @@ def weight_of(shape: tuple[int, int], seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def leaks(change: Tensor, found: Split) -> tuple[float, float]:
+def leaks(change: Tensor, found: SubspaceSplit) -> tuple[float, float]:
     """Return the share of a change that lies in the protected columns, and in the protected rows."""
     exact = change.double()
     left = found.u[:, : found.protected].mT @ exact
@@ -89,7 +89,7 @@ def test_it_reaches_exactly_the_set(shape: str, complement: Complement) -> None:
 
 
 class _Change(nn.Module):
-    def __init__(self, inner: Delta) -> None:
+    def __init__(self, inner: ExactDelta) -> None:
         super().__init__()
         self.inner = inner
 
@@ -167,17 +167,17 @@ def weight_with(shape: tuple[int, int], spectrum: Callable[[Tensor], Tensor]) ->
 def test_no_spectrum_leaks_more_than_is_said(shape: tuple[int, int], spectrum: str) -> None:
     weight = weight_with(shape, SPECTRA[spectrum])
     exact, gathered, rounded = (
-        Delta(shape, 0.25, "full"),
-        Delta(shape, 0.25, "full", is_rounded=True),
-        Delta(shape, 0.25, "full", torch.bfloat16),
+        ExactDelta(shape, 0.25, "full"),
+        ExactDelta(shape, 0.25, "full", is_rounded=True),
+        ExactDelta(shape, 0.25, "full", torch.bfloat16),
     )
     for delta, most in ((exact, 1e-5), (gathered, 1e-5), (rounded, 5e-3)):
         own = weight.bfloat16() if delta is rounded else weight
         for name, basis in decompose(own, delta, "weight").items():
-            setattr(delta, name, basis if name == KEPT else nn.Parameter(basis, requires_grad=False))
+            setattr(delta, name, basis if name == STORED_BASIS else nn.Parameter(basis, requires_grad=False))
         with torch.no_grad():
             delta.delta.normal_(generator=torch.Generator().manual_seed(1))
-        assert max(leaks(delta.change(own).detach(), split(own, delta.rank))) <= most
+        assert max(leaks(delta.change(own).detach(), split_subspace(own, delta.rank))) <= most
     change = gathered.change(weight).detach()
     forward = deepcopy(gathered).bfloat16().change(weight.bfloat16()).detach()
     assert distance(forward.float(), change) <= 1e-2, "what is computed in bfloat16 is what is exported"
@@ -187,13 +187,13 @@ def test_no_spectrum_leaks_more_than_is_said(shape: tuple[int, int], spectrum: s
 def test_tiny_singular_values_leave_every_basis_finite() -> None:
     weight = torch.zeros(12, 8)
     weight.diagonal().copy_(10.0 ** -torch.arange(0, 32, 4))
-    delta = Delta((12, 8), 0.25, "full")
+    delta = ExactDelta((12, 8), 0.25, "full")
     assert all(basis.isfinite().all() for basis in decompose(weight, delta, "weight").values())
 
 
 def test_the_span_is_that_of_the_singular_values() -> None:
     weight = weight_of((30, 20)).double()
-    found = split(weight, 5)
+    found = split_subspace(weight, 5)
     exact = torch.linalg.svd(weight, full_matrices=False)
     assert float((found.values - exact.S).abs().max()) < 1e-10
     for ours, theirs in ((found.u[:, :15], exact.U[:, :15]), (found.v[:15].mT, exact.Vh[:15].mT)):
@@ -202,7 +202,7 @@ def test_the_span_is_that_of_the_singular_values() -> None:
 
 def test_a_weight_that_is_no_number_is_named() -> None:
     with pytest.raises(DecompositionError, match=r"layers\.3\.up_proj"):
-        split(torch.tensor([[1.0, float("nan")], [0.0, 1.0]]), 1, "layers.3.up_proj")
+        split_subspace(torch.tensor([[1.0, float("nan")], [0.0, 1.0]]), 1, "layers.3.up_proj")
 
 
 @given(st.integers(0, 1000), st.integers(1, 20000))

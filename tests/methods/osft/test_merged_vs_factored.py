@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Phi3Config, PreTrainedModel
 
 from lightning_hub.errors import ConfigError
-from lightning_hub.methods.osft.bases import BasesCache, fill_bases
-from lightning_hub.methods.osft.delta_usv import Usv
-from lightning_hub.methods.osft.export import DELTA_FILE, merged, write_changes
-from lightning_hub.methods.osft.inject import Form, Site, add_changes, sites
-from lightning_hub.methods.osft.previous_tasks import Earlier
-from lightning_hub.methods.osft.subspace import split
-from lightning_hub.methods.osft.weight_delta import Change, Fused
-from lightning_hub.methods.targets import resolve
+from lightning_hub.methods.osft.bases import BasesCache, compute_bases
+from lightning_hub.methods.osft.delta_usv import UsvDelta
+from lightning_hub.methods.osft.export import DELTA_FILE, merge_delta, write_changes
+from lightning_hub.methods.osft.inject import DeltaConfig, ParametrizedWeight, inject_deltas, parametrized_weights
+from lightning_hub.methods.osft.previous_tasks import PreviousTasks
+from lightning_hub.methods.osft.subspace import split_subspace
+from lightning_hub.methods.osft.weight_delta import FusedDelta, WeightDelta
+from lightning_hub.methods.targets import resolve_targets
 from tests.methods.test_targets import MIXTRAL
 from tests.ops.models import CONFIGS, SHAPE, VOCABULARY
 
@@ -38,19 +38,21 @@ def model_of(family: str) -> PreTrainedModel:
     return made.double()
 
 
-def changed(model: PreTrainedModel, cache: Path, form: Form, earlier: Earlier | None = None) -> list[Site]:
+def changed(
+    model: PreTrainedModel, cache: Path, form: DeltaConfig, earlier: PreviousTasks | None = None
+) -> list[ParametrizedWeight]:
     """Put changes under all layers, in float64."""
-    earlier = earlier or Earlier()
-    targets = resolve(model, ["attention", "experts"] if "Mixtral" in type(model).__name__ else "all-linear")
-    add_changes(model, targets, form, taken=earlier.rank)
-    found = list(sites(model, targets))
+    earlier = earlier or PreviousTasks()
+    targets = resolve_targets(model, ["attention", "experts"] if "Mixtral" in type(model).__name__ else "all-linear")
+    inject_deltas(model, targets, form, num_reserved=earlier.rank)
+    found = list(parametrized_weights(model, targets))
     for site in found:
         site.change.double()
-    fill_bases(found, BasesCache(cache), earlier)
+    compute_bases(found, BasesCache(cache), earlier)
     return found
 
 
-def disturb(found: Iterable[Site], size: float = 0.02) -> None:
+def disturb(found: Iterable[ParametrizedWeight], size: float = 0.02) -> None:
     """Let every change be something, the same for the same shapes in the same order."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -66,7 +68,7 @@ def loss_of(model: PreTrainedModel, seed: int = 0) -> Tensor:
     return loss
 
 
-def train(model: PreTrainedModel, found: list[Site], steps: int = 5) -> list[float]:
+def train(model: PreTrainedModel, found: list[ParametrizedWeight], steps: int = 5) -> list[float]:
     trained = [parameter for site in found for parameter in site.change.trained()]
     optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1)
     losses = []
@@ -90,9 +92,11 @@ def distance(one: Tensor, other: Tensor) -> float:
 # ---- merged and factored -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", [Form(0.25), Form(0.25, "thin"), Form(0.25, parametrization="usv")], ids=str)
+@pytest.mark.parametrize(
+    "form", [DeltaConfig(0.25), DeltaConfig(0.25, "thin"), DeltaConfig(0.25, parametrization="usv")], ids=str
+)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
-def test_beside_the_weight_is_in_the_weight(family: str, form: Form, tmp_path: Path) -> None:
+def test_beside_the_weight_is_in_the_weight(family: str, form: DeltaConfig, tmp_path: Path) -> None:
     losses, gradients = [], []
     for how in ("merged", "factored"):
         model = model_of(family)
@@ -120,23 +124,23 @@ def test_before_a_step_no_form_changes_anything(
     model = model_of(family)
     nn.Module.to(model, dtype=dtype)
     ids = torch.randint(3, VOCABULARY, (2, 12))
-    targets = resolve(model, "attention")
+    targets = resolve_targets(model, "attention")
     with torch.no_grad():
         before = model(ids, use_cache=False).logits
-        add_changes(model, targets, Form(0.25, forward=forward, parametrization=parametrization))  # type: ignore[arg-type]
-        fill_bases(list(sites(model, targets)), BasesCache(tmp_path))
+        inject_deltas(model, targets, DeltaConfig(0.25, forward=forward, parametrization=parametrization))  # type: ignore[arg-type]
+        compute_bases(list(parametrized_weights(model, targets)), BasesCache(tmp_path))
         assert model(ids, use_cache=False).logits.equal(before)
 
 
 @pytest.mark.parametrize(("tokens", "expected"), [(8, "factored"), (100_000, "merged")])
 def test_what_computes_less_is_taken(tokens: int, expected: str, tmp_path: Path) -> None:
     model = model_of("llama")
-    found = changed(model, tmp_path, Form(0.25, row_tokens=tokens))
+    found = changed(model, tmp_path, DeltaConfig(0.25, row_tokens=tokens))
     square = {site.change.forward_as for site in found if "o_proj" in site.matrix.name}
     assert square == {expected}
-    few = changed(model_of("llama"), tmp_path, Form(0.05, row_tokens=None))
+    few = changed(model_of("llama"), tmp_path, DeltaConfig(0.05, row_tokens=None))
     assert {site.change.forward_as for site in few} == {"factored"}
-    whole = changed(model_of("llama"), tmp_path, Form(1.0, forward="factored"))
+    whole = changed(model_of("llama"), tmp_path, DeltaConfig(1.0, forward="factored"))
     assert {site.change.forward_as for site in whole} == {"merged"}
 
 
@@ -145,7 +149,7 @@ def test_what_computes_less_is_taken(tokens: int, expected: str, tmp_path: Path)
 @pytest.mark.parametrize("family", ["llama", "phi3"])
 def test_a_block_compiles_in_one_graph_and_copies(family: str, forward: str, tmp_path: Path) -> None:
     model = model_of(family)
-    disturb(changed(model, tmp_path, Form(0.25, forward=forward)))  # type: ignore[arg-type]
+    disturb(changed(model, tmp_path, DeltaConfig(0.25, forward=forward)))  # type: ignore[arg-type]
     block = model.get_submodule("model.layers.0")
     given = torch.randn(1, 8, SHAPE["hidden_size"], dtype=torch.float64)
     places = model.get_submodule("model.rotary_emb")(given, torch.arange(8)[None])
@@ -184,18 +188,20 @@ def test_parts_of_a_fused_layer_learn_as_layers_of_their_own(tmp_path: Path) -> 
     fused = model_of("phi3")
     apart = split_apart(fused)
     assert float((loss_of(fused) - loss_of(apart)).abs()) < 1e-12
-    found, single = (changed(model, tmp_path, Form(0.25)) for model in (fused, apart))
-    assert sum(isinstance(site.change, Fused) for site in found) == 4
+    found, single = (changed(model, tmp_path, DeltaConfig(0.25)) for model in (fused, apart))
+    assert sum(isinstance(site.change, FusedDelta) for site in found) == 4
     assert sum(len(list(site.pieces())) for site in found) == len(single)
     assert train(fused, found) == pytest.approx(train(apart, single), rel=1e-9)
-    whole = changed(model_of("phi3"), tmp_path, Form(0.25, fused="whole"))
-    assert not any(isinstance(site.change, Fused) for site in whole)
+    whole = changed(model_of("phi3"), tmp_path, DeltaConfig(0.25, fused="whole"))
+    assert not any(isinstance(site.change, FusedDelta) for site in whole)
 
 
 @pytest.mark.parametrize(
-    "form", [Form(0.03), Form(0.03, forward="factored"), Form(0.03, parametrization="usv")], ids=str
+    "form",
+    [DeltaConfig(0.03), DeltaConfig(0.03, forward="factored"), DeltaConfig(0.03, parametrization="usv")],
+    ids=str,
 )
-def test_a_part_for_which_no_direction_is_left_has_nothing_to_cut_and_stays(form: Form, tmp_path: Path) -> None:
+def test_a_part_for_which_no_direction_is_left_has_nothing_to_cut_and_stays(form: DeltaConfig, tmp_path: Path) -> None:
     fused = model_of("phi3")
     apart = split_apart(fused)
     found, single = (changed(model, tmp_path, form) for model in (fused, apart))
@@ -212,7 +218,7 @@ def test_what_lies_side_by_side_is_known_by_the_layer(tmp_path: Path) -> None:
     parts = {
         family: {
             site.matrix.name.rpartition(".")[2]: [tuple(part.shape) for *_, part in site.pieces()]
-            for site in changed(model_of(family), tmp_path, Form(0.25))
+            for site in changed(model_of(family), tmp_path, DeltaConfig(0.25))
         }
         for family in ("gpt2", "mixtral")
     }
@@ -225,12 +231,12 @@ def test_what_lies_side_by_side_is_known_by_the_layer(tmp_path: Path) -> None:
 
 def test_the_change_of_a_fused_layer_leaks_in_no_part(tmp_path: Path) -> None:
     model = model_of("gpt2")
-    found = changed(model, tmp_path, Form(0.25))
+    found = changed(model, tmp_path, DeltaConfig(0.25))
     train(model, found)
     for site in found:
         change = site.change.change(site.original).detach()
         for (_, _, piece, weight), (*_, own) in zip(site.pieces(), site.pieces(change), strict=True):
-            exact = split(weight, piece.rank)
+            exact = split_subspace(weight, piece.rank)
             assert float((exact.u[:, : exact.protected].mT @ own).norm() / own.norm()) < 1e-10
             assert float((own @ exact.v[: exact.protected].mT).norm() / own.norm()) < 1e-10
         assert max(site.change.leaks(site.original.detach(), change)) < 1e-10
@@ -238,13 +244,13 @@ def test_the_change_of_a_fused_layer_leaks_in_no_part(tmp_path: Path) -> None:
 
 def test_a_further_task_leaves_alone_what_parts_have_learnt(tmp_path: Path) -> None:
     model = model_of("phi3")
-    first = changed(model, tmp_path, Form(0.25))
+    first = changed(model, tmp_path, DeltaConfig(0.25))
     train(model, first)
-    learnt = list(merged(first, model.state_dict()))
+    learnt = list(merge_delta(first, model.state_dict()))
     write_changes(tmp_path / DELTA_FILE, learnt, {})
-    earlier = Earlier.of([str(tmp_path)])
+    earlier = PreviousTasks.of([str(tmp_path)])
     further = model_of("phi3")
-    second = changed(further, tmp_path, Form(0.5), earlier)
+    second = changed(further, tmp_path, DeltaConfig(0.5), earlier)
     train(further, second)
     before = {name: factors for one in learnt for name, factors in one.factors.items()}
     for site in second:
@@ -259,16 +265,16 @@ def test_a_further_task_leaves_alone_what_parts_have_learnt(tmp_path: Path) -> N
             assert float((own @ rows.mT).norm() / own.norm()) < 1e-6
     assert not before
     with pytest.raises(ConfigError, match=r"has changed .*qkv_proj as several; set parts"):
-        changed(model_of("phi3"), tmp_path, Form(0.5, fused="whole"), earlier)
+        changed(model_of("phi3"), tmp_path, DeltaConfig(0.5, fused="whole"), earlier)
 
 
 # ---- the published form ------------------------------------------------------------------------------------------
 
 
-def usv_of(weight: Tensor, ratio: float) -> Usv:
-    change = Usv((weight.shape[0], weight.shape[1]), ratio).to(weight.dtype)
+def usv_of(weight: Tensor, ratio: float) -> UsvDelta:
+    change = UsvDelta((weight.shape[0], weight.shape[1]), ratio).to(weight.dtype)
     with torch.no_grad():
-        for name, basis in change.bases_of(split(weight, change.rank)).items():
+        for name, basis in change.bases_of(split_subspace(weight, change.rank)).items():
             change.get_parameter(name).copy_(basis)
     change.begin()
     return change
@@ -351,12 +357,12 @@ def test_both_forms_reach_the_same_set(shape: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "mixtral", "phi3"])
 def test_models_learn_in_the_published_form(family: str, tmp_path: Path) -> None:
     model = model_of(family)
-    found = changed(model, tmp_path, Form(0.25, parametrization="usv"))
+    found = changed(model, tmp_path, DeltaConfig(0.25, parametrization="usv"))
     before = [loss_of(model, seed) for seed in range(5)]
     train(model, found)
     assert sum(loss_of(model, seed).detach() for seed in range(5)) < sum(before)
     for site in found:
         weight, change = site.original.detach(), site.change.change(site.original).detach()
-        assert isinstance(site.change, Change)
+        assert isinstance(site.change, WeightDelta)
         assert change.norm() > 0
         assert weight.ndim == 3 or max(site.change.leaks(weight, change)) < 1e-10

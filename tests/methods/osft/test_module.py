@@ -18,12 +18,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lightning_hub.errors import ConfigError
 from lightning_hub.methods.osft import OSFT
-from lightning_hub.methods.osft.bases import BasesCache, cost, decompose, fill_bases, share_out
-from lightning_hub.methods.osft.delta_exact import Delta
+from lightning_hub.methods.osft.bases import BasesCache, assign_owners, compute_bases, decompose, decomposition_cost
+from lightning_hub.methods.osft.delta_exact import ExactDelta
 from lightning_hub.methods.osft.export import DELTA_FILE
-from lightning_hub.methods.osft.inject import Form, Site, add_changes, sites
-from lightning_hub.methods.osft.subspace import split
-from lightning_hub.methods.targets import Matrix, resolve
+from lightning_hub.methods.osft.inject import DeltaConfig, ParametrizedWeight, inject_deltas, parametrized_weights
+from lightning_hub.methods.osft.subspace import split_subspace
+from lightning_hub.methods.targets import WeightMatrix, resolve_targets
 from lightning_hub.models.generation import complete
 from lightning_hub.models.pretrained import Pretrained
 from lightning_hub.parallel.fsdp import check_dtypes, decoder_blocks
@@ -40,16 +40,16 @@ def random_model(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedM
     return made.bfloat16() if dtype == torch.bfloat16 else made
 
 
-def changed(model: PreTrainedModel, folder: Path, ratio: float = 0.25) -> list[Site]:
+def changed(model: PreTrainedModel, folder: Path, ratio: float = 0.25) -> list[ParametrizedWeight]:
     groups = [group for group in ("attention", "mlp", "experts") if group != "experts" or has_experts(model)]
-    targets = resolve(model, [group for group in groups if group != "mlp" or not has_experts(model)])
-    add_changes(model, targets, Form(ratio))
-    found = list(sites(model, targets))
-    fill_bases(found, BasesCache(folder))
+    targets = resolve_targets(model, [group for group in groups if group != "mlp" or not has_experts(model)])
+    inject_deltas(model, targets, DeltaConfig(ratio))
+    found = list(parametrized_weights(model, targets))
+    compute_bases(found, BasesCache(folder))
     return found
 
 
-def rank_of(site: Site) -> int:
+def rank_of(site: ParametrizedWeight) -> int:
     ((_, _, piece, _),) = site.pieces()
     return piece.rank
 
@@ -91,7 +91,7 @@ def test_gradients_reach_every_change_and_leave_what_is_protected(family: str, t
         for (name, _, piece, own), (_, _, _, part) in pieces:
             assert float(own.abs().sum()) > 0
             for moved, weight in slices(own, part):
-                exact = split(weight, piece.rank)
+                exact = split_subspace(weight, piece.rank)
                 for leak in leaks(moved, exact.u[:, : exact.protected], exact.v[: exact.protected]):
                     assert leak <= 1e-5, name
 
@@ -108,8 +108,8 @@ def leaks(change: Tensor, u_high: Tensor, v_high: Tensor) -> tuple[float, float]
 def test_an_expert_is_a_weight_of_its_own() -> None:
     torch.manual_seed(0)
     weights = torch.randn(3, 20, 12)
-    together = Delta((20, 12), 0.25, "full", experts=3)
-    alone = [Delta((20, 12), 0.25, "full") for _ in range(3)]
+    together = ExactDelta((20, 12), 0.25, "full", experts=3)
+    alone = [ExactDelta((20, 12), 0.25, "full") for _ in range(3)]
     trained = torch.randn(3, *alone[0].delta.shape)
     with torch.no_grad():
         together.delta.copy_(trained)
@@ -145,7 +145,7 @@ def test_only_the_changes_are_trained(train: Callable[..., OSFT]) -> None:
     _, exported = module.export_state()
     plain = module.pretrained.load(dtype=torch.float32, attn_implementation="sdpa").state_dict()
     moved = {name for name, tensor in plain.items() if not exported[name].equal(tensor)}
-    assert moved == {site.matrix.full_name for site in module.sites()}
+    assert moved == {site.matrix.full_name for site in module.parametrized_weights()}
     tied = {tensor.data_ptr(): tensor for tensor in plain.values()}.values()
     assert module.num_parameters == sum(tensor.numel() for tensor in tied)
 
@@ -175,7 +175,7 @@ def test_the_published_form_is_projected_before_clipping_and_after_the_step(trai
 
     class Watched(OSFT):
         def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
-            for site in self.sites():
+            for site in self.parametrized_weights():
                 for _, _, piece, _ in site.pieces():
                     gradient, high = piece.get_parameter("u").grad, piece.get_parameter("u_high")
                     assert gradient is not None
@@ -183,11 +183,11 @@ def test_the_published_form_is_projected_before_clipping_and_after_the_step(trai
             super().configure_gradient_clipping(*args, **kwargs)
 
     module = train(kind=Watched, parametrization="usv", weight_decay=0.1)
-    assert len(shares) == 3 * len(list(module.sites()))
+    assert len(shares) == 3 * len(list(module.parametrized_weights()))
     assert max(shares) < 1e-5
-    for site in module.sites():
+    for site in module.parametrized_weights():
         change = site.change.change(site.original).detach()
-        exact = split(site.original, rank_of(site))
+        exact = split_subspace(site.original, rank_of(site))
         assert change.norm() > 0
         assert max(leaks(change, exact.u[:, : exact.protected], exact.v[: exact.protected])) < 1e-3
 
@@ -200,7 +200,7 @@ def test_what_trains_is_float32_in_every_precision(
 ) -> None:
     module = train(precision=precision, learning_rate=1e-5, **form)
     halves = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
-    for site in module.sites():
+    for site in module.parametrized_weights():
         assert site.original.dtype == halves.get(precision, torch.float32)
         assert {parameter.dtype for parameter in site.change.trained()} == {torch.float32}
         assert site.change.change(site.original).any(), "steps as small as these are lost in half precision"
@@ -255,15 +255,15 @@ def test_the_exact_changes_stand_beside_the_export(
     module.export(target, module.pretrained.tokenizer)
     changes, exported = load_file(target / DELTA_FILE), load_file(target / "model.safetensors")
     plain = module.pretrained.load(dtype=torch.float32, attn_implementation="sdpa").state_dict()
-    for site in module.sites():
+    for site in module.parametrized_weights():
         name = site.matrix.full_name
         assert (plain[name] + changes[f"{name}.left"] @ changes[f"{name}.right"]).equal(exported[name])
     with safe_open(target / DELTA_FILE, framework="pt") as file:
         about = json.loads(file.metadata()["osft"])
-    names = [site.matrix.full_name for site in module.sites()]
+    names = [site.matrix.full_name for site in module.parametrized_weights()]
     assert about["weights"] == {name: hashlib.sha256(plain[name].numpy().tobytes()).hexdigest() for name in names}
     assert about["settings"]["unfreeze_rank_ratio"] == 0.25
-    pairs = [(exported[site.matrix.full_name], plain[site.matrix.full_name]) for site in module.sites()]
+    pairs = [(exported[site.matrix.full_name], plain[site.matrix.full_name]) for site in module.parametrized_weights()]
     size = sum(float((end - start).square().sum()) for end, start in pairs)
     share = (size / sum(float(start.square().sum()) for _, start in pairs)) ** 0.5
     assert f"changed by {share:.2%} (attention)" in capsys.readouterr().out
@@ -288,17 +288,17 @@ def test_answers_build_each_weight_once(
     prompts, tokenizer = [[{"role": "user", "content": "Spell kamo."}]], module.pretrained.tokenizer
     plain = module.pretrained.load(dtype=torch.float32, attn_implementation="sdpa")
     plain.load_state_dict(module.export_state()[1])
-    built: list[Delta] = []
-    change = Delta.change
+    built: list[ExactDelta] = []
+    change = ExactDelta.change
 
-    def counted(self: Delta, weight: Tensor) -> Tensor:
+    def counted(self: ExactDelta, weight: Tensor) -> Tensor:
         built.append(self)
         return change(self, weight)
 
-    monkeypatch.setattr(Delta, "change", counted)
+    monkeypatch.setattr(ExactDelta, "change", counted)
     assert module.generate(prompts, tokenizer) == complete(plain, tokenizer, prompts)
-    assert len(built) == len(set(built)) == len(list(module.sites()))
-    assert {site.change.forward_as for site in module.sites()} == {forward}
+    assert len(built) == len(set(built)) == len(list(module.parametrized_weights()))
+    assert {site.change.forward_as for site in module.parametrized_weights()} == {forward}
 
 
 def test_what_rounding_does_to_a_change_is_said(train: Callable[..., OSFT], tmp_path: Path) -> None:
@@ -307,8 +307,8 @@ def test_what_rounding_does_to_a_change_is_said(train: Callable[..., OSFT], tmp_
     rounded = load_file(tmp_path / "merged" / "model.safetensors")
     plain = module.pretrained.load(dtype=torch.float32, attn_implementation="sdpa").state_dict()
     worst, lost, size, moved, numbers = 0.0, 0.0, 0.0, 0, 0
-    for site in module.sites():
-        exact = split(site.original, rank_of(site))
+    for site in module.parametrized_weights():
+        exact = split_subspace(site.original, rank_of(site))
         base, end = plain[site.matrix.full_name], rounded[site.matrix.full_name]
         change, wanted = end.float() - base, site.change.change(site.original).detach()
         lost += float((change - wanted).square().sum())
@@ -340,7 +340,7 @@ def test_merged_weights_are_rounded_once_and_read_again_as_they_are(
     assert ("the change is off by 0.0%" in said) == (dtype == torch.float32)
     read = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert read.dtype == dtype
-    for site in module.sites():
+    for site in module.parametrized_weights():
         exact = site.original.detach() + site.change.change(site.original).detach()
         assert torch.equal(read.get_parameter(site.matrix.full_name), exact.to(dtype))
     capsys.readouterr()
@@ -373,8 +373,12 @@ def test_settings_that_cannot_be_meant(train: Callable[..., OSFT], options: dict
 @pytest.mark.parametrize("num_ranks", [7, 8])
 def test_work_is_shared_out_by_its_cost(num_ranks: int) -> None:
     layer = [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), *[(14336, 4096)] * 2, (4096, 14336)]
-    every = [Site(Matrix("layer", "weight", "mlp", shape, False), None, None) for shape in layer * 32]  # type: ignore[arg-type]
-    owners = share_out([cost(site) for site in every], num_ranks)
+    nothing: Any = None  # the cost depends on shapes only
+    every = [
+        ParametrizedWeight(WeightMatrix("layer", "weight", "mlp", shape, False), nothing, nothing)
+        for shape in layer * 32
+    ]
+    owners = assign_owners([decomposition_cost(site) for site in every], num_ranks)
     loads = [0.0] * num_ranks
     for shape, owner in zip(layer * 32, owners, strict=True):
         loads[owner] += min(shape) ** 2 * max(shape)

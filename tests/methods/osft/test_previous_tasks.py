@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 
 from lightning_hub.errors import ConfigError
 from lightning_hub.methods.osft import OSFT
-from lightning_hub.methods.osft.bases import BasesCache, fill_bases
+from lightning_hub.methods.osft.bases import BasesCache, compute_bases
 from lightning_hub.methods.osft.export import DELTA_FILE
-from lightning_hub.methods.osft.inject import Form, add_changes, sites
-from lightning_hub.methods.osft.previous_tasks import Earlier, protect
-from lightning_hub.methods.osft.subspace import split, trained_rank
-from lightning_hub.methods.targets import resolve
+from lightning_hub.methods.osft.inject import DeltaConfig, inject_deltas, parametrized_weights
+from lightning_hub.methods.osft.previous_tasks import PreviousTasks, protect
+from lightning_hub.methods.osft.subspace import split_subspace, trained_rank
+from lightning_hub.methods.targets import resolve_targets
 from lightning_hub.models.pretrained import Pretrained
 from tests.methods.osft.test_module import leaks, random_model
 from tests.parallel.test_topology import saved
@@ -35,14 +35,14 @@ def test_a_further_task_leaves_alone_what_the_first_has_learnt(
     told = [line for line in second.summary_lines() if "whole on every rank" in line]
     assert len(told) == (complement == "full")
     learnt = load_file(export / DELTA_FILE)
-    for site in second.sites():
+    for site in second.parametrized_weights():
         name = site.matrix.full_name
         change = site.change.change(site.original).detach().double()
         columns, _ = torch.linalg.qr(learnt[f"{name}.left"].double())
         rows, _ = torch.linalg.qr(learnt[f"{name}.right"].double().mT)
         assert change.norm() > 0
         assert max(leaks(change, columns, rows.mT)) <= 1e-5
-        exact = split(site.original, trained_rank(0.5, min(site.matrix.shape)))
+        exact = split_subspace(site.original, trained_rank(0.5, min(site.matrix.shape)))
         assert max(leaks(change, exact.u[:, : exact.protected], exact.v[: exact.protected])) <= 1e-5
 
 
@@ -56,7 +56,7 @@ def test_what_protects_nothing_of_this_model_is_refused(train: Callable[..., OSF
 
 def test_equal_weights_that_have_learnt_other_things_keep_apart(tmp_path: Path) -> None:
     model = random_model("llama")
-    targets = resolve(model, ["up_proj"])
+    targets = resolve_targets(model, ["up_proj"])
     rows, columns = targets[0].shape
     with torch.no_grad():
         first, second, *_ = (model.get_parameter(target.full_name) for target in targets)
@@ -65,10 +65,10 @@ def test_equal_weights_that_have_learnt_other_things_keep_apart(tmp_path: Path) 
     learnt = {f"{name}.{end}": torch.randn(rows, 1) if end == "left" else torch.randn(1, columns)
               for name in names for end in ("left", "right")}  # fmt: skip
     save_file(learnt, tmp_path / "changes.safetensors", metadata={"osft": "{}"})
-    earlier = Earlier.of([str(tmp_path / "changes.safetensors")])
-    add_changes(model, targets, Form(0.5), taken=earlier.rank)
-    fill_bases(list(sites(model, targets)), BasesCache(tmp_path), earlier)
-    for site in sites(model, targets):
+    earlier = PreviousTasks.of([str(tmp_path / "changes.safetensors")])
+    inject_deltas(model, targets, DeltaConfig(0.5), num_reserved=earlier.rank)
+    compute_bases(list(parametrized_weights(model, targets)), BasesCache(tmp_path), earlier)
+    for site in parametrized_weights(model, targets):
         ((_, _, piece, _),) = site.pieces()
         row = learnt[f"{site.matrix.full_name}.right"]
         assert float((piece.get_parameter("v_low") @ row.mT).norm() / row.norm()) < 1e-5
@@ -81,7 +81,7 @@ def test_equal_weights_that_have_learnt_other_things_keep_apart(tmp_path: Path) 
 )
 def test_what_is_protected_beside_a_weight_keeps_every_basis_orthonormal(directions: list[int]) -> None:
     torch.manual_seed(0)
-    found = split(torch.randn(40, 16), 8)
+    found = split_subspace(torch.randn(40, 16), 8)
     others = torch.linalg.qr(torch.cat([found.u, torch.randn(40, 2).double()], 1)).Q[:, 16:]
     columns = torch.stack([others[:, place - 100] if place >= 100 else found.u[:, place] for place in directions], 1)
     rows = torch.stack([found.v[place % 16] for place in directions])

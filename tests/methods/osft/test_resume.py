@@ -15,21 +15,21 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lightning_hub.errors import HubError
-from lightning_hub.launch.environment import Place
+from lightning_hub.launch.environment import ProcessInfo
 from lightning_hub.methods.osft import OSFT
-from lightning_hub.methods.osft.bases import BasesCache, fill_bases
-from lightning_hub.methods.osft.importance import ratios, similarities
-from lightning_hub.methods.osft.inject import Form, add_changes, sites
+from lightning_hub.methods.osft.bases import BasesCache, compute_bases
+from lightning_hub.methods.osft.importance import layer_ratios, similarities
+from lightning_hub.methods.osft.inject import DeltaConfig, inject_deltas, parametrized_weights
 from lightning_hub.methods.osft.subspace import DecompositionError
 from lightning_hub.methods.run_context import RunContext, run_context
-from lightning_hub.methods.targets import resolve
-from lightning_hub.ops.batch import Row
-from lightning_hub.parallel.process_group import join, leave
+from lightning_hub.methods.targets import resolve_targets
+from lightning_hub.ops.batch import PackedSequence
+from lightning_hub.parallel.process_group import destroy_process_group, init_process_group
 from lightning_hub.runs.manifest import DamagedError
 from tests.conftest import WriteRows
 from tests.ops.models import VOCABULARY, make
 from tests.parallel.multiprocess import processes
-from tests.parallel.resume_cases import Story, Told, tell_all
+from tests.parallel.resume_cases import Outcome, ResumeCase, run_cases
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "adaptive": {"ranks": "adaptive", "rank_bounds": (0.05, 0.6), "learning_rate": 1e-3},
@@ -38,7 +38,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def stories(topology: str, data: Path, folder: Path) -> tuple[list[Story], list[Story]]:
+def stories(topology: str, data: Path, folder: Path) -> tuple[list[ResumeCase], list[ResumeCase]]:
     """Return trainings, and the same from their third step on."""
     learnt = data.parent / "learnt.safetensors"
     if not learnt.exists():  # of a tall weight, whose basis is kept beside its parameters then
@@ -48,14 +48,14 @@ def stories(topology: str, data: Path, folder: Path) -> tuple[list[Story], list[
         )
     chained = {"previous": [str(learnt)], "learning_rate": 1e-3}
     whole = [
-        Story(topology, data, folder / name, kind=OSFT, method=options, trainer={"max_steps": 5})
+        ResumeCase(topology, data, folder / name, kind=OSFT, method=options, trainer={"max_steps": 5})
         for name, options in {**SETTINGS, "chained": chained}.items()
     ]
     rest = [replace(one, folder=folder / f"{one.folder.name}-3", resume=one.folder / "step-3") for one in whole]
     return whole, rest
 
 
-def assert_same(resumed: Told, straight: Told) -> None:
+def assert_same(resumed: Outcome, straight: Outcome) -> None:
     assert resumed.losses == {step: loss for step, loss in straight.losses.items() if step > 3}
     assert resumed.weights.keys() == straight.weights.keys()
     assert all(resumed.weights[name].equal(tensor) for name, tensor in straight.weights.items())
@@ -67,10 +67,10 @@ def test_one_process_goes_on_without_a_cache(
 ) -> None:
     whole, rest = stories("single", write_rows(50), tmp_path)
     monkeypatch.setenv("LIGHTNING_HUB_CACHE", str(tmp_path / "cache"))
-    straight = tell_all(whole)
+    straight = run_cases(whole)
     assert list((tmp_path / "cache" / "bases").iterdir())
     monkeypatch.setenv("LIGHTNING_HUB_CACHE", str(tmp_path / "empty"))
-    for resumed, expected in zip(tell_all(rest), straight, strict=True):
+    for resumed, expected in zip(run_cases(rest), straight, strict=True):
         assert_same(resumed, expected)
     assert not (tmp_path / "empty" / "bases").exists()
     checkpoint = whole[0].folder / "step-3"
@@ -99,38 +99,38 @@ def test_two_ranks_go_on_without_a_cache(
     assert not (tmp_path / "empty" / "bases").exists()
 
 
-def _in_turn(whole: list[Story], rest: list[Story], empty: Path) -> list[Told]:
-    first = tell_all(whole)
+def _in_turn(whole: list[ResumeCase], rest: list[ResumeCase], empty: Path) -> list[Outcome]:
+    first = run_cases(whole)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LIGHTNING_HUB_CACHE", str(empty))
-        return first + tell_all(rest)
+        return first + run_cases(rest)
 
 
 @pytest.mark.slow
 def test_altered_bases_are_refused(tmp_path: Path, write_rows: WriteRows, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LIGHTNING_HUB_CACHE", str(tmp_path / "cache"))
-    whole = Story("single", write_rows(50), tmp_path / "run", kind=OSFT, trainer={"max_steps": 2})
-    tell_all([whole])
+    whole = ResumeCase("single", write_rows(50), tmp_path / "run", kind=OSFT, trainer={"max_steps": 2})
+    run_cases([whole])
     weights = tmp_path / "run" / "step-2" / "weights.safetensors"
     held = load_file(weights)
     name = next(name for name in held if name.endswith("u_low"))
     held[name][:, 0] *= -1  # as good a basis, but not the one that the trained numbers belong to
     save_file(held, weights)
     with pytest.raises(DamagedError, match=r"weights\.safetensors has"):
-        tell_all([replace(whole, folder=tmp_path / "again", resume=tmp_path / "run" / "step-2")])
+        run_cases([replace(whole, folder=tmp_path / "again", resume=tmp_path / "run" / "step-2")])
 
 
 def test_a_checkpoint_of_other_ranks_is_refused(
     tmp_path: Path, write_rows: WriteRows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LIGHTNING_HUB_CACHE", str(tmp_path / "cache"))
-    whole = Story("single", write_rows(50), tmp_path / "run", kind=OSFT, trainer={"max_steps": 2})
-    tell_all([whole])
+    whole = ResumeCase("single", write_rows(50), tmp_path / "run", kind=OSFT, trainer={"max_steps": 2})
+    run_cases([whole])
     other = replace(
         whole, folder=tmp_path / "again", resume=tmp_path / "run" / "step-2", method={"unfreeze_rank_ratio": 0.5}
     )
     with pytest.raises(HubError, match=r"is stored in the shape \(32, 32\)"):
-        tell_all([other])
+        run_cases([other])
 
 
 # ---- ranks by importance -----------------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ def test_a_checkpoint_of_other_ranks_is_refused(
 def test_shares_keep_their_mean_and_bounds_and_follow_importance(
     alike: list[float], bounds: tuple[float, float]
 ) -> None:
-    shares = ratios(alike, 0.25, bounds)
+    shares = layer_ratios(alike, 0.25, bounds)
     assert sum(shares) / len(shares) == pytest.approx(0.25, abs=2e-4)
     assert all(bounds[0] <= share <= bounds[1] for share in shares)
     order = sorted(range(len(alike)), key=lambda layer: alike[layer])
@@ -152,7 +152,7 @@ def test_without_bounds_the_shares_are_those_of_the_paper() -> None:
     alike = [0.95, 0.85, 0.9]
     mean = sum(alike) / 3
     protected = [0.1 + one / mean * (0.8 - 0.1) for one in alike]
-    assert ratios(alike, 0.2) == pytest.approx([1 - share for share in protected], abs=1e-4)
+    assert layer_ratios(alike, 0.2) == pytest.approx([1 - share for share in protected], abs=1e-4)
 
 
 def test_similarities_are_those_of_the_hidden_states() -> None:
@@ -167,7 +167,7 @@ def test_similarities_are_those_of_the_hidden_states() -> None:
         float(nn.functional.cosine_similarity(given.double(), made.double(), dim=-1).mean())
         for given, made in zip(seen[::2], seen[1::2], strict=True)
     ]
-    found = similarities(make("llama", "sdpa"), [Row.pack([(ids[0], ids[0])], (0,))])
+    found = similarities(make("llama", "sdpa"), [PackedSequence.pack([(ids[0], ids[0])], (0,))])
     assert found == pytest.approx(expected, abs=1e-6)
 
 
@@ -177,19 +177,19 @@ def test_similarities_are_those_of_the_hidden_states() -> None:
 def one_is_broken(cache: Path) -> str:
     """Decompose as a rank of two, of which one has a weight with a NaN."""
     rank = int(os.environ["RANK"])
-    join(Place(rank, 2, rank, 2, "env"), on_gpu=False)
+    init_process_group(ProcessInfo(rank, 2, rank, 2, "env"), on_gpu=False)
     model = make("llama", "sdpa")
-    targets = resolve(model, "all-linear")
-    add_changes(model, targets, Form(0.25))
-    found = list(sites(model, targets))
+    targets = resolve_targets(model, "all-linear")
+    inject_deltas(model, targets, DeltaConfig(0.25))
+    found = list(parametrized_weights(model, targets))
     with torch.no_grad():
         found[3].original[0, 0] = float("nan")
     try:
-        fill_bases(found, BasesCache(cache))
+        compute_bases(found, BasesCache(cache))
     except DecompositionError as error:
         return str(error)
     finally:
-        leave()
+        destroy_process_group()
     return "nothing was said"
 
 
@@ -202,10 +202,12 @@ def test_a_weight_that_is_no_number_stops_every_rank(tmp_path: Path) -> None:
 
 def test_what_is_behind_is_told(tmp_path: Path) -> None:
     model = make("llama", "sdpa")
-    targets = resolve(model, "all-linear")
-    add_changes(model, targets, Form(0.25))
+    targets = resolve_targets(model, "all-linear")
+    inject_deltas(model, targets, DeltaConfig(0.25))
     told: list[float] = []
-    assert fill_bases(list(sites(model, targets)), BasesCache(tmp_path), done=told.append) == len(targets)
+    assert compute_bases(list(parametrized_weights(model, targets)), BasesCache(tmp_path), done=told.append) == len(
+        targets
+    )
     assert told == sorted(told)
     assert told[-1] == pytest.approx(1.0)
     assert len(told) == len(targets)

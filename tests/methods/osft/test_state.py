@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.osft_cost import FORMS, state_gb, with_changes
 from benchmarks.strategy_memory import MODELS
-from lightning_hub.methods.osft.bases import BasesCache, fill_bases
-from lightning_hub.methods.osft.inject import add_changes, sites
-from lightning_hub.methods.targets import resolve
+from lightning_hub.methods.osft.bases import BasesCache, compute_bases
+from lightning_hub.methods.osft.inject import inject_deltas, parametrized_weights
+from lightning_hub.methods.targets import resolve_targets
 from tests.ops.models import CONFIGS, VOCABULARY
 
 
@@ -25,9 +25,9 @@ def test_what_is_computed_is_what_is_allocated(family: str, form: str, tmp_path:
     torch.manual_seed(0)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.requires_grad_(False)
-    targets = resolve(model, "all-linear")
-    add_changes(model, targets, FORMS[form])
-    fill_bases(list(sites(model, targets)), BasesCache(tmp_path))
+    targets = resolve_targets(model, "all-linear")
+    inject_deltas(model, targets, FORMS[form])
+    compute_bases(list(parametrized_weights(model, targets)), BasesCache(tmp_path))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = AdamW(trained)
     ids = torch.randint(3, VOCABULARY, (2, 12))
