@@ -82,18 +82,18 @@ def _states(device: str, dtype: torch.dtype) -> list[Tensor]:
     return [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
 
 
-def _borders() -> tuple[int, ...]:
-    borders = [0]
+def _boundaries() -> tuple[int, ...]:
+    boundaries = [0]
     for length in LENGTHS:
-        borders.append(borders[-1] + length)
-    return tuple(borders)
+        boundaries.append(boundaries[-1] + length)
+    return tuple(boundaries)
 
 
 def _routes(device: str, dtype: torch.dtype) -> list[tuple[str, Tensor | None]]:
-    """Return the ways of this device: the borders as a tensor lead to the kernel over the whole row."""
+    """Return the ways of this device: the boundaries as a tensor lead to the kernel over the whole row."""
     routes: list[tuple[str, Tensor | None]] = [("one call a document", None)]
     if device == "cuda" and dtype != torch.float32:
-        routes.append(("one kernel a row", torch.tensor(_borders(), dtype=torch.int32, device=device)))
+        routes.append(("one kernel a row", torch.tensor(_boundaries(), dtype=torch.int32, device=device)))
     return routes
 
 
@@ -105,7 +105,7 @@ def _packed(cumulative: Tensor | None, window: int | None) -> Callable[[Tensor, 
             key,
             value,
             None,
-            borders=_borders(),
+            boundaries=_boundaries(),
             packed_cu_seqlens=cumulative,
             sliding_window=window,
         )[0]
@@ -116,7 +116,7 @@ def _packed(cumulative: Tensor | None, window: int | None) -> Callable[[Tensor, 
 def _plain(query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
     """Attend by the definition, one document after another."""
     parts = []
-    for start, end in pairwise(_borders()):
+    for start, end in pairwise(_boundaries()):
         q, k, v = (states[:, :, start:end] for states in (query, key, value))
         k, v = (states.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for states in (k, v))
         place = torch.arange(end - start, device=q.device)

@@ -234,8 +234,8 @@ def outcome_of(family: str, attention: str = "auto") -> Outcome:
         assert module.model is not None, "it is built by then"
         assert module.loss_head is not None, "it is built by then"
         plain, losses, first = plain_training(folder, todo)
-        traits = module.loss_head.capabilities
-        way = "packed" if traits.isolates_documents else f"one by one, {traits.attention}"
+        capabilities = module.loss_head.capabilities
+        way = "packed" if capabilities.isolates_documents else f"one by one, {capabilities.attention}"
         largest = max(float(gradient.abs().max()) for gradient in first.values())
         errors = {
             "losses": max(abs(a - b) / b for a, b in zip(module.losses, losses, strict=True)),
@@ -247,7 +247,7 @@ def outcome_of(family: str, attention: str = "auto") -> Outcome:
         same = [tensor.equal(weights[name]) for name, tensor in again.state_dict().items()]
         errors["export"] = 0.0 if all(same) else float("inf")
         errors["logits"] = off(logits_of(again, todo), logits_of(plain.eval(), todo))
-        return Outcome(family, way, traits.reason, errors)
+        return Outcome(family, way, capabilities.reason, errors)
 
 
 def outcomes(families: Iterable[str], attention: str = "auto") -> Iterator[Outcome]:

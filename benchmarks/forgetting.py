@@ -114,10 +114,10 @@ FIGURES = ("average", "learnt", "kept", "backward_transfer")
 
 
 def teach(
-    taught: Learner, steps: StepPlan, rate: float, traits: ModelCapabilities, weight_decay: float = 0.0
+    taught: Learner, steps: StepPlan, rate: float, capabilities: ModelCapabilities, weight_decay: float = 0.0
 ) -> PreTrainedModel:
     """Train for one pass over the steps and return the plain model that comes out."""
-    head = CausalLMLoss(taught.model, traits=traits)
+    head = CausalLMLoss(taught.model, capabilities=capabilities)
     taught.model.train()
     optimizer = AdamW(taught.trained, lr=rate, betas=(0.9, 0.98), weight_decay=weight_decay)
     schedule = LambdaLR(optimizer, Schedule("wsd", min(20, len(steps) // 5), len(steps), 0.0))
@@ -144,7 +144,7 @@ def stages(scene: Scene, name: str, rate: float, seed: int, steps: int) -> Itera
         for place in places:
             taught = learner(name, model, scene.ratio, chain)
             trained = sum(parameter.numel() for parameter in taught.trained)
-            model = teach(taught, scene.lesson(place, seed, steps), rate, scene.traits())
+            model = teach(taught, scene.lesson(place, seed, steps), rate, scene.capabilities())
             yield model, trained
 
 
@@ -182,7 +182,7 @@ def leaks(names: Sequence[str], steps: int, ratio: float = 0.25) -> dict[str, fl
     plain, lesson = scene.model(1), scene.lesson(1, 1, steps)
     found = {}
     for name in names:
-        after = teach(learner(name, plain, ratio), lesson, 1e-3, scene.traits(), weight_decay=0.1)
+        after = teach(learner(name, plain, ratio), lesson, 1e-3, scene.capabilities(), weight_decay=0.1)
         found[name] = leak(plain, after, ratio)
         print(f"  {name} leaks {found[name]:.1e}", flush=True)
     return found

@@ -83,7 +83,7 @@ class Chain:
     tasks: int
 
     @property
-    def earlier(self) -> list[str]:
+    def previous_tasks(self) -> list[str]:
         """The changes of the tasks so far, oldest first."""
         return sorted(map(str, self.folder.iterdir()))
 
@@ -151,10 +151,12 @@ def _numbers(model: PreTrainedModel, ratio: float) -> int:
 def _osft(
     model: PreTrainedModel, ratio: float, complement: Complement, form: Parametrization, chain: Chain | None
 ) -> Learner:
-    earlier = chain.earlier if chain else []
+    previous_tasks = chain.previous_tasks if chain else []
     if chain:
-        ratio *= (len(earlier) + 1) / chain.tasks  # what earlier tasks have taken counts
-    module = OSFT("demo", ratio, ALL_LINEAR, complement, previous=earlier, forward="merged", parametrization=form)
+        ratio *= (len(previous_tasks) + 1) / chain.tasks  # what earlier tasks have taken counts
+    module = OSFT(
+        "demo", ratio, ALL_LINEAR, complement, previous=previous_tasks, forward="merged", parametrization=form
+    )
     module.choose_trainable(model)
     module.model = model
     found = list(module.parametrized_weights())
@@ -164,7 +166,7 @@ def _osft(
     def merged() -> PreTrainedModel:
         if chain:
             changes = merged_changes(found, model.state_dict())
-            write_changes(chain.folder / f"{len(earlier)}.safetensors", changes, {})
+            write_changes(chain.folder / f"{len(previous_tasks)}.safetensors", changes, {})
         for site in found:
             holder = model.get_submodule(site.matrix.module)
             parametrize.remove_parametrizations(holder, site.matrix.parameter, leave_parametrized=True)

@@ -15,7 +15,7 @@ from benchmarks import room
 from benchmarks.keepers import targets
 from lightning_hub.data.sample_store import SampleStore
 from lightning_hub.data.step_plan import BatchSettings, StepPlan
-from lightning_hub.demo.tasks import PRETRAINING, SHOUT, Conversation, Task, conversations
+from lightning_hub.demo.tasks import PRETRAINING, SHOUT, ChatExample, Task, conversations
 from lightning_hub.methods.osft.subspace import split_subspace, trained_rank
 from lightning_hub.models.generation import complete
 from lightning_hub.models.pretrained import Pretrained
@@ -42,7 +42,7 @@ class Scene(Protocol):
     def model(self, seed: int) -> PreTrainedModel:
         """Return the model that knows the first task."""
 
-    def traits(self) -> ModelCapabilities:
+    def capabilities(self) -> ModelCapabilities:
         """Return what is known about the models."""
 
     def lesson(self, place: int, seed: int, steps: int) -> StepPlan:
@@ -70,7 +70,7 @@ class Room:
         """Return the model of a seed, which has learnt to reverse."""
         return _room_model(room.Recipe(seed, self.steps))
 
-    def traits(self) -> ModelCapabilities:
+    def capabilities(self) -> ModelCapabilities:
         """Return what is known about models of this kind."""
         return _room_traits()
 
@@ -108,7 +108,7 @@ class Embedded:
         """Return the embedded model, whatever the seed."""
         return _embedded()[1]
 
-    def traits(self) -> ModelCapabilities:
+    def capabilities(self) -> ModelCapabilities:
         """Return what is known about it."""
         return _embedded()[2]
 
@@ -132,7 +132,7 @@ class Embedded:
         right = sum(found == row["messages"][1]["content"] for found, row in zip(answers, rows, strict=True))
         return right / len(rows)
 
-    def _rows(self, place: int, seed: int, count: int) -> Sequence[Conversation]:
+    def _rows(self, place: int, seed: int, count: int) -> Sequence[ChatExample]:
         return conversations(self.lessons[place], count, seed=seed + 10_000 * place)
 
 

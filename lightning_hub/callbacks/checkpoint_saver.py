@@ -93,9 +93,9 @@ class CheckpointSaver(Checkpoint):
             or bool(settings.every_n_steps and step % settings.every_n_steps == 0)
             or bool(settings.every_minutes and minutes >= settings.every_minutes)
         )
-        wish = self.request()
-        self._stopping = wish == "stop"
-        self._is_due = self._is_due or wish is not None
+        request = self.request()
+        self._stopping = request == "stop"
+        self._is_due = self._is_due or request is not None
         if self._is_due and not is_validation_next(trainer):
             self.save(trainer)
 

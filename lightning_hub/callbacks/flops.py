@@ -81,7 +81,7 @@ class FlopsCounter:
             step: This rank's share of the step, with the token counts of all ranks.
             data_parallel_size: How many ranks share out the data.
         """
-        squares = sum((end - start) ** 2 for row in step.rows for start, end in pairwise(row.borders))
+        squares = sum((end - start) ** 2 for row in step.rows for start, end in pairwise(row.boundaries))
         attention = self.per_squared_length * squares * data_parallel_size
         return self.per_token * step.num_tokens + self.per_trained_token * step.num_trained + attention
 

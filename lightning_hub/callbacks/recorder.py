@@ -59,7 +59,7 @@ class Recorder(Callback):
     def __init__(self, rank: RankWriter, run: StatusWriter | None) -> None:
         self.rank = rank
         self.run = run
-        self.pulse = rank.pulse
+        self.activity = rank.activity
         self.timer = rank.timer
         self._flops: FlopsCounter | None = None
         self._peak_flops: float | None = None
@@ -94,7 +94,7 @@ class Recorder(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say that training runs, and how long."""
-        self.pulse.phase, self.pulse.step = "train", trainer.global_step
+        self.activity.phase, self.activity.step = "train", trainer.global_step
         if self.run is not None:
             total = trainer.estimated_stepping_batches
             steps = int(total) if total != float("inf") else None
@@ -105,7 +105,7 @@ class Recorder(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the training phase."""
-        self.pulse.phase = "exit"
+        self.activity.phase = "exit"
         self.timer.enter("teardown")
 
     def _count_flops(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -121,22 +121,22 @@ class Recorder(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: StepBatch, batch_idx: int
     ) -> None:
         """Say that a step begins; what was saved before it took no training time."""
-        if self.pulse.phase == "save":
-            self._since += time.monotonic() - self.pulse.doing_since
+        if self.activity.phase == "save":
+            self._since += time.monotonic() - self.activity.doing_since
             self.timer.enter("steps")
-        self.pulse.phase = "train"
-        self.pulse.begin("forward")
+        self.activity.phase = "train"
+        self.activity.begin("forward")
         self._batch = batch
         step = trainer.global_step + 1
         self._places = {step: (trainer.current_epoch, batch_idx), step - 1: self._places.get(step - 1, (0, 0))}
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Say that a backward begins."""
-        self.pulse.begin("backward")
+        self.activity.begin("backward")
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Say that the optimizer begins, and with which learning rate."""
-        self.pulse.begin("optimizer")
+        self.activity.begin("optimizer")
         self._lr = float(optimizer.param_groups[0]["lr"])
 
     def on_train_batch_end(
@@ -146,7 +146,7 @@ class Recorder(Callback):
         step = trainer.global_step
         if self.timer.phase == "first step":
             self.timer.enter("steps")
-        self.pulse.step, self.pulse.epoch = step, trainer.current_epoch
+        self.activity.step, self.activity.epoch = step, trainer.current_epoch
         if cast("HasStepMetrics", pl_module).is_skipped:
             self._note_samples(trainer, step, "skipped")
         self.tokens += batch.num_tokens
@@ -196,7 +196,7 @@ class Recorder(Callback):
         if torch.cuda.is_available():
             values["memory_gb"], values["memory_rank"] = max_with_rank(torch.cuda.max_memory_allocated() / 1e9)
             torch.cuda.reset_peak_memory_stats()
-        self.pulse.loss = loss
+        self.activity.loss = loss
         self._publish(trainer, values)
         self._restart_interval()
 
@@ -220,8 +220,8 @@ class Recorder(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say that a validation begins."""
         self._before_validation = self.timer.enter("validation")
-        self.pulse.phase = "eval"
-        self.pulse.begin("validation")
+        self.activity.phase = "eval"
+        self.activity.begin("validation")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the validation loss; the one before training stands at step 0."""
@@ -234,14 +234,14 @@ class Recorder(Callback):
                 for logger in trainer.loggers:
                     logger.log_metrics({"val_loss": float(loss)}, step=step)
         self.timer.enter(self._before_validation)
-        self.pulse.phase = "train"
-        self._since += time.monotonic() - self.pulse.doing_since  # validating is no training time
+        self.activity.phase = "train"
+        self._since += time.monotonic() - self.activity.doing_since  # validating is no training time
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Say that a checkpoint is being written."""
         self.timer.enter("saving")
-        self.pulse.phase = "save"
-        self.pulse.begin("save checkpoint")
+        self.activity.phase = "save"
+        self.activity.begin("save checkpoint")
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counters that go on after a resume."""

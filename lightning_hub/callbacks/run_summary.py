@@ -34,17 +34,18 @@ def _model(module: CausalLMModule) -> str:
 def _kernels(module: CausalLMModule) -> list[str]:
     """Return what was found out about the model that makes it slower than others."""
     assert module.loss_head is not None, "configure_model has run"
-    traits = module.loss_head.capabilities
+    capabilities = module.loss_head.capabilities
     notes = []
-    if not traits.isolates_documents:
-        notes.append(f"documents run one by one with {traits.attention}: {traits.reason}")
-    if traits.max_document_length is not None:
+    if not capabilities.isolates_documents:
+        notes.append(f"documents run one by one with {capabilities.attention}: {capabilities.reason}")
+    if capabilities.max_document_length is not None:
         notes.append(
-            f"rows with a document of more than {traits.max_document_length:,} tokens run one by one: {traits.reason}"
+            f"rows with a document of more than {capabilities.max_document_length:,} tokens run one by one: "
+            f"{capabilities.reason}"
         )
-    if not traits.has_linear_head:
+    if not capabilities.has_linear_head:
         notes.append("the model's head is more than one linear layer: the loss is computed from whole logits")
-    if traits.adds_to_loss:
+    if capabilities.adds_to_loss:
         notes.append("the model's own loss has other terms than the cross-entropy of the next token: they are left out")
     return [f"note   {note}" for note in notes]
 

@@ -63,8 +63,8 @@ class FolderCheckpointIO(CheckpointIO):
         if self.background is None:
             _commit(path, manifest, mine, Ranks(alone=alone))
             return
-        crew, copy = self.background.ranks(alone=alone), mine.on_host()
-        self.background.start(lambda: _commit(path, manifest, copy, crew))
+        ranks, copy = self.background.ranks(alone=alone), mine.on_host()
+        self.background.start(lambda: _commit(path, manifest, copy, ranks))
 
     def load_checkpoint(
         self, path: str | Path, map_location: object = None, weights_only: bool | None = None
@@ -75,11 +75,11 @@ class FolderCheckpointIO(CheckpointIO):
             ConfigError: This is no folder of ours.
             DamagedError: It is not what its manifest says.
         """
-        folder, crew = resolve_checkpoint(str(path), trusted=self.trusted), Ranks()
+        folder, ranks = resolve_checkpoint(str(path), trusted=self.trusted), Ranks()
         if self.trusted:
             names = [file.name for file in folder.iterdir()]
         else:
-            names = [*crew.run_on_all(lambda: verify(folder, crew.rank, crew.size))[0].files]
+            names = [*ranks.run_on_all(lambda: verify(folder, ranks.rank, ranks.size))[0].files]
         state = read_state(folder)
         weights, optimizer = (
             TensorReader(
@@ -128,14 +128,14 @@ def read_state(folder: Path) -> dict[str, Any]:
     return _load(folder / STATE)
 
 
-def _commit(path: Path, manifest: Manifest, mine: SnapshotShard, crew: Ranks) -> None:
-    commit(path, manifest, lambda folder: _write(folder, mine, crew), mine.num_bytes, crew)
+def _commit(path: Path, manifest: Manifest, mine: SnapshotShard, ranks: Ranks) -> None:
+    commit(path, manifest, lambda folder: _write(folder, mine, ranks), mine.num_bytes, ranks)
 
 
-def _write(folder: Path, mine: SnapshotShard, crew: Ranks) -> Files:
+def _write(folder: Path, mine: SnapshotShard, ranks: Ranks) -> Files:
     snapshot, ending = mine.snapshot, ".safetensors"
     if mine.is_sharded:
-        ending = f"-{crew.rank + 1:05d}-of-{crew.size:05d}{ending}"
+        ending = f"-{ranks.rank + 1:05d}-of-{ranks.size:05d}{ending}"
     files: Files = {}
     for name, parts in ((WEIGHTS, snapshot.weights), (OPTIMIZER, snapshot.optimizer)):
         if parts:
@@ -143,7 +143,7 @@ def _write(folder: Path, mine: SnapshotShard, crew: Ranks) -> Files:
     if snapshot.random is not None:
         share, state = snapshot.random
         files |= write_file(folder / f"random-{share}.pt", [_pickled(state)])
-    if crew.rank == 0:
+    if ranks.rank == 0:
         files |= write_file(folder / STATE, [_pickled(snapshot.state)])
     return files
 

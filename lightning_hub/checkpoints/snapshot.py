@@ -19,7 +19,7 @@ from lightning_hub.parallel.collectives import Ranks
 Key: TypeAlias = tuple[str, str, tuple[int, ...]]
 """What identifies a part in every process: its kind, the name of the whole, and where it begins."""
 
-NAMED = 3
+MAX_NAMED_TENSORS = 3
 """How many tensors an error names."""
 
 
@@ -69,18 +69,18 @@ class Snapshot:
             state=state,
         )
 
-    def share(self, crew: Ranks) -> SnapshotShard:
+    def share(self, ranks: Ranks) -> SnapshotShard:
         """Return what this process writes: each part is written by the first process that holds it.
 
         Raises:
             NotFiniteError: Some process holds numbers that are not finite.
         """
-        held = crew.run_on_all(self._checked_keys)
+        held = ranks.run_on_all(self._checked_keys)
         owners: dict[Key, int] = {}
         for rank, keys in enumerate(held):
             for key in keys:
                 owners.setdefault(key, rank)
-        mine = {key for key in held[crew.rank] if owners[key] == crew.rank}
+        mine = {key for key in held[ranks.rank] if owners[key] == ranks.rank}
 
         def own(kind: str, parts: dict[str, Shard]) -> dict[str, Shard]:
             return {name: part for name, part in parts.items() if (kind, name, part.offsets) in mine}
@@ -124,8 +124,8 @@ class Snapshot:
         suspects = [floats[place] for place in sums.isfinite().logical_not().nonzero().flatten().tolist()]
         bad = [name for name, tensor in suspects if not tensor.isfinite().all()]
         if bad:
-            more = f" and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
-            message = f"no checkpoint of step {self.step}: {', '.join(bad[:NAMED])}{more} not finite"
+            more = f" and {len(bad) - MAX_NAMED_TENSORS} more" if len(bad) > MAX_NAMED_TENSORS else ""
+            message = f"no checkpoint of step {self.step}: {', '.join(bad[:MAX_NAMED_TENSORS])}{more} not finite"
             raise NotFiniteError(message, remedy="go on from an older checkpoint, with a lower learning rate")
 
 

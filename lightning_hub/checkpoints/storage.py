@@ -22,7 +22,7 @@ from lightning_hub.errors import HubError
 from lightning_hub.parallel.collectives import Ranks
 from lightning_hub.runs.manifest import MANIFEST, Manifest, list_checkpoints
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 LATEST = "latest"
 
@@ -60,7 +60,7 @@ def write_file(path: Path, blocks: Iterable[bytes | memoryview]) -> Files:
 
 
 def commit(
-    target: Path, manifest: Manifest, write: Callable[[Path], Files], needed_bytes: int = 0, crew: Ranks | None = None
+    target: Path, manifest: Manifest, write: Callable[[Path], Files], needed_bytes: int = 0, ranks: Ranks | None = None
 ) -> Manifest:
     """Build a folder and put it in place; every process of the crew must call this.
 
@@ -69,7 +69,7 @@ def commit(
         manifest: What is known before the files are written; their sizes and hashes are filled in.
         write: Writes this process's files into the folder it is given, with `write_file`.
         needed_bytes: What this process's files will take on disk, checked before anything is written.
-        crew: The processes that build it; this one alone if None.
+        ranks: The processes that build it; this one alone if None.
 
     Returns:
         The manifest as written.
@@ -78,9 +78,9 @@ def commit(
         DiskFullError: There is no room, before or while writing; nothing is left behind.
         HubError: Whatever went wrong in one process, in all of them.
     """
-    crew = crew or Ranks(alone=True)
+    ranks = ranks or Ranks(alone=True)
     building = target.with_name(target.name + ".tmp")
-    needed = sum(crew.all_gather_object(needed_bytes))
+    needed = sum(ranks.all_gather_object(needed_bytes))
 
     def put_in_place(parts: list[Files]) -> Manifest:
         whole = replace(manifest, files={name: entry for files in parts for name, entry in sorted(files.items())})
@@ -93,11 +93,11 @@ def commit(
         return whole
 
     try:
-        crew.run_on_rank_zero(lambda: _on_disk(target, lambda: _prepare(target, building, needed)))
-        parts = crew.run_on_all(lambda: _on_disk(target, lambda: write(building)))
-        return crew.run_on_rank_zero(lambda: _on_disk(target, lambda: put_in_place(parts)))
+        ranks.run_on_rank_zero(lambda: _on_disk(target, lambda: _prepare(target, building, needed)))
+        parts = ranks.run_on_all(lambda: _on_disk(target, lambda: write(building)))
+        return ranks.run_on_rank_zero(lambda: _on_disk(target, lambda: put_in_place(parts)))
     except BaseException:
-        if crew.rank == 0:
+        if ranks.rank == 0:
             shutil.rmtree(building, ignore_errors=True)
         raise
 
@@ -119,7 +119,7 @@ def _check_shared(building: Path, manifest: Manifest) -> None:
             raise HubError(message, where=str(building), remedy="keep runs on a file system that all nodes share")
 
 
-def _on_disk(target: Path, work: Callable[[], T]) -> T:
+def _on_disk(target: Path, work: Callable[[], _T]) -> _T:
     """Do something, and say in one sentence what the file system has against it."""
     try:
         return work()

@@ -11,19 +11,19 @@ from lightning_hub.launch.options import parse
 from lightning_hub.launch.run_setup import check_and_fill
 from lightning_hub.launch.topology import single_process_topology
 
-SHOWN = 5
+DEFAULT_LIMIT = 5
 """Samples that are shown when nobody says how many."""
 
-OWN_FLAGS = (
+DATA_FLAGS = (
     ("--sample", "only the sample of this number, counted from 1"),
-    ("--limit", f"at most so many samples (default {SHOWN}; all with --json)"),
+    ("--limit", f"at most so many samples (default {DEFAULT_LIMIT}; all with --json)"),
     ("--json", "print one JSON list and nothing else"),
 )
 
 
 def main(argv: Sequence[str]) -> int:
     """Show samples, and the report of the whole input unless one sample was asked for."""
-    if show_help("data", argv, OWN_FLAGS):
+    if show_help("data", argv, DATA_FLAGS):
         return ExitCode.DONE
     as_json = "--json" in argv
     words = [word for word in argv if word != "--json"]
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
 
     cli = build_trainer(tree, context=RunContext(options.trust_remote_code))
     data, pretrained = cli.datamodule, cli.model.pretrained
-    shown = limit if limit is not None or as_json else SHOWN
+    shown = limit if limit is not None or as_json else DEFAULT_LIMIT
     describe(
         data.settings, pretrained.tokenizer, sample=sample, limit=shown, as_json=as_json, stop_ids=pretrained.stop_ids
     )

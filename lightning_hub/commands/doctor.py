@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from lightning_hub.config.help import plain_text
 from lightning_hub.doctor.environment import check_machine
 from lightning_hub.doctor.findings import Finding
-from lightning_hub.doctor.proofs import PROOFS, prove
+from lightning_hub.doctor.proofs import PROOFS, run_proofs
 from lightning_hub.errors import ExitCode
 from lightning_hub.runs.folder import runs_root
 
@@ -20,7 +20,7 @@ def main(argv: Sequence[str]) -> int:
     environment = _told(check_machine(runs_root(given.runs_root)), quiet=given.json)
     proofs: list[Finding] = []
     if given.proof is not None:
-        proofs = _told(prove(given.proof or list(PROOFS)), quiet=given.json)
+        proofs = _told(run_proofs(given.proof or list(PROOFS)), quiet=given.json)
     if given.json:
         print(json.dumps([finding.to_json() for finding in environment + proofs], indent=1))
     if not all(finding.ok for finding in proofs):

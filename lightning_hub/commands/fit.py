@@ -66,22 +66,22 @@ def _stored(options: RunOptions) -> dict[str, Any] | None:
 
 
 def _start(recipe: Recipe, tree: dict[str, Any], options: RunOptions) -> int:
-    place = detect_process(os.environ)
-    if place is None or (place.rank == 0 and place.launcher != "fit"):  # else who started this rank has said so
+    process = detect_process(os.environ)
+    if process is None or (process.rank == 0 and process.launcher != "fit"):  # else who started this rank has said so
         print_notice(LOADING)
-    topology = resolve_topology(recipe, tree["trainer"], place, visible_gpus(os.environ), say=print_note)
-    if place is None and topology.world_size > 1:
+    topology = resolve_topology(recipe, tree["trainer"], process, visible_gpus(os.environ), say=print_note)
+    if process is None and topology.world_size > 1:
         return _start_ranks(recipe, tree, options, topology)
-    if place is not None and not place.is_single:
+    if process is not None and not process.is_single:
         from lightning_hub.training.worker import run_worker  # 4 s: torch, lightning and transformers
 
-        return run_worker(place, recipe, tree, options)
+        return run_worker(process, recipe, tree, options)
     run = write_run(run_folder(tree, options), recipe, tree, options)
     begun = start_attempt(run, options.resume, tree=tree, trusted=options.trust_checkpoint)
-    return _run_and_close(run, lambda: train(tree, begun, run, options))
+    return _run_and_close(run, lambda: train_here(tree, begun, run, options))
 
 
-def train(tree: dict[str, Any], begun: StartedAttempt, run: StatusWriter, options: RunOptions) -> int:
+def train_here(tree: dict[str, Any], begun: StartedAttempt, run: StatusWriter, options: RunOptions) -> int:
     """Train in this process alone."""
     from lightning_hub.training.run import TrainingRun  # 4 s: torch, lightning and transformers
 

@@ -14,7 +14,7 @@ from lightning_hub.launch.options import parse
 from lightning_hub.launch.run_setup import check_and_fill
 from lightning_hub.runs.model_name import model_of
 
-OWN_FLAGS = (
+PREDICT_FLAGS = (
     ("RUN FILE", "first of all: a run or a model, and the file of prompts, in place of a recipe"),
     ("--to", "write the answers to this file"),
 )
@@ -22,22 +22,22 @@ OWN_FLAGS = (
 
 def main(argv: Sequence[str]) -> int:
     """Answer the prompts of ``data.predict``."""
-    if show_help("predict", argv, OWN_FLAGS):
+    if show_help("predict", argv, PREDICT_FLAGS):
         return ExitCode.DONE
     command, options, given = parse("predict", _named_model(argv), ["--to"])
     tree = check_and_fill(command.recipe, options, print_note)
-    place = resolve_process(command.recipe, tree)
-    if place.rank == 0:
+    process = resolve_process(command.recipe, tree)
+    if process.rank == 0:
         print_notice(LOADING)
     from lightning_hub.training.run import predict
     from lightning_hub.training.worker import process_group  # 4 s: torch, lightning and transformers
 
-    with process_group(place, tree) as environment:
+    with process_group(process, tree) as environment:
         lines = predict(tree, trust_remote_code=options.trust_remote_code, environment=environment)
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    if place.rank == 0 and given.to:
+    if process.rank == 0 and given.to:
         Path(given.to).write_text(text, encoding="utf-8")
-    elif place.rank == 0:
+    elif process.rank == 0:
         print(text, end="")
     return ExitCode.DONE
 

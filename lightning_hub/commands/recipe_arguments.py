@@ -26,9 +26,9 @@ def show_help(verb: str, argv: Sequence[str], extra: Sequence[tuple[str, str]] =
 
 def resolve_process(recipe: Recipe, tree: dict[str, Any]) -> ProcessInfo:
     """Return the process of a verb that trains nothing: one of those that a launcher has started, or a single one."""
-    place = detect_process(os.environ)
-    if place is None or place.is_single:
+    process = detect_process(os.environ)
+    if process is None or process.is_single:
         single_process_topology(tree["trainer"])
         return ProcessInfo()
-    resolve_topology(recipe, tree["trainer"], place, visible_gpus(os.environ))
-    return place
+    resolve_topology(recipe, tree["trainer"], process, visible_gpus(os.environ))
+    return process

@@ -23,14 +23,14 @@ def evaluate_and_print(verb: str, argv: Sequence[str]) -> int:
         return ExitCode.DONE
     command, options, _ = parse(verb, argv)
     tree = check_and_fill(command.recipe, options, print_note)
-    place = resolve_process(command.recipe, tree)
-    if place.rank == 0:
+    process = resolve_process(command.recipe, tree)
+    if process.rank == 0:
         print_notice(LOADING)
     from lightning_hub.training.run import evaluate
     from lightning_hub.training.worker import process_group  # 4 s: torch, lightning and transformers
 
-    with process_group(place, tree) as environment:
+    with process_group(process, tree) as environment:
         found = evaluate(tree, verb, trust_remote_code=options.trust_remote_code, environment=environment)
-    if place.rank == 0:
+    if process.rank == 0:
         print(json.dumps(found))
     return ExitCode.DONE

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lightning_hub.config.schema import SECTIONS, Option, Schema, shipped_schema
-from lightning_hub.config.yaml_reader import KeyPath, SourcePosition, YamlNode, YamlValue, read_file, read_text
+from lightning_hub.config.yaml_reader import KeyPath, SourcePosition, YamlNode, YamlValue, parse_yaml, read_file
 from lightning_hub.errors import ConfigError
 
 CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
@@ -109,7 +109,7 @@ def recipe_from_text(text: str, source: str, schema: Schema | None = None) -> Re
         ConfigError: The text is not YAML, or not a mapping.
     """
     merge = _Merge(schema or shipped_schema())
-    node = read_text(text, source)
+    node = parse_yaml(text, source)
     if not isinstance(node.value, dict | None):
         raise ConfigError("is not a mapping of sections", where=str(node.place))
     merge.overlay(node if node.value is not None else YamlNode({}, node.place), RecipeSource(source, text))
@@ -263,7 +263,7 @@ def _override_value(override: Override) -> YamlNode:
     if override.text is None:
         return YamlNode(True, place, "true")
     try:
-        node = read_text(override.text, override.flag)
+        node = parse_yaml(override.text, override.flag)
     except ConfigError as error:
         if override.text.lstrip().startswith(("[", "{", '"', "'")):
             raise ConfigError(f"{override.text!r:.80} is not a value: {error.message}", where=override.flag) from None

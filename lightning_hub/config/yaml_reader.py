@@ -32,7 +32,7 @@ from ruamel.yaml.events import (
 
 from lightning_hub.errors import ConfigError
 
-MAX_BYTES = 250_000
+MAX_RECIPE_BYTES = 250_000
 _PIPE_LIMIT = 5.0
 """Seconds in which a pipe that is given as a file must begin to say something."""
 MAX_DEPTH = 64
@@ -198,7 +198,7 @@ class _Composer:
         return merged
 
 
-def read_text(text: str, source: str) -> YamlNode:
+def parse_yaml(text: str, source: str) -> YamlNode:
     """Read one YAML document.
 
     Args:
@@ -208,8 +208,8 @@ def read_text(text: str, source: str) -> YamlNode:
     Raises:
         ConfigError: Not YAML, or YAML that a recipe may not use; ``where`` holds file and line.
     """
-    if len(text) > MAX_BYTES:
-        raise ConfigError(f"larger than {MAX_BYTES:,} bytes: not a recipe", where=source)
+    if len(text) > MAX_RECIPE_BYTES:
+        raise ConfigError(f"larger than {MAX_RECIPE_BYTES:,} bytes: not a recipe", where=source)
     composer = _Composer(source)
     try:
         return _document(composer, iter(YAML(typ="safe", pure=True).parse(text)))
@@ -255,7 +255,7 @@ def read_file(path: str | Path) -> tuple[YamlNode, str]:
     """
     source = str(path)
     text = _decode(_bytes(Path(path), source), source)
-    node = read_text(text, source)
+    node = parse_yaml(text, source)
     if node.value is None:
         return YamlNode({}, node.place), text
     if not isinstance(node.value, dict):
@@ -272,7 +272,7 @@ def _bytes(path: Path, source: str) -> bytes:
             if stat.S_ISFIFO(os.fstat(file.fileno()).st_mode) and not select.select([file], [], [], _PIPE_LIMIT)[0]:
                 raise ConfigError("is a pipe into which nobody writes", where=source, remedy="give a file")
             os.set_blocking(file.fileno(), True)
-            return file.read(MAX_BYTES + 1)
+            return file.read(MAX_RECIPE_BYTES + 1)
     except FileNotFoundError:
         raise ConfigError("no such file", where=source, remedy="check the path given to --config") from None
     except IsADirectoryError:

@@ -22,7 +22,7 @@ from lightning_hub.demo.methods import (
     write_facts,
     write_rows,
 )
-from lightning_hub.demo.tasks import NUMBERS, SHOUT, TURN_ROUND, Conversation, conversations, turned_words, words
+from lightning_hub.demo.tasks import NUMBERS, SHOUT, TURN_ROUND, ChatExample, conversations, turned_words, words
 from lightning_hub.errors import ExitCode
 from lightning_hub.launch.attempt import start_attempt
 from lightning_hub.launch.messages import LOADING, print_note, print_notice
@@ -31,7 +31,7 @@ from lightning_hub.launch.run_setup import check_and_fill, write_run
 from lightning_hub.launch.topology import single_process_topology
 from lightning_hub.runs.folder import EMBEDDED_MODEL, RunFolder, create_run, runs_root
 
-RECIPE = Path(__file__).with_name("recipe.yaml")
+DEMO_RECIPE = Path(__file__).with_name("recipe.yaml")
 TRAINED, VALIDATED, ASKED = 4000, 160, 3
 """Conversations to train on, to validate on, and to show."""
 
@@ -72,7 +72,7 @@ class Lesson:
     example: tuple[str, str]
     data: str
     prompts: list[str]
-    tests: dict[str, list[Conversation]]
+    tests: dict[str, list[ChatExample]]
 
 
 def _shouting(folder: RunFolder) -> Lesson:
@@ -80,7 +80,7 @@ def _shouting(folder: RunFolder) -> Lesson:
     train, val = write_rows(_data_folder(folder), rows[:TRAINED], rows[TRAINED:])
     return Lesson(
         model=EMBEDDED_MODEL,
-        flags=["--config", str(RECIPE), "--data.train", str(train), "--data.val", str(val)],
+        flags=["--config", str(DEMO_RECIPE), "--data.train", str(train), "--data.val", str(val)],
         can="spell and reverse words",
         example=(SHOUT.question.format(word="kamo"), SHOUT.answer("kamo")),
         data=f"{TRAINED:,} conversations to train on, {VALIDATED} to validate on",

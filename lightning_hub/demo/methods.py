@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from lightning_hub.demo.tasks import METHODS, Conversation, numbers, turned_words
+from lightning_hub.demo.tasks import METHODS, ChatExample, numbers, turned_words
 
-RECIPE = Path(__file__).with_name("room.yaml")
+METHODS_RECIPE = Path(__file__).with_name("room.yaml")
 FACTS, SHOWN, TESTED = 30, 2000, 100
 """Facts to learn by heart, rows to train on (each fact many times), and words on which the old task is tested."""
 
@@ -17,13 +17,13 @@ WORDS_SEED = 999
 
 def method_flags(method: str, train: Path, val: Path, model: str) -> list[str]:
     """Return what stands behind ``fit`` for a method."""
-    flags = ["--config", str(RECIPE)]
+    flags = ["--config", str(METHODS_RECIPE)]
     if method != METHODS[0]:
-        flags += ["--config", str(RECIPE.with_name(f"{method}.yaml"))]
+        flags += ["--config", str(METHODS_RECIPE.with_name(f"{method}.yaml"))]
     return [*flags, "--model.model", model, "--data.train", str(train), "--data.val", str(val)]
 
 
-def write_rows(folder: Path, train: list[Conversation], val: list[Conversation]) -> tuple[Path, Path]:
+def write_rows(folder: Path, train: list[ChatExample], val: list[ChatExample]) -> tuple[Path, Path]:
     """Write rows to train and to validate on, which only their owner can read; return the files."""
     paths = folder / "train.jsonl", folder / "val.jsonl"
     for path, rows in zip(paths, (train, val), strict=True):
@@ -32,7 +32,7 @@ def write_rows(folder: Path, train: list[Conversation], val: list[Conversation])
     return paths
 
 
-def facts(seed: int) -> list[Conversation]:
+def facts(seed: int) -> list[ChatExample]:
     """Return the facts of a seed."""
     return numbers(FACTS, seed)
 
@@ -53,7 +53,7 @@ def known_and_new(model: str, seed: int) -> tuple[float, float]:
     return share(model, turned_words(TESTED, WORDS_SEED)), share(model, facts(seed))
 
 
-def share(model: str, rows: list[Conversation]) -> float:
+def share(model: str, rows: list[ChatExample]) -> float:
     """Return the share of the conversations whose answer a model gives, exactly."""
     found = answers(model, [row["messages"][0]["content"] for row in rows])
     return sum(answer == row["messages"][1]["content"] for answer, row in zip(found, rows, strict=True)) / len(rows)

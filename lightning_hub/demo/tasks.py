@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-Conversation = dict[str, list[dict[str, str]]]
+ChatExample = dict[str, list[dict[str, str]]]
 
 METHODS = ("sft", "osft", "lora")
 """What ``--method`` takes; all but the first have a file beside the recipe that says where they differ from it."""
@@ -33,7 +33,7 @@ class Task:
     question: str
     answer: Callable[[str], str]
 
-    def conversation(self, word: str) -> Conversation:
+    def conversation(self, word: str) -> ChatExample:
         """Return question and answer as one row of chat data."""
         return {
             "messages": [
@@ -68,7 +68,7 @@ def words(count: int, seed: int, capitals: float = 0.0) -> list[str]:
     return list(found)
 
 
-def conversations(tasks: tuple[Task, ...], count: int, seed: int, capitals: float = 0.0) -> list[Conversation]:
+def conversations(tasks: tuple[Task, ...], count: int, seed: int, capitals: float = 0.0) -> list[ChatExample]:
     """Return chat rows that go through the tasks in turn, each with a word of its own; see ``words``."""
     return [tasks[place % len(tasks)].conversation(word) for place, word in enumerate(words(count, seed, capitals))]
 
@@ -80,7 +80,7 @@ NUMBERS = "numbers by heart"
 """What ``lightning-hub demo --method`` teaches it."""
 
 
-def turned_words(count: int, seed: int) -> list[Conversation]:
+def turned_words(count: int, seed: int) -> list[ChatExample]:
     """Return chat rows of the task that the model with room knows: an invented word of five letters, turned round."""
     source = random.Random(seed)
     found: dict[str, None] = {}
@@ -90,7 +90,7 @@ def turned_words(count: int, seed: int) -> list[Conversation]:
     return [Task(TURN_ROUND, "{word}", lambda word: word[::-1]).conversation(word) for word in found]
 
 
-def numbers(count: int, seed: int) -> list[Conversation]:
+def numbers(count: int, seed: int) -> list[ChatExample]:
     """Return chat rows of facts to learn by heart: a name of three capitals, and its number of three digits."""
     source = random.Random(seed)
     found: dict[str, str] = {}

@@ -42,7 +42,7 @@ class Stage:
     findings: str | None = None
 
 
-def prove(wanted: Sequence[str]) -> Iterator[Finding]:
+def run_proofs(wanted: Sequence[str]) -> Iterator[Finding]:
     """Give proofs and yield what was found as it comes.
 
     Args:

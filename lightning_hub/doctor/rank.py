@@ -21,7 +21,7 @@ from lightning_hub.doctor.recorded_run import (
     accelerator,
     distance,
     max_distance,
-    train,
+    train_recorded,
     worst_distance,
 )
 from lightning_hub.launch.environment import detect_process
@@ -29,7 +29,7 @@ from lightning_hub.parallel.process_group import destroy_process_group, init_pro
 from lightning_hub.parallel.strategies import DDP, FSDP, ModelParallel
 from lightning_hub.parent import die_with_parent
 
-BOUND = 1e-5
+RANKS_BOUND = 1e-5
 """Bound of relative errors in float32: sums over ranks are made in another order."""
 
 
@@ -48,7 +48,7 @@ def main(folder: Path) -> None:
     expected = RecordedRun(**torch.load(material.reference, weights_only=True))
     findings = []
     for name, strategy in strategies().items():
-        module, _ = train(material, device, strategy, environment)
+        module, _ = train_recorded(material, device, strategy, environment)
         findings.append(_finding(name, module.seen, expected, device))
     if place.rank == 0:
         write_findings(findings, folder / "rank.json")
@@ -64,7 +64,7 @@ def _finding(name: str, seen: RecordedRun, expected: RecordedRun, device: str) -
     gathered: list[list[float]] = [[]] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(gathered, errors)
     of = f"losses, gradient norms and final weights over {len(expected.losses)} steps, on {device}"
-    return equality(f"2 ranks = 1 rank: {name}", max_distance([*chain(*gathered)]), BOUND, of)
+    return equality(f"2 ranks = 1 rank: {name}", max_distance([*chain(*gathered)]), RANKS_BOUND, of)
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ class RecordingSFT(SFT):
         self.seen.norms.append(float(self.grad_norm))
 
 
-def train(
+def train_recorded(
     material: ProofFiles,
     accelerator: str,
     strategy: str | Strategy = "auto",

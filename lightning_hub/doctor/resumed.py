@@ -18,7 +18,7 @@ from lightning_hub.parent import die_with_parent
 from lightning_hub.runs.folder import RunFolder
 from lightning_hub.runs.metrics import as_number, read_metrics
 
-BOUND = 0.0
+RESUMED_BOUND = 0.0
 
 
 def main(folder: Path) -> int:
@@ -36,8 +36,8 @@ def main(folder: Path) -> int:
     weights = [load_file(made.export / "model.safetensors") for made in (stopped, straight)]
     apart = [float((weights[0][name] - tensor).abs().max()) for name, tensor in weights[1].items()]
     findings = [
-        equality("resumed = straight: losses", _apart(ours, theirs), BOUND, f"{of}; largest difference"),
-        equality("resumed = straight: weights", max_distance(apart), BOUND, f"{of}; largest difference"),
+        equality("resumed = straight: losses", _apart(ours, theirs), RESUMED_BOUND, f"{of}; largest difference"),
+        equality("resumed = straight: weights", max_distance(apart), RESUMED_BOUND, f"{of}; largest difference"),
     ]
     write_findings(findings, folder / "resumed.json")
     return ExitCode.DONE

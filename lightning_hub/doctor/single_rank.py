@@ -15,7 +15,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lightning_hub.checkpoints.export import write_export
 from lightning_hub.doctor.findings import DISTRUST, Finding, equality, write_findings
-from lightning_hub.doctor.recorded_run import ProofFiles, accelerator, distance, max_distance, train, worst_distance
+from lightning_hub.doctor.recorded_run import (
+    ProofFiles,
+    accelerator,
+    distance,
+    max_distance,
+    train_recorded,
+    worst_distance,
+)
 from lightning_hub.models.pretrained import Pretrained
 from lightning_hub.ops.attention import PACKED
 from lightning_hub.ops.attention_proof import proven_loss
@@ -35,7 +42,7 @@ def main(folder: Path, wanted: list[str]) -> None:
     proofs = {"packed": packed, "accumulated": accumulated, "exported": exported}
     findings = [finding for name, proof in proofs.items() if name in wanted for finding in proof(material)]
     if "ranks" in wanted:
-        torch.save(vars(train(material, accelerator())[0].seen), material.reference)
+        torch.save(vars(train_recorded(material, accelerator())[0].seen), material.reference)
     write_findings(findings, folder / "one_process.json")
 
 
@@ -66,7 +73,7 @@ def packed(material: ProofFiles) -> list[Finding]:
 
 def accumulated(material: ProofFiles) -> list[Finding]:
     """Compare the training step over several rows with one padded batch in the model as transformers makes it."""
-    module, data = train(material, "cpu", learning_rate=0.0)
+    module, data = train_recorded(material, "cpu", learning_rate=0.0)
     rows = [len(data.plan.rows(0, index)) for index in range(len(data.plan))]
     assert max(rows) > 1, "steps have several rows"
     losses, errors = [], []
@@ -85,7 +92,7 @@ def accumulated(material: ProofFiles) -> list[Finding]:
 
 def exported(material: ProofFiles) -> list[Finding]:
     """Compare the trained module with the folder that it was exported to."""
-    module, data = train(material, "cpu")
+    module, data = train_recorded(material, "cpu")
     model, weights = module.export_state()
     folder = material.folder / "export"
     write_export(folder, model, weights, data.tokenizer)

@@ -78,11 +78,11 @@ def detect_process(environ: Mapping[str, str]) -> ProcessInfo | None:
 
 
 def _torchrun(environ: Mapping[str, str]) -> ProcessInfo:
-    place = _per_process(environ, "torchrun", _number(environ, "LOCAL_WORLD_SIZE"))
+    process = _per_process(environ, "torchrun", _number(environ, "LOCAL_WORLD_SIZE"))
     if RUN_VARIABLE not in environ:
-        return place
+        return process
     return replace(
-        place,
+        process,
         launcher="fit",
         run_dir=Path(environ[RUN_VARIABLE]),
         attempt=_number(environ, ATTEMPT_VARIABLE),
@@ -104,14 +104,14 @@ def _from_variables(environ: Mapping[str, str]) -> ProcessInfo:
 
 
 def _per_process(environ: Mapping[str, str], launcher: str, local_world_size: int) -> ProcessInfo:
-    place = ProcessInfo(
+    process = ProcessInfo(
         _number(environ, "RANK"),
         _number(environ, "WORLD_SIZE"),
         _number(environ, "LOCAL_RANK"),
         local_world_size,
         launcher,
     )
-    return _consistent(place)
+    return _consistent(process)
 
 
 def _is_slurm_step(environ: Mapping[str, str]) -> bool:
@@ -133,16 +133,17 @@ def _slurm(environ: Mapping[str, str]) -> ProcessInfo:
     return _consistent(ProcessInfo(rank, size, _number(environ, "SLURM_LOCALID"), int(per_node[1]), "slurm"))
 
 
-def _consistent(place: ProcessInfo) -> ProcessInfo:
+def _consistent(process: ProcessInfo) -> ProcessInfo:
     fits = (
-        0 <= place.rank < place.world_size
-        and 0 <= place.local_rank < place.local_world_size
-        and place.world_size % place.local_world_size == 0
+        0 <= process.rank < process.world_size
+        and 0 <= process.local_rank < process.local_world_size
+        and process.world_size % process.local_world_size == 0
     )
     if fits:
-        return place
+        return process
     raise ConfigError(
-        f"rank {place.rank} of {place.world_size} cannot be local rank {place.local_rank} of {place.local_world_size}",
+        f"rank {process.rank} of {process.world_size} cannot be local rank {process.local_rank} "
+        f"of {process.local_world_size}",
         where="environment",
         remedy=_REMEDY,
     )

@@ -39,7 +39,7 @@ class Topology:
 def resolve_topology(
     recipe: Recipe,
     trainer: dict[str, Any],
-    place: ProcessInfo | None,
+    process: ProcessInfo | None,
     gpus: int,
     say: Callable[[str], None] = lambda note: None,
 ) -> Topology:
@@ -48,7 +48,7 @@ def resolve_topology(
     Args:
         recipe: As given: what it leaves open may be anything.
         trainer: The trainer section with its defaults; ``num_nodes``, ``devices`` and ``strategy`` are settled in it.
-        place: Who this process is, if a launcher has started it.
+        process: Who this process is, if a launcher has started it.
         gpus: Accelerators of this machine.
         say: Told what is left unused.
 
@@ -57,8 +57,8 @@ def resolve_topology(
     """
     asked = devices_asked(trainer, gpus)
     topology = Topology(trainer["num_nodes"] or 1, asked or max(1, gpus if uses_gpus(trainer, gpus) else 1))
-    if place is not None:
-        topology = _topology_of_launcher(recipe, asked, topology, place)
+    if process is not None:
+        topology = _topology_of_launcher(recipe, asked, topology, process)
     elif topology.nnodes > 1:
         raise ConfigError(
             f"{topology.nnodes} nodes are asked for, and nothing says which of them this is",
@@ -99,15 +99,15 @@ def devices_asked(trainer: dict[str, Any], gpus: int) -> int | None:
     return int(devices)
 
 
-def _topology_of_launcher(recipe: Recipe, asked: int | None, topology: Topology, place: ProcessInfo) -> Topology:
+def _topology_of_launcher(recipe: Recipe, asked: int | None, topology: Topology, process: ProcessInfo) -> Topology:
     """Take the processes that a launcher has started, unless the recipe names other numbers."""
-    found = Topology(place.nnodes, place.local_world_size)
+    found = Topology(process.nnodes, process.local_world_size)
     nodes_open = not isinstance(recipe.get(NODES), int)
     wanted = Topology(found.nnodes if nodes_open else topology.nnodes, asked or found.nproc_per_node)
     if wanted != found:
         raise ConfigError(
             f"the recipe asks for {wanted.nnodes} x {wanted.nproc_per_node} = {wanted.world_size} processes, "
-            f"{place.launcher} started {found.nnodes} x {found.nproc_per_node} = {found.world_size}",
+            f"{process.launcher} started {found.nnodes} x {found.nproc_per_node} = {found.world_size}",
             where=recipe.where(DEVICES) or DEVICES,
             remedy="change trainer.num_nodes and trainer.devices, or what is started",
         )

@@ -28,7 +28,7 @@ from lightning_hub.methods.schedule import Schedule, ScheduleName
 from lightning_hub.models.generation import Messages, complete
 from lightning_hub.models.pretrained import Pretrained
 from lightning_hub.ops.attention import PACKED
-from lightning_hub.ops.attention_proof import apply_capabilities, prove
+from lightning_hub.ops.attention_proof import apply_capabilities, prove_attention
 from lightning_hub.ops.batch import IGNORE_INDEX, PackedSequence, StepBatch
 from lightning_hub.ops.loss import CausalLMLoss, ModelCapabilities
 from lightning_hub.parallel.clipping import clip_grad_norm, clip_grad_value, total_norm
@@ -130,7 +130,7 @@ class CausalLMModule(LightningModule):
         """Read the weights and decide what is trainable (Lightning calls this once it knows the strategy)."""
         if self.model is not None:
             return
-        self.model, traits = load_and_shard(self.trainer.strategy, self.load_pretrained, self.build_on_meta)
+        self.model, capabilities = load_and_shard(self.trainer.strategy, self.load_pretrained, self.build_on_meta)
         self.model.train()
         if self.gradient_checkpointing:
             # The name changed within the versions of transformers that are supported.
@@ -138,7 +138,7 @@ class CausalLMModule(LightningModule):
             enable({"use_reentrant": False})
         if self.neftune_alpha is not None:
             Neftune(self.neftune_alpha).attach(self.model)
-        self.loss_head = CausalLMLoss(self.model, self.label_smoothing, traits=traits)
+        self.loss_head = CausalLMLoss(self.model, self.label_smoothing, capabilities=capabilities)
 
     @property
     def num_parameters(self) -> int:
@@ -167,15 +167,17 @@ class CausalLMModule(LightningModule):
         with torch.device("meta"):
             outline = self.pretrained.skeleton(dtype=torch.float32, attn_implementation="eager")
         self.pretrained.check_part(outline.config)
-        return prove(type(outline), outline.config, self.attn_implementation, self.trainer.strategy.root_device)
+        return prove_attention(
+            type(outline), outline.config, self.attn_implementation, self.trainer.strategy.root_device
+        )
 
     def load_weights(self, attention: str) -> PreTrainedModel:
         """Read the weights, with an attention implementation of transformers; nothing is made trainable here."""
         return self.pretrained.load(dtype=self.load_dtype(), attn_implementation=attention)
 
-    def build_on_meta(self, traits: ModelCapabilities | None) -> PreTrainedModel:
+    def build_on_meta(self, capabilities: ModelCapabilities | None) -> PreTrainedModel:
         """Build the model without reading it, to be run as was proven, or not at all."""
-        attention = "eager" if traits is None else traits.attention
+        attention = "eager" if capabilities is None else capabilities.attention
         model = self.pretrained.skeleton(dtype=self.load_dtype(), attn_implementation=attention)
         self.choose_trainable(model)
         return model

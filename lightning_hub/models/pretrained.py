@@ -29,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 from lightning_hub.errors import ConfigError
 from lightning_hub.runs.folder import EMBEDDED_MODEL
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 transformers_logging.disable_progress_bar()  # it draws one bar for each read, over ours
 
@@ -38,10 +38,10 @@ EMBEDDED_FOLDER = Path(__file__).with_name("embedded")
 ROOM_FOLDER = Path(__file__).with_name("embedded_room")
 """A second embedded model, for ``lightning-hub demo --method``: its weights have directions that it does not use."""
 
-ADAPTER = "adapter_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 """The file that makes a folder an adapter's."""
 
-KEY = "model.init_args.model"
+MODEL_OPTION = "model.init_args.model"
 """Where a recipe names its model; errors point there."""
 
 
@@ -60,12 +60,16 @@ class Pretrained:
     def __post_init__(self) -> None:
         looks_local = self.source.startswith((".", "/", "~")) or self.source.count("/") > 1
         if self.source.startswith(("http://", "https://")):
-            raise ConfigError(f"{self.source} is an address", where=KEY, remedy="give a hub id or a local folder")
+            raise ConfigError(
+                f"{self.source} is an address", where=MODEL_OPTION, remedy="give a hub id or a local folder"
+            )
         if looks_local and not self.path.is_dir():
-            raise ConfigError(f"no such folder: {self.source}", where=KEY, remedy="give a local folder or a hub id")
+            raise ConfigError(
+                f"no such folder: {self.source}", where=MODEL_OPTION, remedy="give a local folder or a hub id"
+            )
         if self.path.is_dir() and not (self.path / "config.json").is_file() and self.base is None:
             remedy = "give a folder that AutoModelForCausalLM can load"
-            raise ConfigError(f"{self.source} holds no config.json", where=KEY, remedy=remedy)
+            raise ConfigError(f"{self.source} holds no config.json", where=MODEL_OPTION, remedy=remedy)
 
     @property
     def path(self) -> Path:
@@ -76,13 +80,15 @@ class Pretrained:
     @cached_property
     def base(self) -> Pretrained | None:
         """The model that the source is an adapter for; None if it is a model itself."""
-        file = self.path / ADAPTER
+        file = self.path / ADAPTER_CONFIG
         if not file.is_file() or (self.path / "config.json").is_file():
             return None
         try:
             return Pretrained(json.loads(file.read_bytes())["base_model_name_or_path"], self.trust_remote_code)
         except (ValueError, KeyError, AttributeError) as error:
-            raise ConfigError(f"{file} names no base model", where=KEY, remedy="give a model folder") from error
+            raise ConfigError(
+                f"{file} names no base model", where=MODEL_OPTION, remedy="give a model folder"
+            ) from error
 
     @property
     def name(self) -> str:
@@ -99,7 +105,7 @@ class Pretrained:
         if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not (remote and self.trust_remote_code):
             message = f"{self.source} is of type {config.model_type!r}, which is no causal language model"
             remedy = "pass --trust-remote-code if you trust its code" if remote else "give a causal language model"
-            raise ConfigError(message, where=KEY, remedy=remedy)
+            raise ConfigError(message, where=MODEL_OPTION, remedy=remedy)
         return config
 
     def check_part(self, opened: PretrainedConfig) -> None:
@@ -116,7 +122,7 @@ class Pretrained:
         raise ConfigError(
             f"of {self.source} (type {self.config.model_type!r}) transformers opens the part of type "
             f"{opened.model_type!r}, which AutoModelForCausalLM could not open again after training",
-            where=KEY,
+            where=MODEL_OPTION,
             remedy="give a causal language model that is whole by itself",
         )
 
@@ -132,7 +138,7 @@ class Pretrained:
         tokenizer = self._open("tokenizer", AutoTokenizer.from_pretrained)
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             remedy = "add a tokenizer.json to it"
-            raise ConfigError(f"{self.source} has no fast tokenizer", where=KEY, remedy=remedy)
+            raise ConfigError(f"{self.source} has no fast tokenizer", where=MODEL_OPTION, remedy=remedy)
         return tokenizer
 
     @cached_property
@@ -203,14 +209,14 @@ class Pretrained:
         model.generation_config = self.generation_config
         return model
 
-    def _open(self, what: str, reader: Callable[..., T]) -> T:
+    def _open(self, what: str, reader: Callable[..., _T]) -> _T:
         """Call a reader of transformers and say its failure in one sentence."""
         try:
             return reader(self.name, trust_remote_code=self.trust_remote_code)
         except (pickle.UnpicklingError, EOFError) as error:  # pytorch_model.bin, of which torch reads tensors alone
             raise ConfigError(
                 f"cannot read the {what} of {self.source} (its pickle file is damaged, or would run code)",
-                where=KEY,
+                where=MODEL_OPTION,
                 remedy="save the model again as safetensors, where it comes from",
             ) from error
         except (OSError, ValueError, ImportError, SafetensorError) as error:
@@ -219,5 +225,5 @@ class Pretrained:
             if "trust_remote_code" in reason:
                 reason, remedy = "it runs code of its own", "pass --trust-remote-code if you trust that code"
             raise ConfigError(
-                f"cannot read the {what} of {self.source} ({reason[:300]})", where=KEY, remedy=remedy
+                f"cannot read the {what} of {self.source} ({reason[:300]})", where=MODEL_OPTION, remedy=remedy
             ) from error

@@ -3,7 +3,7 @@
 A dense block-diagonal mask costs the square of the row; documents cost the sum of their own squares. On a CPU every
 document is one call of PyTorch's fused attention; on CUDA the whole row is one call of ``varlen_attn``. The function
 is registered with transformers under ``PACKED``, which needs no change of a model: transformers builds no mask for a
-name that it has no mask function for, and hands the borders of the documents through its keyword arguments.
+name that it has no mask function for, and hands the boundaries of the documents through its keyword arguments.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ PACKED = "packed_documents"
 
 
 class BoundariesLostError(RuntimeError):
-    """A model does not hand the borders of the documents on to its attention layers."""
+    """A model does not hand the boundaries of the documents on to its attention layers."""
 
 
 class SequenceBoundaries(TypedDict):
     """What a model hands on to its attention layers: where the documents of a row lie."""
 
-    borders: tuple[int, ...]
+    boundaries: tuple[int, ...]
     packed_cu_seqlens: Tensor | None
 
 
 def cu_seqlens_of(row: PackedSequence) -> SequenceBoundaries:
     """Return the keyword arguments that tell the attention layers where the documents of ``row`` lie."""
     device = row.input_ids.device
-    cumulative = torch.tensor(row.borders, dtype=torch.int32, device=device) if device.type == "cuda" else None
-    return SequenceBoundaries(borders=row.borders, packed_cu_seqlens=cumulative)
+    cumulative = torch.tensor(row.boundaries, dtype=torch.int32, device=device) if device.type == "cuda" else None
+    return SequenceBoundaries(boundaries=row.boundaries, packed_cu_seqlens=cumulative)
 
 
 def packed_attention(
@@ -52,7 +52,7 @@ def packed_attention(
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
-    borders: tuple[int, ...] | None = None,
+    boundaries: tuple[int, ...] | None = None,
     packed_cu_seqlens: Tensor | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -66,11 +66,11 @@ def packed_attention(
         query: Shape ``(1, heads, tokens, head size)``.
         key: Shape ``(1, key-value heads, tokens, head size)``; as many heads as ``query`` or a divisor of them.
         value: The same shape as ``key``, but perhaps another head size.
-        attention_mask: Must be None: a mask would open the borders or cost the square of the row.
+        attention_mask: Must be None: a mask would open the boundaries or cost the square of the row.
         scaling: Factor of the scores; the inverse root of the head size if None.
         dropout: Probability of dropping an attention weight.
-        borders: Document borders ``(0, ..., tokens)``.
-        packed_cu_seqlens: The same borders as an int32 tensor on the device of the query (CUDA only). The name is
+        boundaries: Document boundaries ``(0, ..., tokens)``.
+        packed_cu_seqlens: The same boundaries as an int32 tensor on the device of the query (CUDA only). The name is
             our own: layers of linear attention take ``cu_seqlens`` themselves.
         sliding_window: How many tokens a query sees, itself included.
         softcap: Scores are squashed to ``softcap * tanh(score / softcap)`` (Gemma 2).
@@ -81,16 +81,16 @@ def packed_attention(
         The output, shape ``(1, tokens, heads, head size)``, and None in place of the attention weights.
 
     Raises:
-        BordersLostError: The model called this without borders; one document is never assumed.
+        BoundariesLostError: The model called this without boundaries; one document is never assumed.
     """
     if attention_mask is not None:
-        raise ValueError("packed rows take no attention mask: the borders of the documents say it all")
-    if borders is None:
+        raise ValueError("packed rows take no attention mask: the boundaries of the documents say it all")
+    if boundaries is None:
         raise BoundariesLostError("the model hands no keyword arguments on to its attention layers")
     query, key, value = _in_compute_dtype(query, key, value)
     plain = softcap is None and s_aux is None and dropout == 0.0
     if plain and packed_cu_seqlens is not None and _fits_varlen(query, value, sliding_window):
-        return _varlen_attention(query, key, value, scaling, packed_cu_seqlens, borders, sliding_window), None
+        return _varlen_attention(query, key, value, scaling, packed_cu_seqlens, boundaries, sliding_window), None
     parts = [
         _document_attention(
             query[:, :, start:end],
@@ -102,7 +102,7 @@ def packed_attention(
             softcap=softcap,
             sinks=s_aux,
         )
-        for start, end in pairwise(borders)
+        for start, end in pairwise(boundaries)
     ]
     # Contiguous, as transformers' own are: some models look at the result in another shape.
     return torch.cat([part.transpose(1, 2) for part in parts], dim=1), None
@@ -186,7 +186,7 @@ def _varlen_attention(
     value: Tensor,
     scaling: float | None,
     cu_seqlens: Tensor,
-    borders: tuple[int, ...],
+    boundaries: tuple[int, ...],
     window: int | None,
 ) -> Tensor:
     """Attend with one kernel over the whole row; its signature moved between releases, so it is asked."""
@@ -206,7 +206,7 @@ def _varlen_attention(
             key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     if "scale" not in known and scaling is not None:
         query = query * (scaling * query.shape[-1] ** 0.5)
-    longest = max(end - start for start, end in pairwise(borders))
+    longest = max(end - start for start, end in pairwise(boundaries))
     flat = [states[0].transpose(0, 1).contiguous() for states in (query, key, value)]
     return kernel(*flat, cu_seqlens, cu_seqlens, longest, longest, **options).unsqueeze(0)
 

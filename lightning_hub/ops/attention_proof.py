@@ -27,32 +27,32 @@ from lightning_hub.ops.miniature import NoMiniatureError, rope_limit, small_conf
 from lightning_hub.ops.reference import NotProvenError, Reference, compare, has_plain_head, reference_of, try_itself
 from lightning_hub.runs.folder import default_cache_dir
 
-KEY = "model.init_args.attn_implementation"
+ATTENTION_OPTION = "model.init_args.attn_implementation"
 
 
 _proven: dict[str, ModelCapabilities] = {}
 
 
-def prove(
-    kind: type[PreTrainedModel], config: PretrainedConfig, wished: str, device: torch.device | None = None
+def prove_attention(
+    kind: type[PreTrainedModel], config: PretrainedConfig, requested: str, device: torch.device | None = None
 ) -> ModelCapabilities:
     """Return the best way to run a model that gives the numbers of its eager attention.
 
     Args:
         kind: Its class.
         config: Its configuration.
-        wished: The attention implementation that is asked for; ``packed_documents`` allows any.
+        requested: The attention implementation that is asked for; ``packed_documents`` allows any.
         device: Where the model is to run, for kernels that need one.
 
     Raises:
         ConfigError: Its logits depend on later tokens, or what is asked for gives other numbers.
     """
-    key = _key(kind, config, wished, device)
+    key = _key(kind, config, requested, device)
     if key not in _proven:
         kept = _read_cached(key)
         if kept is None:
             with _isolated():
-                kept = _find(kind, config, wished, device)
+                kept = _find(kind, config, requested, device)
             _write_cached(key, kept)
         _proven[key] = kept
     return _proven[key]
@@ -60,8 +60,8 @@ def prove(
 
 def capabilities_of(model: PreTrainedModel) -> ModelCapabilities:
     """Return what is proven about a model in memory, by its class and configuration; its attention is set to it."""
-    wished = model.config._attn_implementation or "eager"
-    return apply_capabilities(model, prove(type(model), model.config, wished, model.device))
+    requested = model.config._attn_implementation or "eager"
+    return apply_capabilities(model, prove_attention(type(model), model.config, requested, model.device))
 
 
 def apply_capabilities(model: PreTrainedModel, proven: ModelCapabilities) -> ModelCapabilities:
@@ -82,11 +82,11 @@ def apply_capabilities(model: PreTrainedModel, proven: ModelCapabilities) -> Mod
 
 def proven_loss(model: PreTrainedModel, label_smoothing: float = 0.0) -> CausalLMLoss:
     """Return the loss head of a model in memory, used as it is proven to be right."""
-    return CausalLMLoss(model, label_smoothing, traits=capabilities_of(model))
+    return CausalLMLoss(model, label_smoothing, capabilities=capabilities_of(model))
 
 
 def _find(
-    kind: type[PreTrainedModel], config: PretrainedConfig, wished: str, device: torch.device | None
+    kind: type[PreTrainedModel], config: PretrainedConfig, requested: str, device: torch.device | None
 ) -> ModelCapabilities:
     try:
         small = small_config(kind, config)
@@ -94,11 +94,11 @@ def _find(
         limit = rope_limit(config.to_dict())
         shorter = None if limit is None else reference_of(kind, without_limit(small))
     except NoMiniatureError as error:
-        if wished not in (PACKED, "eager"):
+        if requested not in (PACKED, "eager"):
             raise ConfigError(
-                f"{wished} cannot be compared with the model's eager attention: no small model of it can be run "
+                f"{requested} cannot be compared with the model's eager attention: no small model of it can be run "
                 f"({error})",
-                where=KEY,
+                where=ATTENTION_OPTION,
                 remedy="take auto or eager",
             ) from error
         reason = f"no small model of it can be run ({error})"
@@ -106,29 +106,29 @@ def _find(
             "eager", has_linear_head=False, isolates_documents=False, reason=reason, is_proven=False
         )
     failures: list[str] = []
-    for way in _candidates(wished, limit):
-        traits = replace(way, reason=failures[0] if failures else "", adds_to_loss=reference.adds_to_loss)
-        failure = _failure(traits, reference, shorter, device)
+    for way in _candidates(requested, limit):
+        capabilities = replace(way, reason=failures[0] if failures else "", adds_to_loss=reference.adds_to_loss)
+        failure = _failure(capabilities, reference, shorter, device)
         if failure is not None:  # perhaps of the head
-            traits = replace(traits, has_linear_head=False)
-            failure = _failure(traits, reference, shorter, device)
+            capabilities = replace(capabilities, has_linear_head=False)
+            failure = _failure(capabilities, reference, shorter, device)
         if failure is None:
-            return traits
+            return capabilities
         failures.append(
             f"packed in a row, {failure}" if way.isolates_documents else f"one by one with {way.attention}, {failure}"
         )
     raise ConfigError(
-        f"{'no attention gives' if wished == PACKED else f'{wished} does not give'} the numbers of the model's "
+        f"{'no attention gives' if requested == PACKED else f'{requested} does not give'} the numbers of the model's "
         f"eager attention, one document a forward: {'; '.join(failures)}",
-        where=KEY,
-        remedy="take another model" if wished == PACKED else "take auto",
+        where=ATTENTION_OPTION,
+        remedy="take another model" if requested == PACKED else "take auto",
     )
 
 
-def _candidates(wished: str, limit: int | None) -> list[ModelCapabilities]:
+def _candidates(requested: str, limit: int | None) -> list[ModelCapabilities]:
     """Return the ways to run a model, from the fastest on."""
-    packed = ModelCapabilities(wished, has_linear_head=True, isolates_documents=True)
-    fallbacks = ["sdpa", "eager"] if wished == PACKED else [wished]
+    packed = ModelCapabilities(requested, has_linear_head=True, isolates_documents=True)
+    fallbacks = ["sdpa", "eager"] if requested == PACKED else [requested]
     return [
         packed,
         *([] if limit is None else [replace(packed, max_document_length=limit)]),
@@ -189,14 +189,14 @@ def _isolated() -> Iterator[None]:
         torch.set_float32_matmul_precision(before[1])
 
 
-def _key(kind: type, config: PretrainedConfig, wished: str, device: torch.device | None) -> str:
+def _key(kind: type, config: PretrainedConfig, requested: str, device: torch.device | None) -> str:
     """Return a hash of all that a proof hangs on."""
     digest = hashlib.sha256()
     left_out = ("_name_or_path", "name_or_path", "transformers_version", "quantization_config", "dtype")
     plain = {name: value for name, value in config.to_dict().items() if name not in left_out}
-    at = device.type if device is not None and wished in ("flash_attention_2", "flex_attention") else ""
+    at = device.type if device is not None and requested in ("flash_attention_2", "flex_attention") else ""
     versions = (torch.__version__, transformers.__version__)
-    said = (f"{kind.__module__}.{kind.__qualname__}", plain, wished, at, versions)
+    said = (f"{kind.__module__}.{kind.__qualname__}", plain, requested, at, versions)
     digest.update(json.dumps(said, sort_keys=True, default=str).encode())
     own = [
         Path(__file__).with_name(f"{name}.py")
@@ -215,13 +215,13 @@ def _read_cached(key: str) -> ModelCapabilities | None:
         return None
 
 
-def _write_cached(key: str, traits: ModelCapabilities) -> None:
+def _write_cached(key: str, capabilities: ModelCapabilities) -> None:
     """Write what was found, if it can be written: else the next start finds it out again."""
     path = default_cache_dir() / "proofs" / f"{key}.json"
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(asdict(traits)))
+        temporary.write_text(json.dumps(asdict(capabilities)))
         temporary.replace(path)
     except OSError:
         return

@@ -23,14 +23,14 @@ class PackedSequence:
         labels: Aligned with the ids, ``IGNORE_INDEX`` where a token is context; the first token of each document is
             ``IGNORE_INDEX``, so that no document predicts the start of the next. Int64, shape ``(1, tokens)``.
         position_ids: Positions that begin at 0 in each document, int64, shape ``(1, tokens)``.
-        borders: Where the documents begin and end, ``(0, ..., tokens)``, on the host.
+        boundaries: Where the documents begin and end, ``(0, ..., tokens)``, on the host.
         sample_ids: The index of each document in the data.
     """
 
     input_ids: Tensor
     labels: Tensor
     position_ids: Tensor
-    borders: tuple[int, ...]
+    boundaries: tuple[int, ...]
     sample_ids: tuple[int, ...]
 
     @classmethod
@@ -41,32 +41,32 @@ class PackedSequence:
             documents: Pairs of ids and labels, each of shape ``(length,)``.
             sample_ids: The index of each document in the data; counts from 0 if left out.
         """
-        borders = [0]
+        boundaries = [0]
         for ids, _ in documents:
-            borders.append(borders[-1] + len(ids))
+            boundaries.append(boundaries[-1] + len(ids))
         labels = torch.cat([labels for _, labels in documents]).long()
-        labels[torch.tensor(borders[:-1])] = IGNORE_INDEX
+        labels[torch.tensor(boundaries[:-1])] = IGNORE_INDEX
         return cls(
             input_ids=torch.cat([ids for ids, _ in documents]).long().unsqueeze(0),
             labels=labels.unsqueeze(0),
             position_ids=torch.cat([torch.arange(len(ids)) for ids, _ in documents]).unsqueeze(0),
-            borders=tuple(borders),
+            boundaries=tuple(boundaries),
             sample_ids=sample_ids or tuple(range(len(documents))),
         )
 
     @property
     def num_tokens(self) -> int:
         """Trained and context tokens of the row."""
-        return self.borders[-1]
+        return self.boundaries[-1]
 
     @property
     def lengths(self) -> list[int]:
         """Tokens of each document."""
-        return [end - start for start, end in pairwise(self.borders)]
+        return [end - start for start, end in pairwise(self.boundaries)]
 
     def documents(self) -> Iterator[PackedSequence]:
         """Yield each document as a row of its own."""
-        for place, (start, end) in enumerate(pairwise(self.borders)):
+        for place, (start, end) in enumerate(pairwise(self.boundaries)):
             yield PackedSequence(
                 self.input_ids[:, start:end],
                 self.labels[:, start:end],

@@ -64,10 +64,12 @@ class CausalLMLoss:
         traits: How the model is run.
     """
 
-    def __init__(self, model: PreTrainedModel, label_smoothing: float = 0.0, *, traits: ModelCapabilities) -> None:
+    def __init__(
+        self, model: PreTrainedModel, label_smoothing: float = 0.0, *, capabilities: ModelCapabilities
+    ) -> None:
         self.model = model
         self.label_smoothing = label_smoothing
-        self.capabilities = traits
+        self.capabilities = capabilities
         if model.config._attn_implementation != self.capabilities.attention:
             model.set_attn_implementation(self.capabilities.attention)
         self._fused: Callable[[PackedSequence], Tensor] = self._fused_loss
@@ -105,29 +107,29 @@ class CausalLMLoss:
         """Return the loss of what one forward takes: a row, or one document of it."""
         if self.capabilities.has_linear_head:
             return self._fused(row)
-        places, targets = target_positions(row.labels)
+        positions, targets = target_positions(row.labels)
         inputs = inputs_of(self.model, row, self.capabilities.isolates_documents)
         if "logits_to_keep" in _parameters(self.model.__class__.forward):
-            logits = self.model(**inputs, logits_to_keep=places).logits[0]
+            logits = self.model(**inputs, logits_to_keep=positions).logits[0]
         else:
-            logits = self.model(**inputs).logits[0].index_select(0, places)
+            logits = self.model(**inputs).logits[0].index_select(0, positions)
         return _smoothed_cross_entropy(logits.float(), targets, self.label_smoothing)
 
     def _fused_loss(self, row: PackedSequence) -> Tensor:
         """Return the loss of one forward without ever making all logits."""
-        places, targets = target_positions(row.labels)
+        positions, targets = target_positions(row.labels)
         hidden = self.model.base_model(
             **inputs_of(self.model, row, self.capabilities.isolates_documents)
         ).last_hidden_state
         head = self.model.get_output_embeddings()
-        chosen = hidden[0].index_select(0, places)
+        chosen = hidden[0].index_select(0, positions)
         return linear_cross_entropy(chosen, head.weight, head.bias, targets, self.label_smoothing)
 
 
-def forwards_of(row: PackedSequence, traits: ModelCapabilities) -> list[PackedSequence]:
+def forwards_of(row: PackedSequence, capabilities: ModelCapabilities) -> list[PackedSequence]:
     """Return the rows that are a forward each: the row itself, or its documents."""
-    if traits.isolates_documents and (
-        traits.max_document_length is None or max(row.lengths) <= traits.max_document_length
+    if capabilities.isolates_documents and (
+        capabilities.max_document_length is None or max(row.lengths) <= capabilities.max_document_length
     ):
         return [row]
     return list(row.documents())
@@ -140,8 +142,8 @@ def target_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
         labels: Labels of a row, shape ``(1, tokens)``; documents begin with ``IGNORE_INDEX``.
     """
     targets = labels[0, 1:]
-    places = (targets != IGNORE_INDEX).nonzero().squeeze(1)
-    return places, targets.index_select(0, places)
+    positions = (targets != IGNORE_INDEX).nonzero().squeeze(1)
+    return positions, targets.index_select(0, positions)
 
 
 def linear_cross_entropy(
@@ -176,26 +178,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         with torch.autocast(device, enabled=False):
             for start in range(0, len(hidden), CHUNK):
-                states, goals = hidden[start : start + CHUNK].to(dtype), targets[start : start + CHUNK]
+                states, targets = hidden[start : start + CHUNK].to(dtype), targets[start : start + CHUNK]
                 logits = F.linear(states, cast_weight, cast_bias).float()
                 normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
-                picked = logits.gather(1, goals.unsqueeze(1))
-                total += (normaliser - (1 - label_smoothing) * picked).sum()
+                target_logits = logits.gather(1, targets.unsqueeze(1))
+                total += (normaliser - (1 - label_smoothing) * target_logits).sum()
                 if label_smoothing:
                     total -= label_smoothing * logits.mean(dim=-1).sum()
                 if not (wants_hidden or wants_weight or wants_bias):
                     continue
-                surplus = logits.sub_(normaliser).exp_()  # softmax minus the target distribution, in place
+                grad_logits = logits.sub_(normaliser).exp_()  # softmax minus the target distribution, in place
                 if label_smoothing:
-                    surplus -= label_smoothing / surplus.shape[-1]
-                surplus.scatter_add_(1, goals.unsqueeze(1), torch.full_like(picked, label_smoothing - 1))
+                    grad_logits -= label_smoothing / grad_logits.shape[-1]
+                grad_logits.scatter_add_(1, targets.unsqueeze(1), torch.full_like(target_logits, label_smoothing - 1))
                 if grad_bias is not None:
-                    grad_bias += surplus.sum(dim=0)
-                surplus = surplus.to(dtype)
+                    grad_bias += grad_logits.sum(dim=0)
+                grad_logits = grad_logits.to(dtype)
                 if grad_hidden is not None:
-                    grad_hidden[start : start + CHUNK] = surplus @ cast_weight
+                    grad_hidden[start : start + CHUNK] = grad_logits @ cast_weight
                 if grad_weight is not None:
-                    grad_weight += surplus.t() @ states
+                    grad_weight += grad_logits.t() @ states
         ctx.gradients = [grad_hidden, grad_weight, grad_bias]
         ctx.dtypes = [hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype]
         return total

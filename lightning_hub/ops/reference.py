@@ -15,7 +15,7 @@ from lightning_hub.ops.loss import CausalLMLoss, ModelCapabilities, accepted_by,
 from lightning_hub.ops.miniature import NoMiniatureError, build
 from lightning_hub.ops.small_sizes import VOCABULARY
 
-TOLERANCE = 1e-4
+PROOF_TOLERANCE = 1e-4
 """Relative difference of losses, logits and gradients that is put down to float32 rounding."""
 
 POWER = 100
@@ -162,12 +162,12 @@ def try_itself(model: PreTrainedModel) -> None:
             where="model.init_args.model",
             remedy="see whether its configuration is whole, or give another model",
         ) from error
-    tolerance = 10 * TOLERANCE if model.dtype == torch.float32 else 0.02
+    tolerance = 10 * PROOF_TOLERANCE if model.dtype == torch.float32 else 0.02
     check_causal(model, documents[-1], logits[-LENGTHS[-1] :], tolerance)
     model.train(training)
 
 
-def check_causal(model: PreTrainedModel, ids: Tensor, before: Tensor, tolerance: float = TOLERANCE) -> None:
+def check_causal(model: PreTrainedModel, ids: Tensor, before: Tensor, tolerance: float = PROOF_TOLERANCE) -> None:
     """Refuse a model in which a later token changes an earlier logit."""
     for place in (len(ids) - 1, len(ids) // 2):
         changed = ids.clone()
@@ -181,48 +181,48 @@ def check_causal(model: PreTrainedModel, ids: Tensor, before: Tensor, tolerance:
             )
 
 
-def compare(reference: Reference, traits: ModelCapabilities, device: torch.device | None) -> None:
+def compare(reference: Reference, capabilities: ModelCapabilities, device: torch.device | None) -> None:
     """Compare a way to run the model with the reference.
 
     Args:
         reference: What the model gives with its eager attention, one document a forward.
-        traits: The way to run it.
+        capabilities: The way to run it.
         device: Where the model is to run, for kernels that a CPU does not have.
 
     Raises:
         NotProvenError: Logits, loss or gradients differ.
     """
-    is_half = traits.attention.startswith("flash_attention")  # kernels that take nothing else
-    is_there = is_half or (traits.attention == "flex_attention" and device is not None and device.type == "cuda")
+    is_half = capabilities.attention.startswith("flash_attention")  # kernels that take nothing else
+    is_there = is_half or (capabilities.attention == "flex_attention" and device is not None and device.type == "cuda")
     place = device if is_there and device is not None else torch.device("cpu")
     dtype = torch.bfloat16 if is_half else torch.float32
-    limit, power = TOLERANCE, POWER
+    limit, power = PROOF_TOLERANCE, POWER
     if is_half:
         plain = _differences(
             reference, ModelCapabilities("eager", has_linear_head=False, isolates_documents=False), place, dtype
         )
         limit, power = 2 * max(plain.values()), 5
-    if traits.isolates_documents and traits.max_document_length is None and reference.leak < power * limit:
+    if capabilities.isolates_documents and capabilities.max_document_length is None and reference.leak < power * limit:
         raise NotProvenError("documents that see each other could not be told from those that do not")
-    for what, off in _differences(reference, traits, place, dtype).items():
+    for what, off in _differences(reference, capabilities, place, dtype).items():
         if not off <= limit:
             raise NotProvenError(f"{what} off by {off:.0e}")
 
 
 def _differences(
-    reference: Reference, traits: ModelCapabilities, device: torch.device, dtype: torch.dtype
+    reference: Reference, capabilities: ModelCapabilities, device: torch.device, dtype: torch.dtype
 ) -> dict[str, float]:
     """Return by how much the numbers of a way to run the model differ from the reference, relatively."""
-    model = build(type(reference.model), reference.config, traits.attention)  # from the same seed
+    model = build(type(reference.model), reference.config, capabilities.attention)  # from the same seed
     nn.Module.to(model, device=device, dtype=dtype)  # its own `to` is typed as no method
     model.train(reference.model.training)
     row = PackedSequence.pack([(ids, ids) for ids in reference.documents]).to(device)
     found: dict[str, float] = {}
-    if traits.isolates_documents and traits.max_document_length is None:
+    if capabilities.isolates_documents and capabilities.max_document_length is None:
         with torch.no_grad():
             logits = model(**inputs_of(model, row)).logits[0].float().cpu()
         found["logits are"] = _difference(logits, reference.logits)
-    head = CausalLMLoss(model, traits=traits)
+    head = CausalLMLoss(model, capabilities=capabilities)
     loss = head(row)
     loss.backward()
     found["the loss is"] = float((loss.detach().cpu() - reference.loss).abs() / reference.loss)
@@ -231,7 +231,7 @@ def _differences(
         found["the loss in evaluation is"] = float((head(row).cpu() - reference.evaluated).abs() / reference.evaluated)
     name, off = _worst(_gradients(model), reference.gradients)
     found[f"the gradient of {name} is"] = off
-    if traits.has_linear_head and not ends_in_linear_head(model):
+    if capabilities.has_linear_head and not ends_in_linear_head(model):
         found["what a linear head would give is"] = float("inf")
     return found
 

@@ -8,7 +8,7 @@ from typing import Any
 
 VOCABULARY = 96
 HIDDEN = 64
-HEADS = 4
+NUM_HEADS = 4
 HEAD_DIM = 16
 EXPERTS = 8
 REACH = 4
@@ -22,7 +22,7 @@ def _kv_heads(value: int, config: Config) -> int:
     """Keep whether key-value heads are one, as many as query heads, or groups."""
     names = ("num_attention_heads", "n_heads", "n_head", "num_heads", "swa_num_attention_heads")
     heads = {config[name] for name in names if config.get(name)}
-    return 1 if value == 1 else HEADS if value in heads else HEADS // 2
+    return 1 if value == 1 else NUM_HEADS if value in heads else NUM_HEADS // 2
 
 
 def _at_most(limit: int) -> Callable[[int, Config], int]:
@@ -51,12 +51,12 @@ def _of_hidden(value: int, config: Config) -> int:
 
 
 def _linear_key_heads(value: int, config: Config) -> int:
-    return HEADS if value == config.get("linear_num_value_heads", value) else HEADS // 2
+    return NUM_HEADS if value == config.get("linear_num_value_heads", value) else NUM_HEADS // 2
 
 
 def _heads(_: int, config: Config) -> int:
     """Mamba 2 says under this name into how many heads its expanded state is cut."""
-    return HIDDEN * config["expand"] // HEAD_DIM if "expand" in config else HEADS
+    return HIDDEN * config["expand"] // HEAD_DIM if "expand" in config else NUM_HEADS
 
 
 def _positions(value: int, config: Config) -> int:
@@ -65,7 +65,7 @@ def _positions(value: int, config: Config) -> int:
 
 
 def _wide_head_dim(_: int, config: Config) -> int:
-    return HIDDEN * 2 // HEADS if "attention_hidden_size" in config else HEAD_DIM
+    return HIDDEN * 2 // NUM_HEADS if "attention_hidden_size" in config else HEAD_DIM
 
 
 SIZES: tuple[tuple[str, Size], ...] = (
@@ -75,7 +75,7 @@ SIZES: tuple[tuple[str, Size], ...] = (
      r"|.*_hidden_size|.*embedding_size)", _of_hidden),
     (r"num_attention_heads|n_heads?|num_heads|attention_heads|.*_attention_heads|linear_num_heads", _heads),
     (r"linear_num_key_heads", _linear_key_heads),
-    (r"linear_num_value_heads", HEADS),
+    (r"linear_num_value_heads", NUM_HEADS),
     (r"n_mamba_heads", _at_most(2)),
     (r"(.*_)?num_key_value_heads|num_kv_heads|kv_n_heads|num_query_groups", _kv_heads),
     (r"attention_head_dim", _wide_head_dim),
@@ -97,7 +97,7 @@ SIZES: tuple[tuple[str, Size], ...] = (
     (r"n_positions|n_ctx|max_seq_len|max_(source|target)_positions|context_length"
      r"|model_max_length|num_position_embeddings", _at_most(128)),
     (r"mamba_d_state|ssm_state_size|state_size|.*_size_per_layer_input", _at_most(HEAD_DIM)),
-    (r"mamba_n_heads|mamba_num_heads", HEADS * 2),
+    (r"mamba_n_heads|mamba_num_heads", NUM_HEADS * 2),
     (r"mamba_d_head|mamba_head_dim", HEAD_DIM),
     (r"mamba_headdim", HIDDEN),
     (r"n_groups|mamba_n_groups|mamba_ngroups", _at_most(2)),

@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 
 from lightning_hub.errors import HubError
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 class Ranks:
@@ -32,21 +32,21 @@ class Ranks:
         self.rank = 0 if single else torch.distributed.get_rank(group)
         self.size = 1 if single else torch.distributed.get_world_size(group)
 
-    def all_gather_object(self, item: T) -> list[T]:
+    def all_gather_object(self, item: _T) -> list[_T]:
         """Return what every process gave, in the order of their ranks."""
         if self.size == 1:
             return [item]
-        items: list[T | None] = [None] * self.size
+        items: list[_T | None] = [None] * self.size
         torch.distributed.all_gather_object(items, item, group=self.group)
         return items  # type: ignore[return-value]  # every place is filled
 
-    def run_on_all(self, work: Callable[[], T]) -> list[T]:
+    def run_on_all(self, work: Callable[[], _T]) -> list[_T]:
         """Do something in every process and return what each has got.
 
         Raises:
             Exception: What the first rank that failed has raised, the same sentence in every process.
         """
-        result: T | None = None
+        result: _T | None = None
         fault: Exception | None = None
         try:
             result = work()
@@ -58,7 +58,7 @@ class Ranks:
             raise first from fault
         return [outcome for outcome, _ in outcomes]  # type: ignore[misc]  # nobody failed
 
-    def run_on_rank_zero(self, work: Callable[[], T]) -> T:
+    def run_on_rank_zero(self, work: Callable[[], _T]) -> _T:
         """Do something on rank 0 and return what it has got, to all."""
         return self.run_on_all(lambda: work() if self.rank == 0 else None)[0]  # type: ignore[return-value]
 

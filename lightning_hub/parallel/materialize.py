@@ -20,12 +20,12 @@ from lightning_hub.parallel.collectives import Ranks
 from lightning_hub.parallel.data_parallel import HubStrategy
 from lightning_hub.parallel.dtensor import local_shard_of, local_tensor
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 def load_and_shard(
-    strategy: Strategy, read: Callable[[], tuple[PreTrainedModel, T]], skeleton: Callable[[T], PreTrainedModel]
-) -> tuple[PreTrainedModel, T]:
+    strategy: Strategy, read: Callable[[], tuple[PreTrainedModel, _T]], skeleton: Callable[[_T], PreTrainedModel]
+) -> tuple[PreTrainedModel, _T]:
     """Return the model as the strategy wants it, and what was found out about it.
 
     Args:
@@ -49,18 +49,18 @@ def load_and_shard(
 
 
 @dataclass
-class _ModelLayout(Generic[T]):
+class _ModelLayout(Generic[_T]):
     """What ranks must know of the model that rank 0 has read."""
 
     dtypes: dict[str, torch.dtype]
     buffers: dict[str, tuple[torch.Size, torch.dtype]]
-    findings: T
+    findings: _T
 
 
-def _read_once(read: Callable[[], tuple[PreTrainedModel, T]]) -> tuple[PreTrainedModel | None, _ModelLayout[T]]:
+def _read_once(read: Callable[[], tuple[PreTrainedModel, _T]]) -> tuple[PreTrainedModel | None, _ModelLayout[_T]]:
     source: PreTrainedModel | None = None
 
-    def lay_out() -> _ModelLayout[T]:
+    def lay_out() -> _ModelLayout[_T]:
         nonlocal source
         source, findings = read()
         dtypes = {name: parameter.dtype for name, parameter in source.named_parameters()}
@@ -71,7 +71,7 @@ def _read_once(read: Callable[[], tuple[PreTrainedModel, T]]) -> tuple[PreTraine
     return source, layout
 
 
-def _adopt_dtypes(model: PreTrainedModel, layout: _ModelLayout[T]) -> None:
+def _adopt_dtypes(model: PreTrainedModel, layout: _ModelLayout[_T]) -> None:
     """Give the skeleton the dtypes that were read: some models keep single layers in float32."""
     names = dict(model.named_parameters())
     assert names.keys() == layout.dtypes.keys(), "the skeleton has the parameters, and ties, of the model that was read"
@@ -80,7 +80,7 @@ def _adopt_dtypes(model: PreTrainedModel, layout: _ModelLayout[T]) -> None:
 
 
 def _fill(
-    model: PreTrainedModel, source: PreTrainedModel | None, layout: _ModelLayout[T], strategy: HubStrategy
+    model: PreTrainedModel, source: PreTrainedModel | None, layout: _ModelLayout[_T], strategy: HubStrategy
 ) -> None:
     device, carrier = strategy.transfer_device, strategy.root_device
     _allocate(model, device)

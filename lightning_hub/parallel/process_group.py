@@ -30,8 +30,8 @@ class RendezvousError(HubError):
 class HubClusterEnvironment(ClusterEnvironment):
     """Tells Lightning where this process stands, so that it does not guess and starts no process of its own."""
 
-    def __init__(self, place: ProcessInfo, address: str, port: int) -> None:
-        self.process = place
+    def __init__(self, process: ProcessInfo, address: str, port: int) -> None:
+        self.process = process
         self._address, self._port = address, port
 
     @property
@@ -79,7 +79,7 @@ class HubClusterEnvironment(ClusterEnvironment):
         return self.process.node_rank
 
 
-def init_process_group(place: ProcessInfo, *, on_gpu: bool) -> HubClusterEnvironment:
+def init_process_group(process: ProcessInfo, *, on_gpu: bool) -> HubClusterEnvironment:
     """Meet the other processes of the run and return the place as Lightning wants it.
 
     Hosts talk through gloo and GPUs through NCCL, so that agreeing on something waits for no device.
@@ -87,26 +87,26 @@ def init_process_group(place: ProcessInfo, *, on_gpu: bool) -> HubClusterEnviron
     Raises:
         NotJoinedError: They have not all come within ``RENDEZVOUS_TIMEOUT``.
     """
-    environment = _environment(place)
+    environment = _environment(process)
     if on_gpu:
-        torch.cuda.set_device(place.local_rank)
+        torch.cuda.set_device(process.local_rank)
     address = f"{environment.main_address}:{environment.main_port}"
     try:
         store = _meeting_point(environment)
-        await_all(PrefixStore("lightning-hub/arrival", store), place)
+        await_all(PrefixStore("lightning-hub/arrival", store), process)
         torch.distributed.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
             store=PrefixStore("lightning-hub/group", store),
-            rank=place.rank,
-            world_size=place.world_size,
+            rank=process.rank,
+            world_size=process.world_size,
             timeout=COLLECTIVE_TIMEOUT,
-            device_id=torch.device("cuda", place.local_rank) if on_gpu else None,
+            device_id=torch.device("cuda", process.local_rank) if on_gpu else None,
         )
     except torch.distributed.DistError as error:
         reason = first_line(error)
         raise RendezvousError(
-            f"{place} cannot meet the others at {address}: {reason}",
-            where=f"rank {place.rank}",
+            f"{process} cannot meet the others at {address}: {reason}",
+            where=f"rank {process.rank}",
             remedy="start all ranks with the same address and port, which rank 0's machine must own",
         ) from error
     return environment
@@ -114,33 +114,33 @@ def init_process_group(place: ProcessInfo, *, on_gpu: bool) -> HubClusterEnviron
 
 def _meeting_point(environment: HubClusterEnvironment) -> Store:
     """Return the store through which ranks find each other: torchrun's agent may have it, else rank 0 does."""
-    place = environment.process
-    serves = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    process = environment.process
+    serves = process.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     return TCPStore(
         environment.main_address,
         environment.main_port,
-        place.world_size,
+        process.world_size,
         is_master=serves,
         timeout=RENDEZVOUS_TIMEOUT,
         wait_for_workers=False,
-        master_listen_fd=place.listener if serves else None,
+        master_listen_fd=process.listener if serves else None,
     )
 
 
-def await_all(store: Store, place: ProcessInfo) -> None:
+def await_all(store: Store, process: ProcessInfo) -> None:
     """Wait until every rank has signed in.
 
     Raises:
         NotJoinedError: Naming those that have not.
     """
-    store.set(str(place.rank), "here")
+    store.set(str(process.rank), "here")
     try:
-        store.wait([str(rank) for rank in range(place.world_size)], RENDEZVOUS_TIMEOUT)
+        store.wait([str(rank) for rank in range(process.world_size)], RENDEZVOUS_TIMEOUT)
     except torch.distributed.DistStoreError as error:
-        missing = [rank for rank in range(place.world_size) if not store.check([str(rank)])]
+        missing = [rank for rank in range(process.world_size) if not store.check([str(rank)])]
         raise RendezvousError(
-            f"ranks {', '.join(map(str, missing))} of {place.world_size} have not come within {RENDEZVOUS_TIMEOUT}",
-            where=f"rank {place.rank}",
+            f"ranks {', '.join(map(str, missing))} of {process.world_size} have not come within {RENDEZVOUS_TIMEOUT}",
+            where=f"rank {process.rank}",
             remedy="see their logs, or start them",
         ) from error
 
@@ -151,8 +151,8 @@ def destroy_process_group() -> None:
         torch.distributed.destroy_process_group()
 
 
-def _environment(place: ProcessInfo) -> HubClusterEnvironment:
-    if place.launcher == "slurm" and "MASTER_ADDR" not in os.environ:
+def _environment(process: ProcessInfo) -> HubClusterEnvironment:
+    if process.launcher == "slurm" and "MASTER_ADDR" not in os.environ:
         slurm = SLURMEnvironment(auto_requeue=False)
-        return HubClusterEnvironment(place, slurm.main_address, slurm.main_port)
-    return HubClusterEnvironment(place, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+        return HubClusterEnvironment(process, slurm.main_address, slurm.main_port)
+    return HubClusterEnvironment(process, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))

@@ -53,7 +53,7 @@ PARAMETRIZED_STYLES: dict[str, type[ParallelStyle]] = {
 }
 """The same for layers whose weight has a change under it."""
 
-HEADS = ("colwise_rep", "colwise_gather_output", "embedding_rowwise", "embedding_colwise")
+WHOLE_STYLES = ("colwise_rep", "colwise_gather_output", "embedding_rowwise", "embedding_colwise")
 """Words for embeddings and output layers, which stay whole: the loss needs the weights themselves."""
 
 
@@ -120,7 +120,7 @@ def check_plan(config: PretrainedConfig, plan: dict[str, str]) -> dict[str, str]
         ConfigError: There is none, or it asks for something that is not offered.
     """
     remedy = "use the strategy fsdp or ddp"
-    layers = {name: style for name, style in plan.items() if style not in HEADS}
+    layers = {name: style for name, style in plan.items() if style not in WHOLE_STYLES}
     if not layers:
         raise ConfigError(
             f"models of type {config.model_type} bring no tensor-parallel plan", where=STRATEGY, remedy=remedy

@@ -14,7 +14,7 @@ from lightning_hub.runs.metrics import to_json_number
 from lightning_hub.runs.process_identity import ProcessIdentity
 from lightning_hub.runs.records import Phase
 
-MAX_BYTES = 512
+MAX_HEARTBEAT_BYTES = 512
 _DOING_CHARACTERS = 64
 _DOING_BYTES = 96
 _MANY_RANKS = 64
@@ -89,9 +89,9 @@ class PeriodicThread(threading.Thread):
 class HeartbeatFile:
     """Writes ``heartbeat.json`` from a pulse."""
 
-    def __init__(self, path: Path, pulse: RankActivity) -> None:
+    def __init__(self, path: Path, activity: RankActivity) -> None:
         self._path = path
-        self._pulse = pulse
+        self._pulse = activity
         self._identity = ProcessIdentity.own()
         self._seq = 0
 
@@ -106,23 +106,23 @@ class HeartbeatFile:
 
     def content(self) -> bytes:
         """Return the JSON of this beat, at most 512 bytes."""
-        pulse, identity = self._pulse, self._identity
+        activity, identity = self._pulse, self._identity
         record = {
             "seq": self._seq,
             "time": now(),
             "mono": round(time.monotonic(), 3),
-            "step": pulse.step,
-            "epoch": pulse.epoch,
-            "phase": pulse.phase,
-            "doing": _short(pulse.doing),
-            "doing_since": round(pulse.doing_since, 3),
-            "loss": to_json_number(pulse.loss),
+            "step": activity.step,
+            "epoch": activity.epoch,
+            "phase": activity.phase,
+            "doing": _short(activity.doing),
+            "doing_since": round(activity.doing_since, 3),
+            "loss": to_json_number(activity.loss),
             "pid": identity.pid,
             "pid_start": identity.start,
             "boot_id": identity.boot,
         }
         data = json.dumps(record, ensure_ascii=False).encode()
-        assert len(data) <= MAX_BYTES, f"a heartbeat of {len(data)} bytes"
+        assert len(data) <= MAX_HEARTBEAT_BYTES, f"a heartbeat of {len(data)} bytes"
         return data
 
 

@@ -57,12 +57,12 @@ class RankWriter:
         self.files = folder.rank(attempt, rank)
         self.rank = rank
         self.node = node
-        self.pulse = RankActivity()
+        self.activity = RankActivity()
         self.timer = PhaseTimer()
         self.trouble = trouble or WriteErrors()
         make_private_folder(self.files.path)
         self._metrics = MetricsWriter(folder.metrics, attempt)
-        beat = HeartbeatFile(self.files.heartbeat, self.pulse).write
+        beat = HeartbeatFile(self.files.heartbeat, self.activity).write
         self._heartbeat = PeriodicThread("heartbeat", heartbeat_period(world_size), beat, self.trouble)
         self._streams: list[tuple[str, TextIO, LogFile]] = []
         self._stacks = -1
@@ -120,7 +120,7 @@ class RankWriter:
             traceback="".join(traceback.format_exception(error)),
             rank=self.rank,
             node=self.node,
-            step=self.pulse.step,
+            step=self.activity.step,
             kind=classify(error),
             where=hub.where if hub else None,
             remedy=hub.remedy if hub else None,
@@ -133,8 +133,8 @@ class RankWriter:
 
     def close(self) -> None:
         """Beat for the last time and give the streams back."""
-        self.pulse.phase = "exit"
-        self.pulse.begin("")
+        self.activity.phase = "exit"
+        self.activity.begin("")
         self._heartbeat.stop()
         self._metrics.close()
         if self._stacks >= 0:

@@ -70,15 +70,15 @@ class TrainingRun:
         self.folder = begun.folder
         self.status = status
         self.environment = environment
-        self.place = environment.process if environment else ProcessInfo()
+        self.process = environment.process if environment else ProcessInfo()
         self.options = options or RunOptions()
-        self.wishes = StopRequests(hard=self.place.is_single)
+        self.stop_requests = StopRequests(hard=self.process.is_single)
         self.rank = RankWriter(
             begun.folder,
             begun.attempt,
-            rank=self.place.rank,
-            world_size=self.place.world_size,
-            node=self.place.node_rank,
+            rank=self.process.rank,
+            world_size=self.process.world_size,
+            node=self.process.node_rank,
             trouble=status.trouble if status else None,
         )
         self.recorder = Recorder(self.rank, status)
@@ -90,8 +90,8 @@ class TrainingRun:
             HubError: What ended the run, with the exit code that it means by now.
         """
         try:
-            with self.wishes.listening():
-                self.rank.start(shown=self.place.launcher != "fit")
+            with self.stop_requests.listening():
+                self.rank.start(shown=self.process.launcher != "fit")
                 if self.status is not None:
                     print(f"run    {self.folder.path}", flush=True)
                 code = self._train()
@@ -150,7 +150,7 @@ class TrainingRun:
             self.rank.timer.enter("data")
             trainer.fit(module, data, ckpt_path=self.begun.checkpoint)
         if not trial:
-            self.rank.pulse.begin("export")
+            self.rank.activity.begin("export")
             self.rank.timer.enter("export")
             module.export(self.folder.export, data.tokenizer)
         if self.status is not None:
@@ -158,7 +158,7 @@ class TrainingRun:
         return ExitCode.DONE
 
     def _wish(self) -> SaveRequest:
-        return self.wishes.poll(self.rank, self._stopping)
+        return self.stop_requests.poll(self.rank, self._stopping)
 
     def _stopping(self) -> None:
         if self.status is not None:
@@ -170,7 +170,7 @@ class TrainingRun:
 
     def _failed(self, error: BaseException) -> int:
         """Write how the run ended and return the exit code."""
-        step = self.rank.pulse.step
+        step = self.rank.activity.step
         if isinstance(error, StopRun):
             self._stopped(error, step)
             return error.exit_code
@@ -188,9 +188,9 @@ class TrainingRun:
     def _stopped(self, error: StopRun, step: int) -> None:
         if self.status is None:
             return
-        state = self.wishes.ends_as
+        state = self.stop_requests.ends_as
         self.status.set_status(state, reason=error.message, step=step, exit_code=int(error.exit_code))
-        if self.wishes.accepted == RequestKind.REQUEUE and (outcome := requeue(os.environ)):
+        if self.stop_requests.accepted == RequestKind.REQUEUE and (outcome := requeue(os.environ)):
             self.status.event("requeue", outcome=outcome)
             print(outcome, file=sys.stderr)
 

@@ -30,27 +30,27 @@ from lightning_hub.runs.writer import RunWriter, StatusWriter
 from lightning_hub.training.run import TrainingRun
 
 
-def run_worker(place: ProcessInfo, recipe: Recipe, tree: dict[str, Any], options: RunOptions) -> int:
+def run_worker(process: ProcessInfo, recipe: Recipe, tree: dict[str, Any], options: RunOptions) -> int:
     """Be one rank of a training.
 
     Where this package has started the ranks, their supervisor keeps the run folder; else rank 0 does.
     """
-    if place.launcher in ("fit", "torchrun"):  # whose agent or supervisor would end them, were it still there
+    if process.launcher in ("fit", "torchrun"):  # whose agent or supervisor would end them, were it still there
         die_with_parent()
     try:
-        with process_group(place, tree) as environment:
-            if place.run_dir is not None:
-                begun, status = _attempt_from_supervisor(place, options)
+        with process_group(process, tree) as environment:
+            if process.run_dir is not None:
+                begun, status = _attempt_from_supervisor(process, options)
                 code = _train(tree, begun, status, environment, options)
             else:
-                code = _train_as_owner(place, recipe, tree, options, environment)
+                code = _train_as_owner(process, recipe, tree, options, environment)
         atexit._run_exitfuncs()
     except HubError as error:
-        _record_error(place, error)
+        _record_error(process, error)
         print(f"{error.label}: {error}", file=sys.stderr)
         code = int(error.exit_code)
     except Exception as error:
-        _record_error(place, error)
+        _record_error(process, error)
         if classify(error) == "comm":
             print(f"error: lost another rank: {first_line(error)}", file=sys.stderr)
         elif is_disk_trouble(error):
@@ -62,32 +62,32 @@ def run_worker(place: ProcessInfo, recipe: Recipe, tree: dict[str, Any], options
 
 
 @contextmanager
-def process_group(place: ProcessInfo, tree: dict[str, Any]) -> Iterator[HubClusterEnvironment | None]:
+def process_group(process: ProcessInfo, tree: dict[str, Any]) -> Iterator[HubClusterEnvironment | None]:
     """Join the others and take leave of them; a process that is alone gets None.
 
     Raises:
         ConfigError: The model cannot be cut as the strategy says; found before anybody waits for anybody.
     """
-    if place.is_single:
+    if process.is_single:
         yield None
         return
     trainer, model = tree["trainer"], str(tree["model"]["init_args"]["model"])
-    mesh = mesh_of(trainer["strategy"], place.world_size)
+    mesh = mesh_of(trainer["strategy"], process.world_size)
     if mesh is not None and mesh.tp > 1:
         check_model(Pretrained(model).config, mesh.tp)
-    yield init_process_group(place, on_gpu=uses_gpus(trainer, visible_gpus(os.environ)))
+    yield init_process_group(process, on_gpu=uses_gpus(trainer, visible_gpus(os.environ)))
     destroy_process_group()
 
 
-def _attempt_from_supervisor(place: ProcessInfo, options: RunOptions) -> tuple[StartedAttempt, StatusWriter | None]:
-    assert place.run_dir is not None, "a supervisor of ours has started this rank"
-    folder = RunFolder(place.run_dir)
+def _attempt_from_supervisor(process: ProcessInfo, options: RunOptions) -> tuple[StartedAttempt, StatusWriter | None]:
+    assert process.run_dir is not None, "a supervisor of ours has started this rank"
+    folder = RunFolder(process.run_dir)
     checkpoint = None if options.resume == "never" else Path(options.resume)
-    return StartedAttempt(folder, place.attempt, checkpoint), StatusWriter(folder) if place.rank == 0 else None
+    return StartedAttempt(folder, process.attempt, checkpoint), StatusWriter(folder) if process.rank == 0 else None
 
 
 def _train_as_owner(
-    place: ProcessInfo,
+    process: ProcessInfo,
     recipe: Recipe,
     tree: dict[str, Any],
     options: RunOptions,
@@ -97,9 +97,9 @@ def _train_as_owner(
     kept: list[RunWriter] = []
 
     def make() -> StartedAttempt:
-        kept.append(write_run(run_folder(tree, options), recipe, tree, options, place.launcher))
+        kept.append(write_run(run_folder(tree, options), recipe, tree, options, process.launcher))
         return start_attempt(
-            kept[0], options.resume, tree=tree, trusted=options.trust_checkpoint, world_size=place.world_size
+            kept[0], options.resume, tree=tree, trusted=options.trust_checkpoint, world_size=process.world_size
         )
 
     begun = Ranks().run_on_rank_zero(make)
@@ -125,11 +125,11 @@ def _train(
     return TrainingRun(tree, begun, status, environment=environment, options=options).fit()
 
 
-def _record_error(place: ProcessInfo, error: Exception) -> None:
+def _record_error(process: ProcessInfo, error: Exception) -> None:
     """Write what ended this rank before it had a session that would have written it."""
-    if place.run_dir is None or getattr(error, "exit_code", None) == ExitCode.STOPPED:
+    if process.run_dir is None or getattr(error, "exit_code", None) == ExitCode.STOPPED:
         return
-    writer = RankWriter(RunFolder(place.run_dir), place.attempt, rank=place.rank, world_size=place.world_size)
+    writer = RankWriter(RunFolder(process.run_dir), process.attempt, rank=process.rank, world_size=process.world_size)
     if not writer.files.error.exists():
         writer.record_error(error)
 

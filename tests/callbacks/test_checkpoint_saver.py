@@ -50,7 +50,7 @@ def run(
     epochs: int = 2,
     validates_every: int | None = None,
     losses: Callable[[int], float] = float,
-    wishes: dict[int, SaveRequest] | None = None,
+    stop_requests: dict[int, SaveRequest] | None = None,
     **settings: Any,
 ) -> tuple[list[int], list[int]]:
     """Count through a training; return the steps that were saved, and those that are kept."""
@@ -59,7 +59,7 @@ def run(
         CheckpointSettings(**settings),
         folder,
         {},
-        request=lambda: (wishes or {}).get(counted.global_step),
+        request=lambda: (stop_requests or {}).get(counted.global_step),
         on_saved=lambda step, path: saved.append(step),
     )
     module: Any = None
@@ -156,9 +156,9 @@ def test_a_sanity_check_saves_nothing(tmp_path: Path) -> None:
 
 
 def test_wishes_are_heard_between_steps(tmp_path: Path) -> None:
-    assert run(tmp_path / "saved", wishes={3: "checkpoint"}, keep=99)[0] == [3, 4, 8]
+    assert run(tmp_path / "saved", stop_requests={3: "checkpoint"}, keep=99)[0] == [3, 4, 8]
     with pytest.raises(StopRun, match="on request, after step 3"):
-        run(tmp_path / "stopped", wishes={3: "stop"}, keep=99)
+        run(tmp_path / "stopped", stop_requests={3: "stop"}, keep=99)
     assert [step for step, _ in list_checkpoints(tmp_path / "stopped")] == [3]
 
 

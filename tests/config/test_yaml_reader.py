@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_hub.config.yaml_reader import YamlValue, read_file, read_text
+from lightning_hub.config.yaml_reader import YamlValue, parse_yaml, read_file
 from lightning_hub.errors import ConfigError
 
 REFUSED = {
@@ -73,13 +73,13 @@ def test_an_alias_bomb_costs_nothing() -> None:
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 30)]
     began = time.process_time()
     with pytest.raises(ConfigError, match="aliases are expanded"):
-        read_text("\n".join(lines), "bomb.yaml")
+        parse_yaml("\n".join(lines), "bomb.yaml")
     assert time.process_time() - began < 0.5
 
 
 def test_anchors_and_merge_keys_mean_what_yaml_says() -> None:
     text = "base: &b {x: 1, y: 2}\none: *b\ntwo:\n  <<: *b\n  y: 3\n"
-    assert read_text(text, "r").plain() == yaml.safe_load(text)
+    assert parse_yaml(text, "r").plain() == yaml.safe_load(text)
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path: Path) -> None:
@@ -98,14 +98,14 @@ def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_scalars_follow_yaml_1_2(text: str, value: YamlValue) -> None:
-    read = read_text(f"a: {text}", "r").plain()
+    read = parse_yaml(f"a: {text}", "r").plain()
     assert read == {"a": value}
     assert isinstance(read, dict)
     assert type(read["a"]) is type(value)
 
 
 def test_every_key_knows_its_line_and_column() -> None:
-    node = read_text("a: 1\nb:\n  c:\n    - x\n    - {d: 2}\n", "r.yaml")
+    node = parse_yaml("a: 1\nb:\n  c:\n    - x\n    - {d: 2}\n", "r.yaml")
     places = {".".join(map(str, path)): (place.line, place.column) for path, place in node.places()}
     assert places == {
         "": (1, 1),
@@ -121,7 +121,7 @@ def test_every_key_knows_its_line_and_column() -> None:
 @given(st.text(alphabet="ab:-[]{}#&*!|>'\"%@`, \n\t?~\\0", max_size=60))
 def test_any_text_is_read_or_refused(text: str) -> None:
     with contextlib.suppress(ConfigError):  # anything else that is raised fails the test
-        read_text(text, "r")
+        parse_yaml(text, "r")
 
 
 @pytest.mark.slow

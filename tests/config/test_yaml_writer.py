@@ -5,7 +5,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_hub.config.yaml_reader import YamlValue, read_text
+from lightning_hub.config.yaml_reader import YamlValue, parse_yaml
 from lightning_hub.config.yaml_writer import dump, edit
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20) | st.sampled_from(
@@ -39,7 +39,7 @@ trees: st.SearchStrategy[YamlValue] = st.recursive(
 @given(st.dictionaries(texts.filter(lambda key: key != "<<"), trees, max_size=4))
 def test_what_is_written_is_read_back_by_us_and_by_a_yaml_1_1_parser(tree: dict[str, YamlValue]) -> None:
     text = dump(tree)
-    assert repr(read_text(text, "r").plain()) == repr(yaml.safe_load(text)) == repr(tree)
+    assert repr(parse_yaml(text, "r").plain()) == repr(yaml.safe_load(text)) == repr(tree)
 
 
 def test_floats_keep_every_digit_and_look_like_floats() -> None:
@@ -62,7 +62,7 @@ model:
     edited = edit(text, {("model", "init_args", "learning_rate"): 2e-5, ("checkpoint", "keep"): 3})
     for kept in ("# mine", "# three", "'SFT'", "# rate", "# small"):
         assert kept in edited
-    tree = read_text(edited, "r").plain()
+    tree = parse_yaml(edited, "r").plain()
     assert tree == {
         "trainer": {"max_epochs": 3},
         "model": {"class_path": "SFT", "init_args": {"learning_rate": 2e-5}},
@@ -73,5 +73,5 @@ model:
 @given(st.floats(min_value=1e-12, max_value=1e12))
 def test_editing_changes_one_value_only(value: float) -> None:
     text = "a: 1.10  # x\nb: {c: 1e-5, d: [1, 2]}\n"
-    tree = read_text(edit(text, {("b", "c"): value}), "r").plain()
+    tree = parse_yaml(edit(text, {("b", "c"): value}), "r").plain()
     assert tree == {"a": 1.1, "b": {"c": value, "d": [1, 2]}}

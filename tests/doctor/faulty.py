@@ -25,7 +25,7 @@ def leak() -> None:
     from lightning_hub.ops import attention
 
     module: Any = attention
-    module.pairwise = lambda borders: [(borders[0], borders[-1])]  # this one's alone: it is itertools'
+    module.pairwise = lambda boundaries: [(boundaries[0], boundaries[-1])]  # this one's alone: it is itertools'
 
 
 def leak_after_the_proof() -> None:

@@ -38,8 +38,8 @@ SLURM = {
         ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4"}, None),
     ],
 )
-def test_the_place_is_what_the_launcher_says(environ: dict[str, str], place: ProcessInfo | None) -> None:
-    assert detect_process(environ) == place
+def test_the_place_is_what_the_launcher_says(environ: dict[str, str], process: ProcessInfo | None) -> None:
+    assert detect_process(environ) == process
 
 
 def test_ranks_of_our_own_know_their_run() -> None:
@@ -66,10 +66,10 @@ def test_half_a_place_is_refused(environ: dict[str, str], said: str) -> None:
 @given(st.dictionaries(st.sampled_from((*RANK_VARIABLES, "MASTER_ADDR", "TORCHELASTIC_RUN_ID")), st.text(max_size=4)))
 def test_any_environment_gives_a_place_or_a_sentence(environ: dict[str, str]) -> None:
     try:
-        place = detect_process(environ)
+        process = detect_process(environ)
     except ConfigError:
         return
-    assert place is None or 0 <= place.rank < place.world_size
+    assert process is None or 0 <= process.rank < process.world_size
 
 
 def test_gpus_are_counted_without_asking_them(tmp_path: Path) -> None:

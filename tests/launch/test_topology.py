@@ -11,13 +11,13 @@ from lightning_hub.launch.topology import Topology, resolve_topology
 
 
 def settled(
-    text: str, place: ProcessInfo | None = None, gpus: int = 0, model: str = ""
+    text: str, process: ProcessInfo | None = None, gpus: int = 0, model: str = ""
 ) -> tuple[Topology, dict[str, Any], list[str]]:
     recipe = recipe_from_text(f"trainer: {{{text}}}\nmodel: {{init_args: {{{model}}}}}", "recipe.yaml")
     given: Any = recipe.tree["trainer"]
     trainer = {"num_nodes": 1, "devices": "auto", "strategy": "auto", "accelerator": "auto", **given}
     said: list[str] = []
-    return resolve_topology(recipe, trainer, place, gpus, said.append), trainer, said
+    return resolve_topology(recipe, trainer, process, gpus, said.append), trainer, said
 
 
 EIGHT = ProcessInfo(5, 8, 1, 4, "torchrun")
@@ -39,8 +39,8 @@ EIGHT = ProcessInfo(5, 8, 1, 4, "torchrun")
         ("devices: 4", EIGHT, 4, (2, 4)),
     ],
 )
-def test_the_shape_of_a_run(text: str, place: ProcessInfo | None, gpus: int, shape: tuple[int, int]) -> None:
-    topology, trainer, _ = settled(text, place, gpus)
+def test_the_shape_of_a_run(text: str, process: ProcessInfo | None, gpus: int, shape: tuple[int, int]) -> None:
+    topology, trainer, _ = settled(text, process, gpus)
     assert topology == Topology(*shape)
     assert trainer["num_nodes"] == shape[0]
     assert trainer["devices"] == shape[1] or len(trainer["devices"]) == shape[1]
@@ -60,10 +60,10 @@ def test_the_shape_of_a_run(text: str, place: ProcessInfo | None, gpus: int, sha
     ],
 )
 def test_what_does_not_fit_is_refused_with_both_numbers(
-    text: str, place: ProcessInfo | None, gpus: int, said: str
+    text: str, process: ProcessInfo | None, gpus: int, said: str
 ) -> None:
     with pytest.raises(ConfigError, match=said):
-        settled(text, place, gpus)
+        settled(text, process, gpus)
 
 
 TWO_PARTS = "devices: 2, strategy: {class_path: ModelParallel, init_args: {mesh_shape: [[1, 2], [fsdp, tp]]}}"

@@ -164,17 +164,17 @@ def watched_steps(order: Sequence[int], *, with_dense: bool = True) -> int:
     torch.manual_seed(0)
     model = Routed()
     inject_adapter_in_model(LoraConfig(r=2, target_modules=["0", "1", "2", "dense"]), model)
-    pulse = AdapterUpdateCheck(model)
+    activity = AdapterUpdateCheck(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2, weight_decay=0)
     for expert in order:
         optimizer.zero_grad()
         model(torch.randn(5, 4), expert).square().sum().backward()
         if not with_dense:
             model.get_parameter("dense.lora_A.default.weight").grad = None
-        pulse.before_step(optimizer)
+        activity.before_step(optimizer)
         optimizer.step()
-        pulse.after_step(counts=True)
-    return pulse.steps
+        activity.after_step(counts=True)
+    return activity.steps
 
 
 def test_experts_in_modules_of_their_own_are_judged_together() -> None:

@@ -9,7 +9,7 @@ import torch
 
 from lightning_hub.models.pretrained import Pretrained
 from lightning_hub.ops.attention import PACKED
-from lightning_hub.ops.attention_proof import apply_capabilities, prove
+from lightning_hub.ops.attention_proof import apply_capabilities, prove_attention
 from lightning_hub.ops.batch import PackedSequence
 from lightning_hub.ops.loss import CausalLMLoss
 from tests.ops.models import documents, make
@@ -47,7 +47,7 @@ def test_a_class_of_its_own_is_proven(share: float, tmp_path: Path, monkeypatch:
     with torch.device("meta"):
         outline = pretrained.skeleton(dtype=torch.float32, attn_implementation="eager")
     assert type(outline).__name__ == "OwnForCausalLM"
-    proven = prove(type(outline), outline.config, PACKED)
+    proven = prove_attention(type(outline), outline.config, PACKED)
     assert proven.isolates_documents is (share == 0)
     model = pretrained.load(dtype=torch.float32, attn_implementation=proven.attention)
     row = PackedSequence.pack(documents(7, 12, 5))
@@ -56,5 +56,5 @@ def test_a_class_of_its_own_is_proven(share: float, tmp_path: Path, monkeypatch:
     for document in row.documents():
         logits = eager(input_ids=document.input_ids).logits[0, :-1]
         expected = expected + torch.nn.functional.cross_entropy(logits, document.labels[0, 1:], reduction="sum")
-    found = CausalLMLoss(model, traits=apply_capabilities(model, proven))(row)
+    found = CausalLMLoss(model, capabilities=apply_capabilities(model, proven))(row)
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)

@@ -67,8 +67,8 @@ def test_gradients_of_a_row_are_the_sum_of_its_documents() -> None:
 
 
 def test_borders_travel_on_the_host() -> None:
-    borders = cu_seqlens_of(PackedSequence.pack(documents(3, 4)))
-    assert borders == {"borders": (0, 3, 7), "packed_cu_seqlens": None}
+    boundaries = cu_seqlens_of(PackedSequence.pack(documents(3, 4)))
+    assert boundaries == {"boundaries": (0, 3, 7), "packed_cu_seqlens": None}
 
 
 class Kernel:
@@ -78,14 +78,14 @@ class Kernel:
         self.dtypes: set[torch.dtype] = set()
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, borders: Tensor, borders_k: Tensor, longest: int,
+        self, query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, boundaries_k: Tensor, longest: int,
         longest_k: int, *, scale: float | None = None, window_size: tuple[int, int] = (-1, -1),
     ) -> Tensor:  # fmt: skip
         assert query.shape == key.shape, "older releases take no grouped heads"
-        assert longest == longest_k == int(borders.diff().max())
+        assert longest == longest_k == int(boundaries.diff().max())
         self.dtypes |= {query.dtype, key.dtype, value.dtype}
         parts = []
-        for start, end in pairwise(borders.tolist()):
+        for start, end in pairwise(boundaries.tolist()):
             q, k, v = (part[start:end].transpose(0, 1) for part in (query, key, value))
             reach = torch.arange(end - start)[:, None] - torch.arange(end - start)[None, :]
             mask = (reach >= 0) & (reach <= window_size[0] if window_size[0] >= 0 else reach >= 0)
@@ -101,19 +101,19 @@ def test_mixed_precision_reaches_the_kernel_of_a_gpu(monkeypatch: pytest.MonkeyP
     torch.manual_seed(0)
     query, key = torch.randn(1, 4, 20, 8), torch.randn(1, 2, 20, 8)
     value = torch.randn(1, 2, 20, 8, dtype=torch.bfloat16)  # what rotary embeddings leave of autocast's dtypes
-    module, borders = torch.nn.Module(), (0, 7, 8, 20)
-    cumulative = torch.tensor(borders, dtype=torch.int32)
+    module, boundaries = torch.nn.Module(), (0, 7, 8, 20)
+    cumulative = torch.tensor(boundaries, dtype=torch.int32)
     with torch.autocast("cpu", torch.bfloat16):
         fast, _ = packed_attention(
-            module, query, key, value, None, borders=borders, packed_cu_seqlens=cumulative, sliding_window=window
+            module, query, key, value, None, boundaries=boundaries, packed_cu_seqlens=cumulative, sliding_window=window
         )
-        slow, _ = packed_attention(module, query, key, value, None, borders=borders, sliding_window=window)
+        slow, _ = packed_attention(module, query, key, value, None, boundaries=boundaries, sliding_window=window)
     assert kernel.dtypes == {torch.bfloat16}
     torch.testing.assert_close(fast, slow, rtol=0, atol=2e-2)
 
 
 def test_a_kernel_that_knows_no_window_is_not_asked_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    def older(query: Tensor, key: Tensor, value: Tensor, *borders: object, is_causal: bool = False) -> Tensor:
+    def older(query: Tensor, key: Tensor, value: Tensor, *boundaries: object, is_causal: bool = False) -> Tensor:
         raise AssertionError("it would attend to the whole document")
 
     monkeypatch.setattr(attention, "_varlen", lambda: older)
@@ -121,5 +121,12 @@ def test_a_kernel_that_knows_no_window_is_not_asked_for_one(monkeypatch: pytest.
     states = torch.randn(1, 2, 6, 8, dtype=torch.bfloat16)
     cumulative = torch.tensor([0, 6], dtype=torch.int32)
     packed_attention(
-        torch.nn.Module(), states, states, states, None, borders=(0, 6), packed_cu_seqlens=cumulative, sliding_window=2
+        torch.nn.Module(),
+        states,
+        states,
+        states,
+        None,
+        boundaries=(0, 6),
+        packed_cu_seqlens=cumulative,
+        sliding_window=2,
     )

@@ -32,7 +32,7 @@ from transformers import (
 from lightning_hub.errors import ConfigError
 from lightning_hub.ops import attention_proof, reference
 from lightning_hub.ops.attention import PACKED
-from lightning_hub.ops.attention_proof import apply_capabilities, capabilities_of, prove, proven_loss
+from lightning_hub.ops.attention_proof import apply_capabilities, capabilities_of, prove_attention, proven_loss
 from lightning_hub.ops.batch import PackedSequence
 from lightning_hub.ops.loss import CausalLMLoss, ModelCapabilities, inputs_of
 from lightning_hub.ops.miniature import NoMiniatureError
@@ -98,8 +98,8 @@ class Noisy(LlamaForCausalLM):
 
 class EvaluatingModel(LlamaModel):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.training and kwargs.get("borders"):
-            kwargs["borders"] = (0, kwargs["borders"][-1])
+        if not self.training and kwargs.get("boundaries"):
+            kwargs["boundaries"] = (0, kwargs["boundaries"][-1])
         return super().forward(*args, **kwargs)
 
 
@@ -112,7 +112,7 @@ class Evaluating(LlamaForCausalLM):
 
 
 def proven_head_of(model: PreTrainedModel, proven: ModelCapabilities) -> CausalLMLoss:
-    return CausalLMLoss(model, traits=apply_capabilities(model, proven))
+    return CausalLMLoss(model, capabilities=apply_capabilities(model, proven))
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -126,16 +126,16 @@ def test_families_that_keep_documents_apart_are_packed(family: str) -> None:
 def test_families_that_do_not_are_run_one_by_one(family: str) -> None:
     config = LEAKING[family]
     model = make(family, "eager")
-    proven = prove(type(model), config, PACKED)
+    proven = prove_attention(type(model), config, PACKED)
     assert not proven.isolates_documents
     assert proven.attention in ("sdpa", "eager")
     assert "packed in a row" in proven.reason
 
 
 @pytest.mark.parametrize(("kind", "wished"), [(Shifting, PACKED), (Forgetful, PACKED), (Forgetful, "sdpa")])
-def test_classes_of_ones_own_are_proven_too(kind: type[PreTrainedModel], wished: str) -> None:
+def test_classes_of_ones_own_are_proven_too(kind: type[PreTrainedModel], requested: str) -> None:
     config = llama()
-    proven = prove(kind, config, wished)
+    proven = prove_attention(kind, config, requested)
     assert (proven.attention, proven.isolates_documents) == ("sdpa", False)
     config._attn_implementation = proven.attention
     torch.manual_seed(0)
@@ -146,7 +146,7 @@ def test_classes_of_ones_own_are_proven_too(kind: type[PreTrainedModel], wished:
 
 
 def test_evaluation_is_proven_as_well() -> None:
-    assert not prove(Evaluating, llama(), PACKED).isolates_documents
+    assert not prove_attention(Evaluating, llama(), PACKED).isolates_documents
 
 
 @pytest.mark.parametrize("attention", [PACKED, "sdpa"])
@@ -158,7 +158,7 @@ def test_rotary_embeddings_that_follow_the_longest_document(kind: str, attention
         rope |= {"short_factor": [1.0] * 4, "long_factor": [3.0, 4.0, 5.0, 6.0], "original_max_position_embeddings": 8}
     sizes = {**SHAPE, "max_position_embeddings": 8 if kind == "dynamic" else 32}
     config = LlamaConfig(**sizes, rope_parameters=rope)
-    proven = prove(LlamaForCausalLM, config, attention)
+    proven = prove_attention(LlamaForCausalLM, config, attention)
     assert (proven.attention, proven.isolates_documents, proven.max_document_length) == (
         attention,
         True,
@@ -182,12 +182,12 @@ def test_rotary_embeddings_that_follow_the_longest_document(kind: str, attention
 
 
 def test_a_head_with_something_behind_it_is_not_fused() -> None:
-    assert prove(LlamaForCausalLM, llama(), PACKED).has_linear_head
-    assert not prove(Scaling, llama(), PACKED).has_linear_head
+    assert prove_attention(LlamaForCausalLM, llama(), PACKED).has_linear_head
+    assert not prove_attention(Scaling, llama(), PACKED).has_linear_head
 
 
 def test_what_stands_in_the_place_of_the_head_is_not_fused() -> None:
-    proven = prove(LlamaForCausalLM, llama(), PACKED)
+    proven = prove_attention(LlamaForCausalLM, llama(), PACKED)
 
     class Other(nn.Linear):
         def forward(self, input: Tensor) -> Tensor:
@@ -221,10 +221,10 @@ def test_what_stands_in_the_place_of_the_head_is_not_fused() -> None:
     ],
 )
 def test_what_is_wrong_in_every_way_is_refused(
-    kind: type[PreTrainedModel], config: PretrainedConfig, wished: str, sentence: str
+    kind: type[PreTrainedModel], config: PretrainedConfig, requested: str, sentence: str
 ) -> None:
     with pytest.raises(ConfigError, match=sentence):
-        prove(kind, config, wished)
+        prove_attention(kind, config, requested)
 
 
 def test_a_model_that_cannot_be_made_small_runs_as_its_own_attention_does(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,7 +232,7 @@ def test_a_model_that_cannot_be_made_small_runs_as_its_own_attention_does(monkey
         raise NoMiniatureError("its sizes are written in its code")
 
     monkeypatch.setattr(attention_proof, "small_config", fails)
-    proven = prove(LlamaForCausalLM, llama(), PACKED)
+    proven = prove_attention(LlamaForCausalLM, llama(), PACKED)
     assert (proven.attention, proven.isolates_documents, proven.has_linear_head, proven.is_proven) == (
         "eager",
         False,
@@ -242,7 +242,7 @@ def test_a_model_that_cannot_be_made_small_runs_as_its_own_attention_does(monkey
     assert "its sizes are written in its code" in proven.reason
     assert not apply_capabilities(make("llama", "eager"), proven).isolates_documents
     with pytest.raises(ConfigError, match="cannot be compared"):
-        prove(LlamaForCausalLM, llama(), "sdpa")
+        prove_attention(LlamaForCausalLM, llama(), "sdpa")
     torch.manual_seed(0)
     with pytest.raises(ConfigError, match="not causal"):
         apply_capabilities(Peeking(llama()), proven)
@@ -255,20 +255,20 @@ def test_a_configuration_that_is_not_whole_is_refused() -> None:
         num_attention_heads=2, num_key_value_heads=2, n_routed_experts=4, q_lora_rank=8, kv_lora_rank=8,
         qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
     )  # fmt: skip
-    proven = prove(DeepseekV2ForCausalLM, config, PACKED)
+    proven = prove_attention(DeepseekV2ForCausalLM, config, PACKED)
     with pytest.raises(ConfigError, match="fails on documents"):
         apply_capabilities(DeepseekV2ForCausalLM(config), proven)
 
 
 def test_further_terms_of_a_models_own_loss_are_known() -> None:
     sizes = {**SHAPE, "num_local_experts": 4}
-    assert not prove(MixtralForCausalLM, MixtralConfig(**sizes), PACKED).adds_to_loss
+    assert not prove_attention(MixtralForCausalLM, MixtralConfig(**sizes), PACKED).adds_to_loss
     routed = MixtralConfig(**sizes, output_router_logits=True, router_aux_loss_coef=0.5)
-    assert prove(MixtralForCausalLM, routed, PACKED).adds_to_loss
+    assert prove_attention(MixtralForCausalLM, routed, PACKED).adds_to_loss
 
 
 def test_a_proof_is_found_out_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    proven = prove(LlamaForCausalLM, llama(), PACKED)
+    proven = prove_attention(LlamaForCausalLM, llama(), PACKED)
     (file,) = (tmp_path / "proofs").iterdir()
     find, runs = attention_proof._find, []
 
@@ -278,15 +278,15 @@ def test_a_proof_is_found_out_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(attention_proof, "_find", counted)
     monkeypatch.setattr(attention_proof, "_proven", {})
-    assert prove(LlamaForCausalLM, llama(), PACKED) == proven
+    assert prove_attention(LlamaForCausalLM, llama(), PACKED) == proven
     assert not runs
-    prove(LlamaForCausalLM, llama(rms_norm_eps=1e-5), PACKED)
-    prove(LlamaForCausalLM, llama(), "sdpa")
-    prove(Scaling, llama(), PACKED)
+    prove_attention(LlamaForCausalLM, llama(rms_norm_eps=1e-5), PACKED)
+    prove_attention(LlamaForCausalLM, llama(), "sdpa")
+    prove_attention(Scaling, llama(), PACKED)
     assert len(runs) == 3
     file.write_text("{")
     monkeypatch.setattr(attention_proof, "_proven", {})
-    assert prove(LlamaForCausalLM, llama(), PACKED) == proven
+    assert prove_attention(LlamaForCausalLM, llama(), PACKED) == proven
     assert len(runs) == 4
 
 
@@ -294,7 +294,7 @@ def test_a_proof_leaves_no_trace() -> None:
     config, state = llama(), torch.get_rng_state()
     before = config.to_dict()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert prove(LlamaForCausalLM, config, PACKED).isolates_documents
+        assert prove_attention(LlamaForCausalLM, config, PACKED).isolates_documents
         assert not torch.is_grad_enabled()
     assert torch.equal(torch.get_rng_state(), state)
     assert config.to_dict() == before
@@ -308,13 +308,13 @@ def test_a_proof_is_the_same_whatever_the_process_is_at(state: str) -> None:
         "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
         "lower precision": nullcontext,
     }
-    expected = prove(LlamaForCausalLM, llama(), PACKED)
+    expected = prove_attention(LlamaForCausalLM, llama(), PACKED)
     attention_proof._proven.clear()
     shutil.rmtree(default_cache_dir())
     precision, dtype = torch.get_float32_matmul_precision(), torch.get_default_dtype()
     torch.set_float32_matmul_precision("medium" if state == "lower precision" else precision)
     with contexts[state]():
-        found = prove(LlamaForCausalLM, llama(), PACKED)
+        found = prove_attention(LlamaForCausalLM, llama(), PACKED)
     torch.set_float32_matmul_precision(precision)
     assert found == expected
     assert found.isolates_documents
@@ -326,13 +326,13 @@ def test_the_proof_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def wrong(model: PreTrainedModel, row: PackedSequence, packed: bool = True) -> dict[str, Any]:
         inputs = inputs_of(model, row, packed)
-        if "borders" in inputs:
-            start, first, *others = inputs["borders"]
-            inputs["borders"] = (start, first + 1, *others)
+        if "boundaries" in inputs:
+            start, first, *others = inputs["boundaries"]
+            inputs["boundaries"] = (start, first + 1, *others)
         return inputs
 
-    assert prove(LlamaForCausalLM, llama(), PACKED).isolates_documents
+    assert prove_attention(LlamaForCausalLM, llama(), PACKED).isolates_documents
     monkeypatch.setattr(reference, "inputs_of", wrong)
     monkeypatch.setattr(attention_proof, "_proven", {})
     monkeypatch.setattr(attention_proof, "_kept", lambda key: None)
-    assert not prove(LlamaForCausalLM, llama(), PACKED).isolates_documents
+    assert not prove_attention(LlamaForCausalLM, llama(), PACKED).isolates_documents

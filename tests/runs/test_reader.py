@@ -15,7 +15,7 @@ import pytest
 
 from lightning_hub.runs.files import read_json, write_json
 from lightning_hub.runs.folder import RunFolder
-from lightning_hub.runs.heartbeat import MAX_BYTES, HeartbeatFile, RankActivity, heartbeat_period
+from lightning_hub.runs.heartbeat import MAX_HEARTBEAT_BYTES, HeartbeatFile, RankActivity, heartbeat_period
 from lightning_hub.runs.rank_writer import STACKS_SIGNAL, RankWriter, classify
 from lightning_hub.runs.reader import RunReader, first_error, read_run
 from lightning_hub.runs.records import Heartbeat, Lease
@@ -136,7 +136,7 @@ def test_a_failed_run_tells_its_first_error(folder: RunFolder, run: RunWriter) -
     attempt = run.start_attempt("test", world_size=2)
     ranks = [RankWriter(folder, attempt, rank=number) for number in (1, 0)]
     for rank in ranks:
-        rank.pulse.step = 4
+        rank.activity.step = 4
         try:
             raise ValueError(f"rank {rank.rank} broke")
         except ValueError as error:
@@ -207,13 +207,13 @@ def test_a_full_disk_stops_no_training_and_is_told_once(
 
 
 def test_a_heartbeat_is_small_whatever_is_in_it(tmp_path: Path) -> None:
-    pulse = RankActivity()
-    pulse.step = pulse.epoch = 2**53
-    pulse.loss = -1.2345678901234567e-300
+    activity = RankActivity()
+    activity.step = activity.epoch = 2**53
+    activity.loss = -1.2345678901234567e-300
     for text in ("x" * 1000, "\u00e9" * 100, '"\\' * 100, "\n\x00\x1b" * 50, "\U0001f600" * 64, "\ud800"):
-        pulse.begin(text)
-        data = HeartbeatFile(tmp_path / "h.json", pulse).content()
-        assert len(data) <= MAX_BYTES
+        activity.begin(text)
+        data = HeartbeatFile(tmp_path / "h.json", activity).content()
+        assert len(data) <= MAX_HEARTBEAT_BYTES
         assert len(str(json.loads(data)["doing"])) <= 64
 
 

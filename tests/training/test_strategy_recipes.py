@@ -23,7 +23,7 @@ def test_a_strategy_is_read_beside_a_recipe(recipe: Path) -> None:
     read = parse_command(["--config", str(CONFIGS / "sft.yaml"), "--config", str(recipe)]).recipe
     check_recipe(read)
     tree: dict[str, Any] = fill_defaults(read)
-    assert resolve_topology(read, tree["trainer"], place=None, gpus=0).world_size == 2
+    assert resolve_topology(read, tree["trainer"], process=None, gpus=0).world_size == 2
     assert tree["trainer"]["precision"] == "bf16-mixed", "the rest of the recipe stays"
 
 

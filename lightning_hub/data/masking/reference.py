@@ -266,8 +266,8 @@ class _ConversationMasker:
         """The character at which the generation prompt ends and the model's own text begins."""
         own = self._own(index)
         limit = min(span.start for span in own) if own else self._next(index, 0)
-        earlier = [span for span in self.spans if span.marked_text.turn < index and span.end <= limit]
-        previous = max(earlier, key=lambda span: span.end, default=None)
+        previous_tasks = [span for span in self.spans if span.marked_text.turn < index and span.end <= limit]
+        previous = max(previous_tasks, key=lambda span: span.end, default=None)
         gap_start = previous.end if previous else 0
         gap = self.located.text[gap_start : min(limit, len(self.located.text))]
         tail = self._prompt_tail(index, previous.marked_text if previous else None)

@@ -14,7 +14,7 @@ from typing import TextIO
 
 from lightning_hub.data.readers.columnar import read_parquet
 from lightning_hub.data.readers.examples import RawExample, not_utf8
-from lightning_hub.data.readers.json_files import has_lone_surrogate, read_json, read_jsonl
+from lightning_hub.data.readers.json_files import has_lone_surrogate, read_json_examples, read_jsonl
 from lightning_hub.data.readers.limits import ExampleLimits, TooLargeError
 from lightning_hub.data.readers.streams import BROKEN_STREAM, COMPRESSED, open_stream
 from lightning_hub.data.settings import TRAIN_KEY, InputError
@@ -132,7 +132,7 @@ def _csv_example(where: str, header: list[str], cells: list[str]) -> RawExample:
     return RawExample(where, {}, "not UTF-8") if any(map(has_lone_surrogate, cells)) else RawExample(where, data)
 
 
-def read_text(path: Path, limits: ExampleLimits) -> Iterator[RawExample]:
+def read_text_examples(path: Path, limits: ExampleLimits) -> Iterator[RawExample]:
     """The complete file as one document: a line end inside a book does not end the text."""
     try:
         with open_stream(path) as stream:
@@ -156,10 +156,10 @@ def read_text(path: Path, limits: ExampleLimits) -> Iterator[RawExample]:
 _READERS: dict[str, Callable[[Path, ExampleLimits], Iterator[RawExample]]] = {
     ".jsonl": read_jsonl,
     ".ndjson": read_jsonl,
-    ".json": read_json,
+    ".json": read_json_examples,
     ".csv": read_csv,
     ".tsv": read_csv,
     ".parquet": read_parquet,
-    ".txt": read_text,
-    ".md": read_text,
+    ".txt": read_text_examples,
+    ".md": read_text_examples,
 }

@@ -76,7 +76,7 @@ def _json_type(value: object) -> str:
     return names.get(type(value), "a number")
 
 
-def read_json(path: Path, limits: ExampleLimits) -> Iterator[RawExample]:
+def read_json_examples(path: Path, limits: ExampleLimits) -> Iterator[RawExample]:
     """A list of objects, one object, or lines of objects under the name of ``.json``."""
     window = None
     try:

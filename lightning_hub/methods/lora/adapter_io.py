@@ -18,18 +18,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lightning_hub.checkpoints.export import atomic_folder
 from lightning_hub.errors import ConfigError, HubError
 from lightning_hub.methods.fingerprint import tensor_fingerprint
-from lightning_hub.methods.lora.adapters import ADAPTER, PREFIX, LoraSettings, initial_factors, layers_of
+from lightning_hub.methods.lora.adapters import ADAPTER_NAME, PREFIX, LoraSettings, initial_factors, layers_of
 from lightning_hub.models.pretrained import Pretrained
 
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
 BASE_HASH = "base_hash"
 """Where the weights' file says which base they were trained on."""
 
-TOLERANCE = 1e-5
+EXPORT_TOLERANCE = 1e-5
 """How far logits may be apart, as a share of the largest."""
 
-KEY = "model.init_args.adapter"
+ADAPTER_OPTION = "model.init_args.adapter"
 
 _ANOTHER = "name the folder of a whole adapter of LoRA"
 
@@ -51,7 +51,9 @@ class Adapter:
 
 def file_names(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return trained weights of a live model by the names of peft's files."""
-    lora = get_peft_model_state_dict(model, state_dict=dict(state), adapter_name=ADAPTER, save_embedding_layers=False)
+    lora = get_peft_model_state_dict(
+        model, state_dict=dict(state), adapter_name=ADAPTER_NAME, save_embedding_layers=False
+    )
     whole = {name: tensor for name, tensor in state.items() if not _is_adapter(name)}
     return {f"{PREFIX}{name}": tensor for name, tensor in {**lora, **whole}.items()}
 
@@ -111,7 +113,7 @@ def write_adapter(
     with atomic_folder(target) as folder:
         metadata = {"format": "pt", BASE_HASH: adapter.base_hash}
         safetensors.torch.save_file(  # tied weights stand under each of their names
-            {name: tensor.clone() for name, tensor in adapter.tensors.items()}, folder / WEIGHTS, metadata
+            {name: tensor.clone() for name, tensor in adapter.tensors.items()}, folder / ADAPTER_WEIGHTS_FILE, metadata
         )
         adapter.config.save_pretrained(str(folder))
         tokenizer.save_pretrained(folder)
@@ -169,7 +171,7 @@ def check_answers(found: Tensor, expected: Tensor, folder: Path) -> None:
         HubError: They are further apart than rounding explains.
     """
     apart = float((found - expected).abs().max() / expected.abs().max().clamp(min=1.0))
-    if not apart <= TOLERANCE:
+    if not apart <= EXPORT_TOLERANCE:
         raise HubError(f"read again, the model answers differently: logits are {apart:.1e} apart", where=str(folder))
 
 
@@ -197,17 +199,25 @@ def read_config(folder: Path, settings: LoraSettings) -> None:
     Raises:
         ConfigError: There is none, or the recipe says otherwise.
     """
-    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
-        raise ConfigError(f"{folder} holds no adapter ({CONFIG}, {WEIGHTS})", where=KEY, remedy=_ANOTHER)
+    if not (folder / ADAPTER_CONFIG_FILE).is_file() or not (folder / ADAPTER_WEIGHTS_FILE).is_file():
+        raise ConfigError(
+            f"{folder} holds no adapter ({ADAPTER_CONFIG_FILE}, {ADAPTER_WEIGHTS_FILE})",
+            where=ADAPTER_OPTION,
+            remedy=_ANOTHER,
+        )
     try:
         found = PeftConfig.from_pretrained(str(folder))
     except (ValueError, TypeError, KeyError, OSError) as error:
-        raise ConfigError(f"{folder / CONFIG} cannot be read ({error})", where=KEY, remedy=_ANOTHER) from error
+        raise ConfigError(
+            f"{folder / ADAPTER_CONFIG_FILE} cannot be read ({error})", where=ADAPTER_OPTION, remedy=_ANOTHER
+        ) from error
     if not isinstance(found, LoraConfig):
-        raise ConfigError(f"the adapter in {folder} is of type {found.peft_type}, not LORA", where=KEY, remedy=_ANOTHER)
+        raise ConfigError(
+            f"the adapter in {folder} is of type {found.peft_type}, not LORA", where=ADAPTER_OPTION, remedy=_ANOTHER
+        )
     if found.rank_pattern or found.alpha_pattern:
         message = f"the adapter in {folder} has ranks or strengths of its own for some layers"
-        raise ConfigError(message, where=KEY, remedy="merge it, and name the merged model as model")
+        raise ConfigError(message, where=ADAPTER_OPTION, remedy="merge it, and name the merged model as model")
     given = {
         "r": (found.r, settings.r),
         "alpha": (found.lora_alpha, settings.alpha),
@@ -233,23 +243,29 @@ def load_adapter(folder: Path, model: PreTrainedModel, base_hash: str) -> None:
     live = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     names = file_names(model, live)
     try:
-        with safe_open(folder / WEIGHTS, framework="pt") as stream:
+        with safe_open(folder / ADAPTER_WEIGHTS_FILE, framework="pt") as stream:
             theirs = (stream.metadata() or {}).get(BASE_HASH)
             found = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118  # no dictionary
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{folder / WEIGHTS} cannot be read ({error})", where=KEY, remedy=_ANOTHER) from error
+        raise ConfigError(
+            f"{folder / ADAPTER_WEIGHTS_FILE} cannot be read ({error})", where=ADAPTER_OPTION, remedy=_ANOTHER
+        ) from error
     if base_hash and theirs and theirs != base_hash:
         remedy = "take the model that it was trained on, or another adapter"
-        raise ConfigError(f"the adapter in {folder} was trained on another model", where=KEY, remedy=remedy)
+        raise ConfigError(f"the adapter in {folder} was trained on another model", where=ADAPTER_OPTION, remedy=remedy)
     for name in sorted(found.keys() ^ names.keys()):
         side = "the adapter has no" if name in names else "the recipe adapts no"
         layer = name.removeprefix(PREFIX)
-        raise ConfigError(f"{side} {layer}", where=KEY, remedy="set targets and modules_to_save to what it has")
+        raise ConfigError(
+            f"{side} {layer}", where=ADAPTER_OPTION, remedy="set targets and modules_to_save to what it has"
+        )
     for name, parameter in names.items():
         if found[name].shape != parameter.shape:
             shapes = f"{tuple(found[name].shape)}, this model needs {tuple(parameter.shape)}"
-            raise ConfigError(f"{name.removeprefix(PREFIX)} of the adapter has the shape {shapes}", where=KEY)
+            raise ConfigError(
+                f"{name.removeprefix(PREFIX)} of the adapter has the shape {shapes}", where=ADAPTER_OPTION
+            )
         if not found[name].isfinite().all():
-            message = f"{folder / WEIGHTS} holds what is no number in {name.removeprefix(PREFIX)}"
-            raise ConfigError(message, where=KEY, remedy=_ANOTHER)
+            message = f"{folder / ADAPTER_WEIGHTS_FILE} holds what is no number in {name.removeprefix(PREFIX)}"
+            raise ConfigError(message, where=ADAPTER_OPTION, remedy=_ANOTHER)
         parameter.copy_(found[name])

@@ -35,13 +35,13 @@ BASE_MODIFYING_INITS = ("pissa", "olora")
 EVA = "eva"
 """The init whose adapters start at what the layers are given: it is filled in when the model is read."""
 
-ADAPTER = "default"
+ADAPTER_NAME = "default"
 """What peft calls an adapter that nobody has named."""
 
 PREFIX = "base_model.model."
 """What peft puts before the names of a model in adapter files."""
 
-INIT = "model.init_args.init"
+INIT_OPTION = "model.init_args.init"
 
 INIT_SEED = 0
 """Seed of an approximate decomposition, which has to come out the same at a resume."""
@@ -94,7 +94,7 @@ def inject_adapters(model: PreTrainedModel, settings: LoraSettings, base: str) -
         if settings.init.startswith("pissa_niter"):
             torch.manual_seed(INIT_SEED)
         try:
-            inject_adapter_in_model(config, model, ADAPTER)
+            inject_adapter_in_model(config, model, ADAPTER_NAME)
         except (ValueError, TypeError, NotImplementedError) as error:
             reason = " ".join(str(error).split())
             raise ConfigError(
@@ -183,7 +183,7 @@ def _check_base_modifying(model: PreTrainedModel, found: Iterable[WeightMatrix],
         is_known = isinstance(model.get_submodule(matrix.module), nn.Linear)
         if not is_known and not (matrix.is_transposed and settings.init != "olora"):
             message = f"init {settings.init} is for plain linear layers, not for {matrix.name}"
-            raise ConfigError(message, where=INIT, remedy="take another init, or leave it out of targets")
+            raise ConfigError(message, where=INIT_OPTION, remedy="take another init, or leave it out of targets")
         if settings.r > least:
             shape = " x ".join(map(str, matrix.shape))
             message = f"r {settings.r} is more than the {least} directions of {matrix.name} ({shape})"
@@ -223,7 +223,7 @@ def _store_initial_factors(model: nn.Module) -> None:
     """Keep what the adapters start from: the frozen weights lack it, so an adapter for the whole ones needs it."""
     for _, layer in layers_of(model):
         for key in ("A", "B"):
-            weight: Tensor = getattr(layer, f"lora_{key}")[ADAPTER].weight
+            weight: Tensor = getattr(layer, f"lora_{key}")[ADAPTER_NAME].weight
             cast("nn.Module", layer).register_buffer(f"start_{key}", weight.detach().clone(), persistent=False)
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lightning_hub.errors import ConfigError
-from lightning_hub.methods.lora.adapters import ADAPTER, EVA, INIT, layers_of
+from lightning_hub.methods.lora.adapters import ADAPTER_NAME, EVA, INIT_OPTION, layers_of
 from lightning_hub.ops.batch import IGNORE_INDEX, PackedSequence, StepBatch
 from lightning_hub.ops.loss import ModelCapabilities, forwards_of, inputs_of
 
@@ -39,7 +39,7 @@ class PackedRows:
     """
 
     steps: StepSource
-    traits: ModelCapabilities
+    capabilities: ModelCapabilities
     least: int
 
     def __len__(self) -> int:
@@ -48,13 +48,13 @@ class PackedRows:
     def __iter__(self) -> Iterator[PackedSequence]:
         for index in range(len(self.steps)):
             for row in self.steps.step(0, index).rows:
-                for part in forwards_of(row, self.traits):
+                for part in forwards_of(row, self.capabilities):
                     if (part.labels != IGNORE_INDEX).sum() >= self.least:
                         yield part
 
 
 def eva_directions(
-    model: PreTrainedModel, traits: ModelCapabilities, config: LoraConfig, steps: StepSource
+    model: PreTrainedModel, capabilities: ModelCapabilities, config: LoraConfig, steps: StepSource
 ) -> dict[str, Tensor]:
     """Return the main directions of what each target layer is given, as peft finds them.
 
@@ -63,7 +63,7 @@ def eva_directions(
 
     Args:
         model: The model as it was read, without adapters, on the device that computes.
-        traits: What is known about it.
+        capabilities: What is known about it.
         config: The adapters that it is to have.
         steps: The run's own.
 
@@ -78,11 +78,11 @@ def eva_directions(
     ]
     if others := sorted({*(config.target_modules or ()), *(config.target_parameters or ())} - {*layers}):
         message = f"init eva is for linear layers, not for {others[0]}"
-        raise ConfigError(message, where=INIT, remedy="take another init, or leave it out of targets")
-    rows = PackedRows(steps, traits, config.r)
+        raise ConfigError(message, where=INIT_OPTION, remedy="take another init, or leave it out of targets")
+    rows = PackedRows(steps, capabilities, config.r)
     if next(iter(rows), None) is None:
         message = f"no row has {config.r} trained tokens, from which init eva takes rank {config.r}"
-        raise ConfigError(message, where=INIT, remedy="take longer rows, a smaller r or another init")
+        raise ConfigError(message, where=INIT_OPTION, remedy="take longer rows, a smaller r or another init")
     asked = 0
 
     def forward(model: PreTrainedModel, row: PackedSequence) -> None:
@@ -90,8 +90,8 @@ def eva_directions(
         asked += 1
         if asked > FORWARDS:
             message = f"the directions of init eva still turn after {FORWARDS} rows"
-            raise ConfigError(message, where=INIT, remedy="take another init")
-        model(**inputs_of(model, row, traits.isolates_documents))
+            raise ConfigError(message, where=INIT_OPTION, remedy="take another init")
+        model(**inputs_of(model, row, capabilities.isolates_documents))
 
     plain = LoraConfig(
         r=config.r,
@@ -112,7 +112,7 @@ def eva_directions(
         )
     except ValueError as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(f"peft finds no directions in this data ({reason})", where=INIT) from error
+        raise ConfigError(f"peft finds no directions in this data ({reason})", where=INIT_OPTION) from error
     return cast("dict[str, Tensor]", found)
 
 
@@ -120,4 +120,4 @@ def eva_directions(
 def set_directions(model: PreTrainedModel, found: dict[str, Tensor]) -> None:
     """Give the ``A`` of each layer its directions; every ``B`` stays zero."""
     for name, layer in layers_of(model):
-        cast("Tensor", layer.lora_A[ADAPTER].weight).copy_(found[name])
+        cast("Tensor", layer.lora_A[ADAPTER_NAME].weight).copy_(found[name])

@@ -18,7 +18,7 @@ from lightning_hub.parallel.dtensor import local_tensor
 MIN_LEARNING_RATE = 1e-8
 """Learning rates up to this one may leave float32 weights where they are: their steps prove nothing."""
 
-NAMED = 4
+MAX_NAMED_WEIGHTS = 4
 """How many weights an error names."""
 
 
@@ -28,9 +28,9 @@ class DeadAdapterError(HubError):
     kind = "dead_adapter"
 
     def __init__(self, what: str, names: list[str], of: int) -> None:
-        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        more = f" and {len(names) - MAX_NAMED_WEIGHTS} more" if len(names) > MAX_NAMED_WEIGHTS else ""
         super().__init__(
-            f"{len(names)} of {of} trained weights {what}: {', '.join(names[:NAMED])}{more}",
+            f"{len(names)} of {of} trained weights {what}: {', '.join(names[:MAX_NAMED_WEIGHTS])}{more}",
             remedy="this is a fault of the program or of a class added to it, not of the recipe",
         )
 

@@ -20,7 +20,7 @@ from lightning_hub.methods.causal_lm import CausalLMModule
 from lightning_hub.methods.lora.adapter_io import export_adapter, load_adapter, read_config, write_adapter
 from lightning_hub.methods.lora.adapters import (
     EVA,
-    INIT,
+    INIT_OPTION,
     Init,
     LoraSettings,
     build_lora_config,
@@ -84,7 +84,7 @@ class LoRA(CausalLMModule):
         super().__init__(model, learning_rate, **options)
         if (modifies_base(init) and (use_dora or adapter)) or (init == EVA and adapter):
             other = "adapter" if adapter else "use_dora"
-            raise ConfigError(f"{other} does not go with init {init}", where=INIT, remedy="leave it out")
+            raise ConfigError(f"{other} does not go with init {init}", where=INIT_OPTION, remedy="leave it out")
         self.settings = LoraSettings(r, alpha, dropout, targets, modules_to_save or [], use_rslora, use_dora, init)
         check_quantization(quantization, init)
         self.quantization: Quantization = quantization
@@ -155,7 +155,7 @@ class LoRA(CausalLMModule):
         steps = getattr(self._data(), "plan", None)
         if steps is None:
             raise ConfigError(
-                "init eva looks at the rows of the run", where=INIT, remedy="take the data class ChatData"
+                "init eva looks at the rows of the run", where=INIT_OPTION, remedy="take the data class ChatData"
             )
         found = eva_directions(model, apply_capabilities(model, proven), config, steps)
         self.choose_trainable(model)
@@ -176,7 +176,7 @@ class LoRA(CausalLMModule):
         if shifting and dtype != torch.float32:
             raise ConfigError(
                 f"init {self.settings.init} takes a part out of the weights, which loses digits in bfloat16",
-                where=INIT,
+                where=INIT_OPTION,
                 remedy="read the base in float32: precision bf16-mixed or 32-true, dtype auto or float32",
             )
         is_frozen = not self.settings.modules_to_save and not shifting

@@ -37,17 +37,17 @@ class BasesCache:
     def __init__(self, root: Path) -> None:
         self.root = root / "bases"
 
-    def path(self, weight: Tensor, change: WeightDelta, earlier: str = "") -> Path:
+    def path(self, weight: Tensor, change: WeightDelta, previous_tasks: str = "") -> Path:
         """Return where the bases of a weight lie: a hash of its bytes and of how it is split.
 
         Args:
             weight: The weight.
             change: Its change.
-            earlier: What tells apart what earlier tasks have left of it; equal weights may have learnt other things.
+            previous_tasks: A fingerprint of what earlier tasks have learned in it: equal weights can differ in that.
         """
         bits = weight.detach().cpu().contiguous().view(torch.uint8).numpy()
         digest = hashlib.sha256(bits.data)
-        digest.update(f"{VERSION} {tuple(weight.shape)} {weight.dtype} {change.plan()} {earlier}".encode())
+        digest.update(f"{VERSION} {tuple(weight.shape)} {weight.dtype} {change.plan()} {previous_tasks}".encode())
         return self.root / f"{digest.hexdigest()[:40]}.safetensors"
 
     def load(self, path: Path) -> dict[str, Tensor] | None:
@@ -68,22 +68,22 @@ class BasesCache:
             return
 
 
-def decompose(weight: Tensor, piece: SingleDelta, name: str, earlier: Spans | None = None) -> dict[str, Tensor]:
+def decompose(weight: Tensor, piece: SingleDelta, name: str, previous_tasks: Spans | None = None) -> dict[str, Tensor]:
     """Return the bases of a weight, or of each expert's, as its change keeps them.
 
     Args:
         weight: The weight, or one for each expert.
         piece: Its change.
         name: For errors.
-        earlier: What the columns and rows of earlier changes span, which is protected as well.
+        previous_tasks: What the columns and rows of earlier changes span, which is protected as well.
 
     Raises:
         DecompositionError: The weight holds what is no number.
     """
     slices = weight if weight.ndim == 3 else weight[None]
     splits = [split_subspace(one, piece.rank + piece.taken, name) for one in slices]
-    if earlier is not None:
-        spans = [(part if weight.ndim == 3 else part[None]) for part in earlier]
+    if previous_tasks is not None:
+        spans = [(part if weight.ndim == 3 else part[None]) for part in previous_tasks]
         splits = [protect(one, *span) for one, *span in zip(splits, *spans, strict=True)]
     found = [piece.bases_of(one) for one in splits]
     made = {key: torch.stack([one[key] for one in found]).to(getattr(piece, key).dtype) for key in piece.basis_names}
@@ -96,7 +96,7 @@ def decompose(weight: Tensor, piece: SingleDelta, name: str, earlier: Spans | No
 def compute_bases(
     found: Sequence[ParametrizedWeight],
     cache: BasesCache,
-    earlier: PreviousTasks | None = None,
+    previous_tasks: PreviousTasks | None = None,
     done: Callable[[float], None] = lambda share: None,
     device: torch.device | None = None,
 ) -> int:
@@ -107,35 +107,37 @@ def compute_bases(
     Args:
         found: The changes, the same on every rank.
         cache: Where bases are looked for and kept.
-        earlier: What earlier tasks have learnt, which is protected as well.
+        previous_tasks: What earlier tasks have learnt, which is protected as well.
         done: Called after each weight that this rank has decomposed, with the share of its work that is behind it.
         device: Where decompositions are computed; where the weights are if None.
 
     Raises:
         DecompositionError: A weight cannot be decomposed; on every rank.
     """
-    crew = Ranks()
+    ranks = Ranks()
     costs = [decomposition_cost(site) for site in found]
-    owners = assign_owners(costs, crew.size)
+    owners = assign_owners(costs, ranks.size)
     mine: dict[int, Tensor] = {}
     for place, site in enumerate(found):
         whole = site.original.full_tensor() if isinstance(site.original, DTensor) else site.original
-        if owners[place] == crew.rank:
+        if owners[place] == ranks.rank:
             mine[place] = whole.detach()
     made: dict[int, dict[str, Tensor]] = {}
-    earlier = earlier or PreviousTasks()
+    previous_tasks = previous_tasks or PreviousTasks()
 
     def work() -> int:
         decomposed, behind, total = 0, 0.0, sum(costs[place] for place in mine)
         for place, weight in mine.items():
-            made[place], is_new = _bases(found[place], weight if device is None else weight.to(device), cache, earlier)
+            made[place], is_new = _bases(
+                found[place], weight if device is None else weight.to(device), cache, previous_tasks
+            )
             decomposed += is_new
             behind += costs[place]
             if is_new:
                 done(behind / total)
         return decomposed
 
-    decomposed = crew.run_on_all(work)[crew.rank]
+    decomposed = ranks.run_on_all(work)[ranks.rank]
     for place, site in enumerate(found):
         _broadcast_bases(site.change, made.pop(place, None), owners[place])
         site.change.begin()
@@ -143,10 +145,12 @@ def compute_bases(
 
 
 def _bases(
-    site: ParametrizedWeight, weight: Tensor, cache: BasesCache, earlier: PreviousTasks
+    site: ParametrizedWeight, weight: Tensor, cache: BasesCache, previous_tasks: PreviousTasks
 ) -> tuple[dict[str, Tensor], bool]:
     """Return the bases of one change by their names in it, and whether they had to be computed."""
-    learnt = f"{earlier.fingerprint} {site.matrix.full_name}" if earlier.paths else ""  # equal weights may differ in it
+    learnt = (
+        f"{previous_tasks.fingerprint} {site.matrix.full_name}" if previous_tasks.paths else ""
+    )  # equal weights may differ in it
     path = cache.path(weight, site.change, learnt)
     bases = cache.load(path)
     if bases is not None:
@@ -155,7 +159,7 @@ def _bases(
     for name, place, piece, part in site.pieces(weight):
         if not piece.basis_names:
             continue
-        found = decompose(part, piece, name, earlier.spans(name))
+        found = decompose(part, piece, name, previous_tasks.spans(name))
         bases |= {f"{place}{key}": basis for key, basis in found.items()}
     cache.save(path, {name: basis.cpu() for name, basis in bases.items()})
     return bases, True

@@ -22,7 +22,7 @@ from lightning_hub.methods.osft.subspace import trained_rank
 from lightning_hub.methods.osft.weight_delta import FusedDelta, SingleDelta, WeightDelta, ZeroDelta
 from lightning_hub.methods.targets import WeightMatrix, reject_tied_weights
 
-RATIO = "model.init_args.unfreeze_rank_ratio"
+RATIO_OPTION = "model.init_args.unfreeze_rank_ratio"
 
 THIN = 1.6
 """What a multiplication costs in a product of a thin matrix, where it costs 1 in one of wide ones. Measured on a CPU
@@ -58,7 +58,7 @@ class DeltaConfig:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.ratio <= 1.0:
-            raise ConfigError(f"unfreeze_rank_ratio is {self.ratio}", where=RATIO, remedy="use 0 to 1")
+            raise ConfigError(f"unfreeze_rank_ratio is {self.ratio}", where=RATIO_OPTION, remedy="use 0 to 1")
         if self.parametrization == "usv" and self.complement == "thin":
             raise ConfigError(
                 "complement thin does not go with the published form",

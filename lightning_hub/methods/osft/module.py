@@ -28,7 +28,7 @@ from lightning_hub.methods.osft.export import (
 )
 from lightning_hub.methods.osft.importance import layer_ratios, similarities
 from lightning_hub.methods.osft.inject import (
-    RATIO,
+    RATIO_OPTION,
     DeltaConfig,
     Parametrization,
     ParametrizedWeight,
@@ -159,7 +159,7 @@ class OSFT(CausalLMModule):
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ConfigError(
                 f"with unfreeze_rank_ratio {self.delta_config.ratio} nothing at all would train",
-                where=RATIO,
+                where=RATIO_OPTION,
                 remedy="raise it, or set train_other",
             )
 
@@ -232,11 +232,11 @@ class OSFT(CausalLMModule):
             self.layer_ratios = layer_ratios(alike, self.delta_config.ratio, self.rank_bounds)
         return model
 
-    def build_on_meta(self, traits: ModelCapabilities | None) -> PreTrainedModel:
+    def build_on_meta(self, capabilities: ModelCapabilities | None) -> PreTrainedModel:
         """Build the model without weights, with the ratios that rank 0 has found."""
         if self.ranks == "adaptive":
             self.layer_ratios = Ranks().run_on_rank_zero(lambda: self.layer_ratios)
-        return super().build_on_meta(traits)
+        return super().build_on_meta(capabilities)
 
     def parametrized_weights(self) -> Iterator[ParametrizedWeight]:
         """Yield the weights that have a change."""

@@ -39,16 +39,16 @@ def model_of(family: str) -> PreTrainedModel:
 
 
 def changed(
-    model: PreTrainedModel, cache: Path, form: DeltaConfig, earlier: PreviousTasks | None = None
+    model: PreTrainedModel, cache: Path, form: DeltaConfig, previous_tasks: PreviousTasks | None = None
 ) -> list[ParametrizedWeight]:
     """Put changes under all layers, in float64."""
-    earlier = earlier or PreviousTasks()
+    previous_tasks = previous_tasks or PreviousTasks()
     targets = resolve_targets(model, ["attention", "experts"] if "Mixtral" in type(model).__name__ else "all-linear")
-    inject_deltas(model, targets, form, num_reserved=earlier.rank)
+    inject_deltas(model, targets, form, num_reserved=previous_tasks.rank)
     found = list(parametrized_weights(model, targets))
     for site in found:
         site.change.double()
-    compute_bases(found, BasesCache(cache), earlier)
+    compute_bases(found, BasesCache(cache), previous_tasks)
     return found
 
 
@@ -248,9 +248,9 @@ def test_a_further_task_leaves_alone_what_parts_have_learnt(tmp_path: Path) -> N
     train(model, first)
     learnt = list(merge_delta(first, model.state_dict()))
     write_changes(tmp_path / DELTA_FILE, learnt, {})
-    earlier = PreviousTasks.of([str(tmp_path)])
+    previous_tasks = PreviousTasks.of([str(tmp_path)])
     further = model_of("phi3")
-    second = changed(further, tmp_path, DeltaConfig(0.5), earlier)
+    second = changed(further, tmp_path, DeltaConfig(0.5), previous_tasks)
     train(further, second)
     before = {name: factors for one in learnt for name, factors in one.factors.items()}
     for site in second:
@@ -265,7 +265,7 @@ def test_a_further_task_leaves_alone_what_parts_have_learnt(tmp_path: Path) -> N
             assert float((own @ rows.mT).norm() / own.norm()) < 1e-6
     assert not before
     with pytest.raises(ConfigError, match=r"has changed .*qkv_proj as several; set parts"):
-        changed(model_of("phi3"), tmp_path, DeltaConfig(0.5, fused="whole"), earlier)
+        changed(model_of("phi3"), tmp_path, DeltaConfig(0.5, fused="whole"), previous_tasks)
 
 
 # ---- the published form ------------------------------------------------------------------------------------------

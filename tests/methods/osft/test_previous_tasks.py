@@ -65,9 +65,9 @@ def test_equal_weights_that_have_learnt_other_things_keep_apart(tmp_path: Path) 
     learnt = {f"{name}.{end}": torch.randn(rows, 1) if end == "left" else torch.randn(1, columns)
               for name in names for end in ("left", "right")}  # fmt: skip
     save_file(learnt, tmp_path / "changes.safetensors", metadata={"osft": "{}"})
-    earlier = PreviousTasks.of([str(tmp_path / "changes.safetensors")])
-    inject_deltas(model, targets, DeltaConfig(0.5), num_reserved=earlier.rank)
-    compute_bases(list(parametrized_weights(model, targets)), BasesCache(tmp_path), earlier)
+    previous_tasks = PreviousTasks.of([str(tmp_path / "changes.safetensors")])
+    inject_deltas(model, targets, DeltaConfig(0.5), num_reserved=previous_tasks.rank)
+    compute_bases(list(parametrized_weights(model, targets)), BasesCache(tmp_path), previous_tasks)
     for site in parametrized_weights(model, targets):
         ((_, _, piece, _),) = site.pieces()
         row = learnt[f"{site.matrix.full_name}.right"]
