@@ -275,7 +275,11 @@ def test_an_unknown_layout_lists_its_columns_and_the_ways_out() -> None:
         ("messages", {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "a part of type 'image'"),
         ("messages", {"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}, "weight is 0.5"),
         ("messages", {"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "a tool call without a name"),
-        ("messages", {"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": 0}]}]}, "not an object"),
+        (
+            "messages",
+            {"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": 0}]}]},
+            "arguments that are not an object",
+        ),
         ("messages", {"messages": [{"role": "user", "content": "a"}], "unmask": "yes"}, "unmask must be"),
         ("alpaca", {"instruction": "q"}, "output must be a text, not null or missing"),
         ("prompt_completion", {"prompt": "q", "completion": 3}, "completion must be a list"),
