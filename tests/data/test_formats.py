@@ -278,7 +278,7 @@ def test_an_unknown_layout_lists_its_columns_and_the_ways_out() -> None:
         (
             "messages",
             {"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": 0}]}]},
-            "not an object",
+            "arguments that are not an object",
         ),
         ("messages", {"messages": [{"role": "user", "content": "a"}], "unmask": "yes"}, "unmask must be"),
         ("alpaca", {"instruction": "q"}, "output must be a text, not null or missing"),

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from lightning_hub.data import cache
 from lightning_hub.data.prepare import Prepared, prepare
 from lightning_hub.data.report import BadExamplesError
-from lightning_hub.data.sample_store import SampleStore
+from lightning_hub.data.sample_store import SampleStore, ragged_ranges
 from lightning_hub.data.settings import DataSettings, InputError, OnLong, Source
 from lightning_hub.errors import ConfigError, DataError
 from lightning_hub.ops.batch import IGNORE_INDEX
@@ -88,6 +88,13 @@ def test_whatever_shapes_the_tokens_makes_a_new_entry(
     write(path, [chat(n) for n in range(6)])
     made.append(run(path))
     assert not any(prepared.cached for prepared in made)
+
+
+def test_ragged_ranges_count_up_from_each_start() -> None:
+    starts, counts = np.array([5, 20, 7, 0]), np.array([3, 0, 2, 1])
+    expected = [start + step for start, count in zip(starts, counts, strict=True) for step in range(count)]
+    assert ragged_ranges(starts, counts).tolist() == expected
+    assert ragged_ranges(starts[:0], counts[:0]).tolist() == []
 
 
 def test_a_fingerprint_is_that_of_the_samples_alone(run: Prepare, tmp_path: Path) -> None:

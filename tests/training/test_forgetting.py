@@ -32,7 +32,7 @@ def old(write_rows: WriteRows) -> Path:
     return write_rows([dict(row) for row in conversations((SPELL,), 21, seed=8)], name="old.jsonl")
 
 
-def recipe(tmp_path: Path, old: Path) -> str:
+def recipe(tmp_path: Path, old: Path | str) -> str:
     """Return a file that adds the callback to a recipe."""
     path = tmp_path / "also.yaml"
     callback = {"class_path": "Forgetting", "init_args": {"eval_also": {"spell": str(old), "both": [str(old)] * 2}}}
@@ -88,10 +88,11 @@ def test_without_validation_it_measures_the_beginning_and_the_end(fit: Fit, tmp_
     assert list(series(folder, "forgetting/spell")) == [0, 3]
 
 
+@pytest.mark.parametrize("missing", ["/nowhere/rows.jsonl", "/nowhere/*.jsonl", ""])
 def test_data_that_is_not_there_is_named_by_its_option(
-    fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    missing: str, fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, _ = fit("--config", recipe(tmp_path, tmp_path / "nowhere.jsonl"))
+    code, _ = fit("--config", recipe(tmp_path, missing))
     assert code == 2
     assert "Forgetting.eval_also.spell: " in capsys.readouterr().err
 
