@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_hub.checkpoints.checkpoint_io import read_state
+from lightning_hub.config.resolved import ResolvedConfig
 from lightning_hub.errors import ConfigError
 
 Facts = dict[str, str]
@@ -64,15 +65,15 @@ KEYS = (
 """What shapes a training beside the method's own options."""
 
 
-def recipe_fingerprint(tree: dict[str, Any]) -> dict[str, str]:
+def recipe_fingerprint(config: ResolvedConfig) -> dict[str, str]:
     """Return the method's options and what else of a recipe shapes the numbers, by their keys."""
-    facts = {}
+    tree, facts = config.tree(), {}
     for key in KEYS:
         value: Any = tree
         for word in key.split("."):
             value = (value or {}).get(word)
         facts[key] = str(value)
-    return facts | {f"model.init_args.{name}": str(value) for name, value in tree["model"]["init_args"].items()}
+    return facts | {f"model.init_args.{name}": str(value) for name, value in config.model.init_args.items()}
 
 
 def check_limits(checkpoint: Path, max_epochs: int | None) -> None:

@@ -9,7 +9,7 @@ from lightning_hub.errors import ConfigError, ExitCode
 from lightning_hub.launch.messages import print_note, print_notice
 from lightning_hub.launch.options import parse
 from lightning_hub.launch.run_setup import check_and_fill
-from lightning_hub.launch.topology import single_process_topology
+from lightning_hub.launch.topology import single_process
 
 DEFAULT_LIMIT = 5
 """Samples that are shown when nobody says how many."""
@@ -28,15 +28,15 @@ def main(argv: Sequence[str]) -> int:
     as_json = "--json" in argv
     words = [word for word in argv if word != "--json"]
     command, options, given = parse("data", words, ["--sample", "--limit"])
-    tree = check_and_fill(command.recipe, options, print_note)
-    single_process_topology(tree["trainer"])
+    config = check_and_fill(command.recipe, options, print_note)
+    config = single_process(config)
     sample, limit = _number(given.sample, "--sample"), _number(given.limit, "--limit")
     print_notice("loading the tokenizer and the data")
     from lightning_hub.data.inspection import describe, report_lines  # 4 s: torch and transformers
     from lightning_hub.methods.run_context import RunContext
     from lightning_hub.training.run import build_trainer
 
-    cli = build_trainer(tree, context=RunContext(options.trust_remote_code))
+    cli = build_trainer(config, context=RunContext(options.trust_remote_code))
     data, pretrained = cli.datamodule, cli.model.pretrained
     shown = limit if limit is not None or as_json else DEFAULT_LIMIT
     describe(

@@ -11,7 +11,7 @@ from lightning_hub.config.help import plain_text
 from lightning_hub.errors import ConfigError, ExitCode
 from lightning_hub.launch.messages import LOADING, print_notice
 from lightning_hub.launch.resuming import newest_recipe
-from lightning_hub.launch.topology import single_process_topology
+from lightning_hub.launch.topology import single_process
 from lightning_hub.runs.folder import find_run, runs_root
 
 
@@ -30,14 +30,14 @@ def main(argv: Sequence[str]) -> int:
     folder = find_run(given.run, runs_root(given.runs_root))
     if given.to:
         _check_free(given.to)
-    tree = newest_recipe(folder)
-    single_process_topology(tree["trainer"])
+    config = newest_recipe(folder)
+    config = single_process(config)
     print_notice(LOADING)
     from lightning_hub.training.run import export  # 4 s: torch, lightning and transformers
 
     target = given.to or (folder.export_merged if given.merge else folder.export)
     allowed = given.trust_remote_code
-    said = export(tree, folder, target, merge=given.merge, dtype=given.dtype, trust_remote_code=allowed)
+    said = export(config, folder, target, merge=given.merge, dtype=given.dtype, trust_remote_code=allowed)
     print(f"{said}\n{target}" if said else target)
     return ExitCode.DONE
 

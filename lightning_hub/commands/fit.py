@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from lightning_hub.commands.recipe_arguments import show_help
 from lightning_hub.config.paths import with_absolute_paths
 from lightning_hub.config.recipe import Recipe
+from lightning_hub.config.resolved import ResolvedConfig
 from lightning_hub.config.yaml_writer import dump
 from lightning_hub.errors import ExitCode, HubError
 from lightning_hub.launch.attempt import StartedAttempt, start_attempt
@@ -37,68 +37,72 @@ def main(argv: Sequence[str]) -> int:
     if show_help("fit", argv):
         return ExitCode.DONE
     command, options, _ = parse("fit", argv)
-    tree = check_and_fill(command.recipe, options, print_note)
+    config = check_and_fill(command.recipe, options, print_note)
     if options.print_config:
-        print(dump(tree), end="")
+        print(dump(config.tree()), end="")
         return ExitCode.DONE
-    return start(command.recipe, tree, options)
+    return start(command.recipe, config, options)
 
 
-def start(recipe: Recipe, tree: dict[str, Any], options: RunOptions) -> int:
+def start(recipe: Recipe, config: ResolvedConfig, options: RunOptions) -> int:
     """Train: in this process, as one rank of those that a launcher has started, or in ranks that this one starts.
 
     A terminal that is closed meanwhile is let go, and the training goes on.
 
     Args:
         recipe: The recipe as given.
-        tree: The same, checked, with its defaults.
+        config: The same, checked, with its defaults.
         options: Where and how.
     """
     with independent_of_terminal():
-        return _start(recipe, with_absolute_paths(tree, _stored(options)), options)
+        kept = _stored(options)
+        paths = with_absolute_paths(config.tree(), None if kept is None else kept.tree())
+        return _start(recipe, ResolvedConfig.of(paths), options)
 
 
-def _stored(options: RunOptions) -> dict[str, Any] | None:
+def _stored(options: RunOptions) -> ResolvedConfig | None:
     """Return the recipe of the run that is gone on with."""
     if options.run_dir is None or options.resume == "never" or not RunFolder(options.run_dir).config.is_file():
         return None
     return newest_recipe(RunFolder(options.run_dir))
 
 
-def _start(recipe: Recipe, tree: dict[str, Any], options: RunOptions) -> int:
+def _start(recipe: Recipe, config: ResolvedConfig, options: RunOptions) -> int:
     process = detect_process(os.environ)
     if process is None or (process.rank == 0 and process.launcher != "fit"):  # else who started this rank has said so
         print_notice(LOADING)
-    topology = resolve_topology(recipe, tree["trainer"], process, visible_gpus(os.environ), say=print_note)
+    topology, config = resolve_topology(recipe, config, process, visible_gpus(os.environ), say=print_note)
     if process is None and topology.world_size > 1:
-        return _start_ranks(recipe, tree, options, topology)
+        return _start_ranks(recipe, config, options, topology)
     if process is not None and not process.is_single:
         from lightning_hub.training.worker import run_worker  # 4 s: torch, lightning and transformers
 
-        return run_worker(process, recipe, tree, options)
-    run = write_run(run_folder(tree, options), recipe, tree, options)
-    begun = start_attempt(run, options.resume, tree=tree, trusted=options.trust_checkpoint)
-    return _run_and_close(run, lambda: train_here(tree, begun, run, options))
+        return run_worker(process, recipe, config, options)
+    run = write_run(run_folder(config, options), recipe, config, options)
+    begun = start_attempt(run, options.resume, config=config, trusted=options.trust_checkpoint)
+    return _run_and_close(run, lambda: train_here(config, begun, run, options))
 
 
-def train_here(tree: dict[str, Any], begun: StartedAttempt, run: StatusWriter, options: RunOptions) -> int:
+def train_here(config: ResolvedConfig, begun: StartedAttempt, run: StatusWriter, options: RunOptions) -> int:
     """Train in this process alone."""
     from lightning_hub.training.run import TrainingRun  # 4 s: torch, lightning and transformers
 
-    return TrainingRun(tree, begun, run, options=options).fit()
+    return TrainingRun(config, begun, run, options=options).fit()
 
 
-def _start_ranks(recipe: Recipe, tree: dict[str, Any], options: RunOptions, topology: Topology) -> int:
+def _start_ranks(recipe: Recipe, config: ResolvedConfig, options: RunOptions, topology: Topology) -> int:
     """Start the ranks on this machine and supervise them."""
     with open_listener() as listener:
-        run = write_run(run_folder(tree, options), recipe, tree, options)
+        run = write_run(run_folder(config, options), recipe, config, options)
         port = int(listener.getsockname()[1])
         trusted, world_size = options.trust_checkpoint, topology.world_size
-        begun = start_attempt(run, options.resume, tree=tree, trusted=trusted, world_size=world_size, master_port=port)
+        begun = start_attempt(
+            run, options.resume, config=config, trusted=trusted, world_size=world_size, master_port=port
+        )
         own = begun.folder.attempt_config(begun.attempt)
-        config = own if own.is_file() else begun.folder.config
+        written = own if own.is_file() else begun.folder.config
         flags = ["--resume", str(begun.checkpoint)] if begun.checkpoint else []
-        argv = rank_command(config, *flags, *options.permissions())
+        argv = rank_command(written, *flags, *options.permissions())
         group = RankGroup(begun.folder, begun.attempt, world_size, argv, listener)
         return _run_and_close(run, lambda: supervise(run, group))
 

@@ -25,15 +25,15 @@ def main(argv: Sequence[str]) -> int:
     if show_help("predict", argv, PREDICT_FLAGS):
         return ExitCode.DONE
     command, options, given = parse("predict", _named_model(argv), ["--to"])
-    tree = check_and_fill(command.recipe, options, print_note)
-    process = resolve_process(command.recipe, tree)
+    config = check_and_fill(command.recipe, options, print_note)
+    process, config = resolve_process(command.recipe, config)
     if process.rank == 0:
         print_notice(LOADING)
     from lightning_hub.training.run import predict
     from lightning_hub.training.worker import process_group  # 4 s: torch, lightning and transformers
 
-    with process_group(process, tree) as environment:
-        lines = predict(tree, trust_remote_code=options.trust_remote_code, environment=environment)
+    with process_group(process, config) as environment:
+        lines = predict(config, trust_remote_code=options.trust_remote_code, environment=environment)
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     if process.rank == 0 and given.to:
         Path(given.to).write_text(text, encoding="utf-8")

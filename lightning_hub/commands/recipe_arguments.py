@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
 
 from lightning_hub.config.help import class_help, recipe_help
 from lightning_hub.config.recipe import Recipe
+from lightning_hub.config.resolved import ResolvedConfig
 from lightning_hub.launch.devices import visible_gpus
 from lightning_hub.launch.environment import ProcessInfo, detect_process
 from lightning_hub.launch.options import FLAGS
-from lightning_hub.launch.topology import resolve_topology, single_process_topology
+from lightning_hub.launch.topology import resolve_topology, single_process
 
 
 def show_help(verb: str, argv: Sequence[str], extra: Sequence[tuple[str, str]] = ()) -> bool:
@@ -24,11 +24,13 @@ def show_help(verb: str, argv: Sequence[str], extra: Sequence[tuple[str, str]] =
     return text is not None
 
 
-def resolve_process(recipe: Recipe, tree: dict[str, Any]) -> ProcessInfo:
-    """Return the process of a verb that trains nothing: one of those that a launcher has started, or a single one."""
+def resolve_process(recipe: Recipe, config: ResolvedConfig) -> tuple[ProcessInfo, ResolvedConfig]:
+    """Return the process of a verb that trains nothing, and its config.
+
+    It is one of those that a launcher has started, or a single one.
+    """
     process = detect_process(os.environ)
     if process is None or process.is_single:
-        single_process_topology(tree["trainer"])
-        return ProcessInfo()
-    resolve_topology(recipe, tree["trainer"], process, visible_gpus(os.environ))
-    return process
+        return ProcessInfo(), single_process(config)
+    _, config = resolve_topology(recipe, config, process, visible_gpus(os.environ))
+    return process, config

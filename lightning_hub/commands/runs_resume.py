@@ -25,8 +25,8 @@ def resume(folder: RunFolder, argv: Sequence[str]) -> int:
         raise ConfigError("the run has no config.yaml", where=str(folder.path), remedy="start a new run")
     given = ["--config", str(newest_config(folder)), "--run-dir", str(folder.path), "--resume", "must", *argv]
     command, options, _ = parse("runs resume", given)
-    tree = check_and_fill(command.recipe, options, print_note)
-    check_work_left(folder, tree)
+    config = check_and_fill(command.recipe, options, print_note)
+    check_work_left(folder, config)
     if parse_command(argv, valued=VALUED).recipe.tree:
         print_note(f"this attempt runs with {' '.join(argv)}")
-    return start(command.recipe, tree, options)
+    return start(command.recipe, config, options)

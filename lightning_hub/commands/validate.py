@@ -22,15 +22,15 @@ def evaluate_and_print(verb: str, argv: Sequence[str]) -> int:
     if show_help(verb, argv):
         return ExitCode.DONE
     command, options, _ = parse(verb, argv)
-    tree = check_and_fill(command.recipe, options, print_note)
-    process = resolve_process(command.recipe, tree)
+    config = check_and_fill(command.recipe, options, print_note)
+    process, config = resolve_process(command.recipe, config)
     if process.rank == 0:
         print_notice(LOADING)
     from lightning_hub.training.run import evaluate
     from lightning_hub.training.worker import process_group  # 4 s: torch, lightning and transformers
 
-    with process_group(process, tree) as environment:
-        found = evaluate(tree, verb, trust_remote_code=options.trust_remote_code, environment=environment)
+    with process_group(process, config) as environment:
+        found = evaluate(config, verb, trust_remote_code=options.trust_remote_code, environment=environment)
     if process.rank == 0:
         print(json.dumps(found))
     return ExitCode.DONE

@@ -20,7 +20,7 @@ INPUT_PATHS: dict[str, tuple[str, ...]] = {
 OUTPUT_PATHS = ("default_root_dir", "dirpath", "save_dir")
 """Options of the trainer, its callbacks and loggers that name folders to write."""
 
-_TEMPLATES = Path(__file__).parents[1] / "data" / "templates"
+_TEMPLATES = Path(__file__).parents[1] / "data" / "masking" / "templates"
 
 
 def with_absolute_paths(tree: dict[str, YamlValue], kept: YamlValue = None) -> dict[str, YamlValue]:

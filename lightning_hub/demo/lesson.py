@@ -28,7 +28,7 @@ from lightning_hub.launch.attempt import start_attempt
 from lightning_hub.launch.messages import LOADING, print_note, print_notice
 from lightning_hub.launch.options import RunOptions
 from lightning_hub.launch.run_setup import check_and_fill, write_run
-from lightning_hub.launch.topology import single_process_topology
+from lightning_hub.launch.topology import single_process
 from lightning_hub.runs.folder import EMBEDDED_MODEL, RunFolder, create_run, runs_root
 
 DEMO_RECIPE = Path(__file__).with_name("recipe.yaml")
@@ -109,9 +109,9 @@ def _numbers(folder: RunFolder, method: str) -> Lesson:
 def _train(folder: RunFolder, lesson: Lesson, console: Console) -> int:
     recipe = parse_command(lesson.flags).recipe
     options = RunOptions()
-    tree = check_and_fill(recipe, options, print_note)
-    single_process_topology(tree["trainer"])
-    run = write_run(folder, recipe, tree, options)
+    config = check_and_fill(recipe, options, print_note)
+    config = single_process(config)
+    run = write_run(folder, recipe, config, options)
     import torch  # 2 s, and 2 s more for the session
 
     from lightning_hub.training.run import TrainingRun
@@ -119,7 +119,7 @@ def _train(folder: RunFolder, lesson: Lesson, console: Console) -> int:
     torch.set_num_threads(1)  # a model this small gains nothing from more, and loses much on a busy machine
     before = answers(lesson.model, lesson.prompts)
     known = {title: share(lesson.model, rows) for title, rows in lesson.tests.items()}
-    session = TrainingRun(tree, start_attempt(run, "never"), run, is_summed_up=False)
+    session = TrainingRun(config, start_attempt(run, "never"), run, is_summed_up=False)
     code: int = ExitCode.FAILED
     try:
         code = session.fit()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from lightning_hub.config.resolved import ResolvedConfig
 from lightning_hub.config.yaml_writer import dump
 from lightning_hub.errors import ExitCode, HubError, NoCheckpointError
 from lightning_hub.launch.orphans import end_orphans
@@ -35,7 +35,7 @@ def start_attempt(
     run: RunWriter,
     resume: str,
     *,
-    tree: dict[str, Any] | None = None,
+    config: ResolvedConfig | None = None,
     trusted: bool = False,
     world_size: int = 1,
     master_port: int | None = None,
@@ -45,7 +45,7 @@ def start_attempt(
     Args:
         run: The run's files; closed, with the reason in them, if there is nothing to go on from.
         resume: auto, must, never, or the path of a checkpoint.
-        tree: The recipe of the attempt; written where it may differ from the run's own.
+        config: The recipe of the attempt; written where it may differ from the run's own.
         trusted: Whether that path may be of a folder without a manifest.
         world_size: Processes of the attempt.
         master_port: Where they meet, if they are several of this machine.
@@ -62,7 +62,7 @@ def start_attempt(
         attempt = run.start_attempt(
             reason, step=step, checkpoint=checkpoint, world_size=world_size, master_port=master_port
         )
-        _write_config(run.folder, attempt, tree)
+        _write_config(run.folder, attempt, config)
     except Exception as error:
         code = error.exit_code if isinstance(error, HubError) else ExitCode.FAILED
         run.set_status("failed", reason=str(error), exit_code=int(code))
@@ -71,11 +71,11 @@ def start_attempt(
     return StartedAttempt(run.folder, attempt, checkpoint)
 
 
-def _write_config(folder: RunFolder, attempt: int, tree: dict[str, Any] | None) -> None:
+def _write_config(folder: RunFolder, attempt: int, config: ResolvedConfig | None) -> None:
     """Write the recipe of an attempt, which a further one starts from; the first has that of the run."""
-    if tree is None:
+    if config is None:
         return
-    text = dump(tree)
+    text = dump(config.tree())
     if attempt > 1 or folder.config.read_text(encoding="utf-8") != text:
         write_atomic(folder.attempt_config(attempt), text.encode(), fsync=True)
 

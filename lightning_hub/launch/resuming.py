@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from lightning_hub.config.recipe import recipe_from_text
 from lightning_hub.config.resolve import fill_defaults
+from lightning_hub.config.resolved import ResolvedConfig, TrainerConfig
 from lightning_hub.errors import ConfigError
 from lightning_hub.runs.files import Json, read_json
 from lightning_hub.runs.folder import RunFolder
 from lightning_hub.runs.manifest import newest_valid, step_of
 from lightning_hub.runs.metrics import read_metrics
 from lightning_hub.runs.records import Attempt, ErrorRecord, Status
-
-LIMITS = ("max_epochs", "max_steps", "max_time")
-"""What ends a training, in the section ``trainer``."""
 
 
 def newest_config(folder: RunFolder) -> Path:
@@ -27,10 +24,10 @@ def newest_config(folder: RunFolder) -> Path:
     return folder.config
 
 
-def newest_recipe(folder: RunFolder) -> dict[str, Any]:
+def newest_recipe(folder: RunFolder) -> ResolvedConfig:
     """Return the recipe of the newest attempt, with its defaults."""
     config = newest_config(folder)
-    return fill_defaults(recipe_from_text(config.read_text(encoding="utf-8"), str(config)))
+    return ResolvedConfig.of(fill_defaults(recipe_from_text(config.read_text(encoding="utf-8"), str(config))))
 
 
 def _was_refused(folder: RunFolder, attempt: int) -> bool:
@@ -41,12 +38,12 @@ def _was_refused(folder: RunFolder, attempt: int) -> bool:
     return any(error.kind in ("config", "data") and error.step <= began.step for error in errors)
 
 
-def check_work_left(folder: RunFolder, tree: dict[str, Any]) -> None:
+def check_work_left(folder: RunFolder, config: ResolvedConfig) -> None:
     """Refuse to go on with a run that has reached the limits that it is given.
 
     Args:
         folder: The run.
-        tree: The recipe of the new attempt.
+        config: The recipe of the new attempt.
 
     Raises:
         ConfigError: There is nothing left to do; says which limit to raise.
@@ -54,7 +51,7 @@ def check_work_left(folder: RunFolder, tree: dict[str, Any]) -> None:
     status = Status.from_json(read_json(folder.status))
     if status.state != "finished":
         return
-    before, after = newest_recipe(folder)["trainer"], tree["trainer"]
+    before, after = newest_recipe(folder).trainer, config.trainer
     epochs = _epochs_begun(folder, status.step)
     if _same_limits(before, after) or not _is_further(before, after, status.step, epochs):
         found, _ = newest_valid(folder.checkpoints)
@@ -62,16 +59,16 @@ def check_work_left(folder: RunFolder, tree: dict[str, Any]) -> None:
             raise _finished(folder, before, after, status.step, epochs)
 
 
-def _same_limits(before: dict[str, Any], after: dict[str, Any]) -> bool:
-    return all(before.get(name) == after.get(name) for name in LIMITS)
+def _same_limits(before: TrainerConfig, after: TrainerConfig) -> bool:
+    return before.limits == after.limits
 
 
-def _is_further(before: dict[str, Any], after: dict[str, Any], step: int, epochs: int) -> bool:
+def _is_further(before: TrainerConfig, after: TrainerConfig, step: int, epochs: int) -> bool:
     """Say whether new limits lie beyond what is done."""
-    if 0 <= (after.get("max_steps") or -1) <= step:
+    if 0 <= (after.options.get("max_steps") or -1) <= step:
         return False
-    ended_by_steps = (before.get("max_steps") or -1) == step
-    limit = after.get("max_epochs")
+    ended_by_steps = (before.options.get("max_steps") or -1) == step
+    limit = after.options.get("max_epochs")
     begun = epochs - 1 if ended_by_steps else epochs  # its last epoch may not be over
     return limit in (None, -1) or int(limit) > begun
 
@@ -84,8 +81,8 @@ def _epochs_begun(folder: RunFolder, step: int) -> int:
     return max((epoch for epoch in told if isinstance(epoch, int)), default=-1) + 1
 
 
-def _finished(folder: RunFolder, before: dict[str, Any], after: dict[str, Any], step: int, epochs: int) -> ConfigError:
-    by_steps = (before.get("max_steps") or -1) == step
+def _finished(folder: RunFolder, before: TrainerConfig, after: TrainerConfig, step: int, epochs: int) -> ConfigError:
+    by_steps = (before.options.get("max_steps") or -1) == step
     done = (
         f"{step} steps" if by_steps else f"{epochs} epochs ({step} steps)" if epochs != 1 else f"1 epoch ({step} steps)"
     )

@@ -6,11 +6,11 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from lightning_hub.config.check import check_recipe
 from lightning_hub.config.recipe import Recipe
 from lightning_hub.config.resolve import fill_defaults
+from lightning_hub.config.resolved import ResolvedConfig
 from lightning_hub.config.shipped import preset_of
 from lightning_hub.config.yaml_writer import dump
 from lightning_hub.errors import ConfigError
@@ -21,7 +21,7 @@ from lightning_hub.runs.unused import clear_run, holds_unused_run
 from lightning_hub.runs.writer import NewRun, RunWriter
 
 
-def run_folder(tree: dict[str, Any], options: RunOptions) -> RunFolder:
+def run_folder(config: ResolvedConfig, options: RunOptions) -> RunFolder:
     """Make a new run folder, or open the one that was named; a run in it that finished no step is replaced."""
     if options.run_dir is not None:
         named = RunFolder(options.run_dir)
@@ -33,7 +33,7 @@ def run_folder(tree: dict[str, Any], options: RunOptions) -> RunFolder:
         raise ConfigError(
             f"--resume {options.resume} does not say which run", where="--resume", remedy="give --run-dir as well"
         )
-    return create_run(options.run_name or _run_name(tree), runs_root(options.runs_root))
+    return create_run(options.run_name or _run_name(config), runs_root(options.runs_root))
 
 
 def _clear_unused(folder: RunFolder) -> None:
@@ -44,14 +44,14 @@ def _clear_unused(folder: RunFolder) -> None:
 
 
 def write_run(
-    folder: RunFolder, recipe: Recipe, tree: dict[str, Any], options: RunOptions, verdict: str = "single"
+    folder: RunFolder, recipe: Recipe, config: ResolvedConfig, options: RunOptions, verdict: str = "single"
 ) -> RunWriter:
     """Write what a new run is; one that exists is opened as it stands.
 
     Args:
         folder: Where.
         recipe: As given.
-        tree: The same, checked, with its defaults and its number of processes settled.
+        config: The same, checked, with its defaults and its number of processes.
         options: The flags beside it.
         verdict: Who starts the processes, as a plan calls it.
     """
@@ -59,7 +59,7 @@ def write_run(
         return RunWriter(folder)
     sources = [(source.name, source.text) for source in recipe.sources]
     try:
-        return RunWriter.create(folder, _new_run(tree, sources, options, verdict))
+        return RunWriter.create(folder, _new_run(config, sources, options, verdict))
     except OSError as error:
         remedy = "free some space, or keep runs elsewhere with --runs-root"
         raise ConfigError(
@@ -67,32 +67,29 @@ def write_run(
         ) from error
 
 
-def _run_name(tree: dict[str, Any]) -> str:
-    model = Path(str(tree["model"]["init_args"].get("model", "model"))).name.lower()
-    name = re.sub(r"[^a-z0-9._-]+", "-", f"{_method(tree)}-{model}")
+def _run_name(config: ResolvedConfig) -> str:
+    model = Path(config.model_source or "model").name.lower()
+    name = re.sub(r"[^a-z0-9._-]+", "-", f"{config.method}-{model}")
     return name[:64].rstrip("-.")
 
 
-def _method(tree: dict[str, Any]) -> str:
-    return str(tree["model"]["class_path"]).rpartition(".")[2].lower()
-
-
-def _new_run(tree: dict[str, Any], sources: list[tuple[str, str]], options: RunOptions, verdict: str) -> NewRun:
-    nnodes, devices = tree["trainer"]["num_nodes"], tree["trainer"]["devices"]
+def _new_run(config: ResolvedConfig, sources: list[tuple[str, str]], options: RunOptions, verdict: str) -> NewRun:
+    nnodes, devices = config.trainer.num_nodes, config.trainer.devices
+    assert isinstance(devices, list | int), "the topology is resolved"
     nproc_per_node = len(devices) if isinstance(devices, list) else devices
     presets = [preset for name, _ in sources if (preset := preset_of(name)) is not None]
     return NewRun(
-        name=_run_name(tree),
-        method=_method(tree),
-        model=str(tree["model"]["init_args"].get("model", "")),
-        config=dump(tree),
+        name=_run_name(config),
+        method=config.method,
+        model=config.model_source,
+        config=dump(config.tree()),
         inputs=sources,
         plan={
             "verdict": verdict,
             "nnodes": nnodes,
             "nproc_per_node": nproc_per_node,
             "world_size": nnodes * nproc_per_node,
-            "strategy": tree["trainer"]["strategy"],
+            "strategy": config.trainer.options["strategy"],
             "nodes": [{"argv": [*sys.argv], "env": {}}],
         },
         nnodes=nnodes,
@@ -102,7 +99,7 @@ def _new_run(tree: dict[str, Any], sources: list[tuple[str, str]], options: RunO
     )
 
 
-def check_and_fill(recipe: Recipe, options: RunOptions, say: Callable[[str], None]) -> dict[str, Any]:
+def check_and_fill(recipe: Recipe, options: RunOptions, say: Callable[[str], None]) -> ResolvedConfig:
     """Check a recipe as far as that is possible without torch, and return it with its defaults.
 
     Args:
@@ -116,4 +113,4 @@ def check_and_fill(recipe: Recipe, options: RunOptions, say: Callable[[str], Non
     for sentence in recipe.notes:
         say(sentence)
     check_recipe(recipe, allow_classes=options.allow_class)
-    return fill_defaults(recipe)
+    return ResolvedConfig.of(fill_defaults(recipe))

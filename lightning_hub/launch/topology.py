@@ -1,4 +1,4 @@
-"""How many processes a recipe means, and whether its strategy can be made of them. Pure, before anything starts."""
+"""The topology of a run: nodes, processes per node, and whether the strategy fits them. Pure functions."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_hub.config.recipe import Recipe
+from lightning_hub.config.resolved import ClassConfig, ResolvedConfig, TrainerConfig
 from lightning_hub.config.rules import check_processes
 from lightning_hub.errors import ConfigError
 from lightning_hub.launch.environment import ProcessInfo
@@ -21,6 +22,9 @@ from lightning_hub.launch.mesh import (
 )
 
 NODES, DEVICES = "trainer.num_nodes", "trainer.devices"
+
+DISTRIBUTED = ("ddp", "fsdp", "FSDP", "DDPStrategy", "ModelParallel")
+"""Strategies that have no effect in one process."""
 
 
 @dataclass(frozen=True)
@@ -38,25 +42,29 @@ class Topology:
 
 def resolve_topology(
     recipe: Recipe,
-    trainer: dict[str, Any],
+    config: ResolvedConfig,
     process: ProcessInfo | None,
     gpus: int,
     say: Callable[[str], None] = lambda note: None,
-) -> Topology:
-    """Return the shape of a run, write it into the trainer section, and refuse what cannot be.
+) -> tuple[Topology, ResolvedConfig]:
+    """Return the shape of a run, and the config with it; refuse what does not fit together.
 
     Args:
         recipe: As given: what it leaves open may be anything.
-        trainer: The trainer section with its defaults; ``num_nodes``, ``devices`` and ``strategy`` are settled in it.
-        process: Who this process is, if a launcher has started it.
-        gpus: Accelerators of this machine.
-        say: Told what is left unused.
+        config: The same, checked, with its defaults.
+        process: This process among those that a launcher has started, if one has.
+        gpus: GPUs of this machine.
+        say: Prints a note about devices that stay idle.
+
+    Returns:
+        The topology, and the config with its ``num_nodes``, ``devices`` and ``strategy``.
 
     Raises:
         ConfigError: Devices, nodes, strategy and the processes that were started do not fit together.
     """
+    trainer = config.trainer
     asked = devices_asked(trainer, gpus)
-    topology = Topology(trainer["num_nodes"] or 1, asked or max(1, gpus if uses_gpus(trainer, gpus) else 1))
+    topology = Topology(trainer.num_nodes, asked or max(1, gpus if uses_gpus(trainer, gpus) else 1))
     if process is not None:
         topology = _topology_of_launcher(recipe, asked, topology, process)
     elif topology.nnodes > 1:
@@ -67,27 +75,28 @@ def resolve_topology(
         )
     if uses_gpus(trainer, gpus):
         _check_gpus(recipe, topology, gpus, say)
-    trainer["num_nodes"] = topology.nnodes
-    if not isinstance(trainer["devices"], list):
-        trainer["devices"] = topology.nproc_per_node
-    _resolve_strategy(recipe, trainer, topology.world_size, say)
-    return topology
+    devices = trainer.devices if isinstance(trainer.devices, list) else topology.nproc_per_node
+    _check_strategy(recipe, trainer.strategy, topology.world_size)
+    resolved = config.with_trainer(num_nodes=topology.nnodes, devices=devices)
+    if topology.world_size == 1 and trainer.strategy.name in DISTRIBUTED:
+        say(f"strategy {trainer.strategy.name} has no effect in one process: it is left out")
+        resolved = resolved.with_trainer(strategy="auto")
+    return topology, resolved
 
 
-def single_process_topology(trainer: dict[str, Any]) -> Topology:
-    """Make a recipe one of a single process, whatever it says: for commands that measure or answer."""
-    trainer["num_nodes"], trainer["devices"], trainer["strategy"] = 1, 1, "auto"
-    return Topology()
+def single_process(config: ResolvedConfig) -> ResolvedConfig:
+    """Return a config for one process, whatever it says: for verbs that read data or a checkpoint."""
+    return config.with_trainer(num_nodes=1, devices=1, strategy="auto")
 
 
-def uses_gpus(trainer: dict[str, Any], gpus: int) -> bool:
-    """Say whether the trainer will run on GPUs of this machine."""
-    return trainer["accelerator"] in ("gpu", "cuda") or (trainer["accelerator"] in (None, "auto") and gpus > 0)
+def uses_gpus(trainer: TrainerConfig, gpus: int) -> bool:
+    """Return whether the trainer will run on GPUs of this machine."""
+    return trainer.accelerator in ("gpu", "cuda") or (trainer.accelerator in (None, "auto") and gpus > 0)
 
 
-def devices_asked(trainer: dict[str, Any], gpus: int) -> int | None:
+def devices_asked(trainer: TrainerConfig, gpus: int) -> int | None:
     """Return how many devices of each node a recipe names; None if it leaves that open."""
-    devices = trainer["devices"]
+    devices = trainer.devices
     if devices in ("auto", None):
         return None
     if devices in (-1, "-1"):
@@ -96,7 +105,7 @@ def devices_asked(trainer: dict[str, Any], gpus: int) -> int | None:
         return len(devices)
     if isinstance(devices, str) and "," in devices:
         return len([part for part in devices.split(",") if part.strip()])
-    return int(devices)
+    return int(str(devices))
 
 
 def _topology_of_launcher(recipe: Recipe, asked: int | None, topology: Topology, process: ProcessInfo) -> Topology:
@@ -125,19 +134,15 @@ def _check_gpus(recipe: Recipe, topology: Topology, gpus: int, say: Callable[[st
         say(f"{gpus - topology.nproc_per_node} of {gpus} GPUs stay idle: trainer.devices is {topology.nproc_per_node}")
 
 
-def _resolve_strategy(recipe: Recipe, trainer: dict[str, Any], world_size: int, say: Callable[[str], None]) -> None:
-    """Check the strategy against the number of processes; in one process there is nothing to share out."""
+def _check_strategy(recipe: Recipe, strategy: ClassConfig, world_size: int) -> None:
+    """Refuse a strategy that this number of processes cannot form, and a method that cannot train in them."""
     try:
-        mesh = mesh_of(trainer["strategy"], world_size)
+        mesh = mesh_of(strategy, world_size)
         check_processes(recipe, mesh.tp if mesh else 1, world_size)
     except ConfigError as error:
         error.where = recipe.where(error.where or STRATEGY) or error.where
         raise
-    if world_size == 1 and trainer["strategy"] not in (None, "auto"):
-        if _class_name(trainer["strategy"]) in ("ddp", "fsdp", "FSDP", "DDPStrategy", "ModelParallel"):
-            say(f"strategy {_class_name(trainer['strategy'])} has nothing to share out in one process: it is left out")
-            trainer["strategy"] = "auto"
-    elif world_size > 1 and _class_name(trainer["strategy"]) == "SingleDeviceStrategy":
+    if world_size > 1 and strategy.name == "SingleDeviceStrategy":
         raise ConfigError(
             f"SingleDeviceStrategy runs in one process, {world_size} are asked for",
             where=recipe.where(STRATEGY) or STRATEGY,
@@ -145,28 +150,25 @@ def _resolve_strategy(recipe: Recipe, trainer: dict[str, Any], world_size: int, 
         )
 
 
-def mesh_of(strategy: str | dict[str, Any] | None, world_size: int) -> Mesh | None:
-    """Return the mesh of a strategy as a recipe gives it, or None for one that has no tensor-parallel axis.
+def mesh_of(strategy: ClassConfig, world_size: int) -> Mesh | None:
+    """Return the mesh of a strategy, or None for one that has no tensor-parallel axis.
 
     Raises:
-        ConfigError: It is not made of exactly the processes of the run.
+        ConfigError: Its size is not the number of processes.
     """
-    name, options = _class_name(strategy), strategy.get("init_args", {}) if isinstance(strategy, dict) else {}
-    if name == "model_parallel" or (name == "ModelParallel" and not options.get("mesh_shape")):
+    options = strategy.init_args
+    if strategy.name == "model_parallel" or (strategy.name == "ModelParallel" and not options.get("mesh_shape")):
         example = f"{{class_path: ModelParallel, init_args: {{mesh_shape: {nearest_mesh(Mesh(1, 1), world_size, 1)}}}}}"
         raise ConfigError("model_parallel needs its mesh_shape", where=STRATEGY, remedy=f"write {example}")
-    if name == "FSDP":
-        check_replicas(options.get("replicas", 1), world_size)
-    if name != "ModelParallel":
+    if strategy.name == "FSDP":
+        check_replicas(int(str(options.get("replicas", 1))), world_size)
+    if strategy.name != "ModelParallel":
         return None
     shape = options["mesh_shape"]
     if not isinstance(shape, list | tuple) or len(shape) != 2 or not all(isinstance(part, list) for part in shape):
         raise ConfigError(f"mesh_shape is {shape}", where=MESH, remedy="write sizes and names: [[4, 2], [fsdp, tp]]")
-    mesh = read_mesh((shape[0], shape[1]))
+    sizes: Any = shape[0]
+    names: Any = shape[1]
+    mesh = read_mesh((sizes, names))
     check_mesh(mesh, world_size)
     return mesh
-
-
-def _class_name(strategy: str | dict[str, Any] | None) -> str:
-    name = strategy.get("class_path", "") if isinstance(strategy, dict) else strategy or "auto"
-    return str(name).rpartition(".")[2]

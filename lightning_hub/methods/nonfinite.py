@@ -60,7 +60,7 @@ class NonFiniteGuard:
             norm: Its gradient norm over all ranks.
 
         Raises:
-            UnfitStepError: It is not fit and may not be left out, or, on a GPU, the step before was not.
+            NonFiniteStepError: It is not fit and may not be left out, or, on a GPU, the step before was not.
         """
         values = torch.stack([loss.detach().float(), norm.detach().float()])
         if values.is_cuda and not self.limit:

@@ -32,11 +32,11 @@ class ModelCapabilities:
 
     Attributes:
         attention: The attention implementation.
-        is_linear: Whether the head is fused with the loss.
-        is_packable: Whether a row is one forward; else each document of it is.
+        has_linear_head: Whether the head is fused with the loss.
+        isolates_documents: Whether a row is one forward; else each document of it is.
         reason: Why rows are not packed.
         adds_to_loss: Whether the model's own loss has terms beside the cross-entropy, such as that of a router.
-        longest: Rows that hold a longer document than this run one by one, though the model is packable: its rotary
+        max_document_length: Rows that hold a longer document than this run one by one, though the model is packable: its rotary
             embeddings follow the longest document of a forward.
         is_proven: Whether a miniature was compared; else the model is run as its own eager attention does.
     """
@@ -178,10 +178,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         with torch.autocast(device, enabled=False):
             for start in range(0, len(hidden), CHUNK):
-                states, targets = hidden[start : start + CHUNK].to(dtype), targets[start : start + CHUNK]
+                states, chunk = hidden[start : start + CHUNK].to(dtype), targets[start : start + CHUNK]
                 logits = F.linear(states, cast_weight, cast_bias).float()
                 normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
-                target_logits = logits.gather(1, targets.unsqueeze(1))
+                target_logits = logits.gather(1, chunk.unsqueeze(1))
                 total += (normaliser - (1 - label_smoothing) * target_logits).sum()
                 if label_smoothing:
                     total -= label_smoothing * logits.mean(dim=-1).sum()
@@ -190,7 +190,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_logits = logits.sub_(normaliser).exp_()  # softmax minus the target distribution, in place
                 if label_smoothing:
                     grad_logits -= label_smoothing / grad_logits.shape[-1]
-                grad_logits.scatter_add_(1, targets.unsqueeze(1), torch.full_like(target_logits, label_smoothing - 1))
+                grad_logits.scatter_add_(1, chunk.unsqueeze(1), torch.full_like(target_logits, label_smoothing - 1))
                 if grad_bias is not None:
                     grad_bias += grad_logits.sum(dim=0)
                 grad_logits = grad_logits.to(dtype)

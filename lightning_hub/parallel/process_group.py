@@ -85,7 +85,7 @@ def init_process_group(process: ProcessInfo, *, on_gpu: bool) -> HubClusterEnvir
     Hosts talk through gloo and GPUs through NCCL, so that agreeing on something waits for no device.
 
     Raises:
-        NotJoinedError: They have not all come within ``RENDEZVOUS_TIMEOUT``.
+        RendezvousError: They have not all come within ``RENDEZVOUS_TIMEOUT``.
     """
     environment = _environment(process)
     if on_gpu:
@@ -131,7 +131,7 @@ def await_all(store: Store, process: ProcessInfo) -> None:
     """Wait until every rank has signed in.
 
     Raises:
-        NotJoinedError: Naming those that have not.
+        RendezvousError: Naming those that have not.
     """
     store.set(str(process.rank), "here")
     try:

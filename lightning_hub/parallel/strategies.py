@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from lightning_hub.config.resolved import ClassConfig
 from lightning_hub.errors import ConfigError
 from lightning_hub.launch.mesh import STRATEGY, check_mesh, check_replicas, read_mesh
 from lightning_hub.launch.topology import mesh_of
@@ -214,7 +215,7 @@ def strategy_for(value: str | Strategy | None, world_size: int) -> str | Strateg
         return DDP() if world_size > 1 else "auto"
     words: dict[str, type[DDP] | type[FSDP]] = {"ddp": DDP, "fsdp": FSDP}
     if isinstance(value, str):
-        mesh_of(value, world_size)
+        mesh_of(ClassConfig(value), world_size)
         if value not in words:
             raise ConfigError(f"no strategy {value!r}", where=STRATEGY, remedy="use ddp, fsdp or a class")
         return words[value]()

@@ -24,6 +24,7 @@ from lightning_hub.checkpoints import state_dict
 from lightning_hub.checkpoints.checkpoint_io import FolderCheckpointIO
 from lightning_hub.checkpoints.resume_check import check_fixed_options, check_limits, recipe_fingerprint
 from lightning_hub.checkpoints.settings import CheckpointSettings
+from lightning_hub.config.resolved import ResolvedConfig
 from lightning_hub.errors import ConfigError, ExitCode, HubError, NoCheckpointError
 from lightning_hub.launch.attempt import StartedAttempt
 from lightning_hub.launch.environment import ProcessInfo
@@ -46,7 +47,7 @@ class TrainingRun:
     """One rank of one attempt, from the parsed recipe to the export.
 
     Args:
-        tree: The whole recipe, checked, with its defaults.
+        config: The whole recipe, checked, with its defaults.
         begun: The attempt.
         status: Where the run's state is told; on rank 0 only.
         environment: This process among the others that it has joined; None if it is alone.
@@ -56,7 +57,7 @@ class TrainingRun:
 
     def __init__(
         self,
-        tree: dict[str, Any],
+        config: ResolvedConfig,
         begun: StartedAttempt,
         status: StatusWriter | None,
         *,
@@ -65,7 +66,7 @@ class TrainingRun:
         is_summed_up: bool = True,
     ) -> None:
         self.is_summed_up = is_summed_up
-        self.tree = tree
+        self.config = config
         self.begun = begun
         self.folder = begun.folder
         self.status = status
@@ -120,8 +121,8 @@ class TrainingRun:
 
     def _train(self) -> int:
         self.rank.timer.enter("setup")
-        trial = bool(self.tree["trainer"].get("fast_dev_run"))
-        facts, options = recipe_fingerprint(self.tree), self.options
+        trial = self.config.trainer.is_trial
+        facts, options = recipe_fingerprint(self.config), self.options
 
         def ours(settings: CheckpointSettings) -> list[Callback]:
             saver = CheckpointSaver(
@@ -137,7 +138,7 @@ class TrainingRun:
 
         checkpoint_io = FolderCheckpointIO(facts, trusted=options.trust_checkpoint)
         context = RunContext(options.trust_remote_code, self.begun.checkpoint, stays_on_device=True)
-        cli = build_trainer(self.tree, self.folder.path, ours, checkpoint_io, context, self.environment)
+        cli = build_trainer(self.config, self.folder.path, ours, checkpoint_io, context, self.environment)
         module, data, trainer = cli.model, cli.datamodule, cli.trainer
         if self.begun.checkpoint is not None:
             check_fixed_options(self.begun.checkpoint, facts, module.fixed_on_resume)
@@ -196,7 +197,7 @@ class TrainingRun:
 
 
 def build_trainer(
-    tree: dict[str, Any],
+    config: ResolvedConfig,
     root: Path | None = None,
     callbacks: Callable[[CheckpointSettings], Sequence[Callback]] = lambda settings: (),
     checkpoint_io: FolderCheckpointIO | None = None,
@@ -205,7 +206,7 @@ def build_trainer(
 ) -> RecipeCLI:
     """Make module, data and trainer of a recipe; nothing is read yet."""
     _silence_warnings()
-    given = {key: value for key, value in tree.items() if value is not None}
+    given = {key: value for key, value in config.tree().items() if value is not None}
     if root is not None:
         given["trainer"] = {**given["trainer"], "logger": _with_folder(given["trainer"]["logger"], root / "loggers")}
     with run_context(context or RunContext()):
@@ -213,7 +214,7 @@ def build_trainer(
 
 
 def export(
-    tree: dict[str, Any],
+    config: ResolvedConfig,
     folder: RunFolder,
     target: Path,
     *,
@@ -226,7 +227,7 @@ def export(
     The model is built once, empty, and filled tensor by tensor.
 
     Args:
-        tree: The run's recipe.
+        config: The run's recipe.
         folder: The run.
         target: The folder to write.
         merge: Whether an adapter is merged into its base.
@@ -243,7 +244,7 @@ def export(
     if found is None:
         reason = f"there is no whole checkpoint ({damaged[0]})" if damaged else "there is no checkpoint"
         raise NoCheckpointError(reason, where=str(folder.checkpoints), remedy="train on, or start a new run")
-    cli = build_trainer(tree, context=RunContext(trust_remote_code, resume_from=found))
+    cli = build_trainer(config, context=RunContext(trust_remote_code, resume_from=found))
     module, data = cli.model, cli.datamodule
     module.trainer = cli.trainer
     module.build_empty()
@@ -259,10 +260,10 @@ def export(
 
 
 def evaluate(
-    tree: dict[str, Any], verb: str, *, trust_remote_code: bool, environment: HubClusterEnvironment | None = None
+    config: ResolvedConfig, verb: str, *, trust_remote_code: bool, environment: HubClusterEnvironment | None = None
 ) -> dict[str, float]:
     """Run Lightning's validation or test loop and return its metrics, which are the same on every rank."""
-    cli = build_trainer(tree, context=RunContext(trust_remote_code), environment=environment)
+    cli = build_trainer(config, context=RunContext(trust_remote_code), environment=environment)
     loop = cli.trainer.validate if verb == "validate" else cli.trainer.test
     loop(cli.model, cli.datamodule, verbose=False)
     if not cli.trainer.callback_metrics:
@@ -272,10 +273,10 @@ def evaluate(
 
 
 def predict(
-    tree: dict[str, Any], *, trust_remote_code: bool, environment: HubClusterEnvironment | None = None
+    config: ResolvedConfig, *, trust_remote_code: bool, environment: HubClusterEnvironment | None = None
 ) -> list[dict[str, Any]]:
     """Answer the prompts of ``data.predict`` and return prompts with completions, in order."""
-    cli = build_trainer(tree, context=RunContext(trust_remote_code), environment=environment)
+    cli = build_trainer(config, context=RunContext(trust_remote_code), environment=environment)
     batches: Any = cli.trainer.predict(cli.model, cli.datamodule)
     answers = [text for batch in batches for text in batch]
     prompts = [prompt for batch in cli.datamodule.predict_dataloader() for prompt in batch]

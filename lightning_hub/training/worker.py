@@ -9,9 +9,10 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from lightning_hub.config.recipe import Recipe
+from lightning_hub.config.resolved import ResolvedConfig
 from lightning_hub.errors import ExitCode, HubError, first_line, is_disk_trouble
 from lightning_hub.launch.attempt import StartedAttempt, start_attempt
 from lightning_hub.launch.devices import visible_gpus
@@ -30,7 +31,7 @@ from lightning_hub.runs.writer import RunWriter, StatusWriter
 from lightning_hub.training.run import TrainingRun
 
 
-def run_worker(process: ProcessInfo, recipe: Recipe, tree: dict[str, Any], options: RunOptions) -> int:
+def run_worker(process: ProcessInfo, recipe: Recipe, config: ResolvedConfig, options: RunOptions) -> int:
     """Be one rank of a training.
 
     Where this package has started the ranks, their supervisor keeps the run folder; else rank 0 does.
@@ -38,12 +39,12 @@ def run_worker(process: ProcessInfo, recipe: Recipe, tree: dict[str, Any], optio
     if process.launcher in ("fit", "torchrun"):  # whose agent or supervisor would end them, were it still there
         die_with_parent()
     try:
-        with process_group(process, tree) as environment:
+        with process_group(process, config) as environment:
             if process.run_dir is not None:
                 begun, status = _attempt_from_supervisor(process, options)
-                code = _train(tree, begun, status, environment, options)
+                code = _train(config, begun, status, environment, options)
             else:
-                code = _train_as_owner(process, recipe, tree, options, environment)
+                code = _train_as_owner(process, recipe, config, options, environment)
         atexit._run_exitfuncs()
     except HubError as error:
         _record_error(process, error)
@@ -62,7 +63,7 @@ def run_worker(process: ProcessInfo, recipe: Recipe, tree: dict[str, Any], optio
 
 
 @contextmanager
-def process_group(process: ProcessInfo, tree: dict[str, Any]) -> Iterator[HubClusterEnvironment | None]:
+def process_group(process: ProcessInfo, config: ResolvedConfig) -> Iterator[HubClusterEnvironment | None]:
     """Join the others and take leave of them; a process that is alone gets None.
 
     Raises:
@@ -71,11 +72,10 @@ def process_group(process: ProcessInfo, tree: dict[str, Any]) -> Iterator[HubClu
     if process.is_single:
         yield None
         return
-    trainer, model = tree["trainer"], str(tree["model"]["init_args"]["model"])
-    mesh = mesh_of(trainer["strategy"], process.world_size)
+    mesh = mesh_of(config.trainer.strategy, process.world_size)
     if mesh is not None and mesh.tp > 1:
-        check_model(Pretrained(model).config, mesh.tp)
-    yield init_process_group(process, on_gpu=uses_gpus(trainer, visible_gpus(os.environ)))
+        check_model(Pretrained(config.model_source).config, mesh.tp)
+    yield init_process_group(process, on_gpu=uses_gpus(config.trainer, visible_gpus(os.environ)))
     destroy_process_group()
 
 
@@ -89,7 +89,7 @@ def _attempt_from_supervisor(process: ProcessInfo, options: RunOptions) -> tuple
 def _train_as_owner(
     process: ProcessInfo,
     recipe: Recipe,
-    tree: dict[str, Any],
+    config: ResolvedConfig,
     options: RunOptions,
     environment: HubClusterEnvironment | None,
 ) -> int:
@@ -97,15 +97,15 @@ def _train_as_owner(
     kept: list[RunWriter] = []
 
     def make() -> StartedAttempt:
-        kept.append(write_run(run_folder(tree, options), recipe, tree, options, process.launcher))
+        kept.append(write_run(run_folder(config, options), recipe, config, options, process.launcher))
         return start_attempt(
-            kept[0], options.resume, tree=tree, trusted=options.trust_checkpoint, world_size=process.world_size
+            kept[0], options.resume, config=config, trusted=options.trust_checkpoint, world_size=process.world_size
         )
 
     begun = Ranks().run_on_rank_zero(make)
     code: int = ExitCode.FAILED
     try:
-        code = _train(tree, begun, kept[0] if kept else None, environment, options)
+        code = _train(config, begun, kept[0] if kept else None, environment, options)
     except HubError as error:
         code = error.exit_code
         raise
@@ -116,13 +116,13 @@ def _train_as_owner(
 
 
 def _train(
-    tree: dict[str, Any],
+    config: ResolvedConfig,
     begun: StartedAttempt,
     status: StatusWriter | None,
     environment: HubClusterEnvironment | None,
     options: RunOptions,
 ) -> int:
-    return TrainingRun(tree, begun, status, environment=environment, options=options).fit()
+    return TrainingRun(config, begun, status, environment=environment, options=options).fit()
 
 
 def _record_error(process: ProcessInfo, error: Exception) -> None:

@@ -129,9 +129,9 @@ def test_a_wrong_recipe_is_refused_without_torch(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(recipe_with("model", "learning_rat: 1"))
     code = (
-        "import sys\nfrom lightning_hub.config.check import check\n"
+        "import sys\nfrom lightning_hub.config.check import check_recipe\n"
         "from lightning_hub.config.command import parse_command\n"
-        f"try: check(parse_command(['--config', {str(path)!r}]).recipe)\n"
+        f"try: check_recipe(parse_command(['--config', {str(path)!r}]).recipe)\n"
         "except Exception as error: print(error)\n"
         "print([name for name in ('torch', 'numpy', 'lightning', 'jsonargparse') if name in sys.modules])"
     )

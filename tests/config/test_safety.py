@@ -85,10 +85,10 @@ def test_payloads_are_refused_within_a_second_and_leave_no_trace(tmp_path: Path)
         (tmp_path / files[-1]).write_text(recipe_text(payload))
     code = (
         "import sys\n"
-        "from lightning_hub.config.check import check\nfrom lightning_hub.config.command import parse_command\n"
+        "from lightning_hub.config.check import check_recipe\nfrom lightning_hub.config.command import parse_command\n"
         "from lightning_hub.errors import ConfigError\n"
         "for file in sys.argv[1:]:\n"
-        "    try: check(parse_command(['--config', file]).recipe)\n"
+        "    try: check_recipe(parse_command(['--config', file]).recipe)\n"
         "    except ConfigError: continue\n"
         "    print('passed', file)\n"
         "print([m for m in ('evil', 'torch', 'lightning', 'subprocess') if m in sys.modules])\n"

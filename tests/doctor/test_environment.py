@@ -86,7 +86,7 @@ def test_json_is_one_list_and_the_exit_code_tells(
 ) -> None:
     wrong = Finding("disk", False, "full", "free space")
     for findings, code in (([Finding("disk", True, "free")], 0), ([wrong], 3)):
-        monkeypatch.setattr("lightning_hub.commands.doctor.examine", lambda runs, given=findings: given)
+        monkeypatch.setattr("lightning_hub.commands.doctor.check_machine", lambda runs, given=findings: given)
         assert run(["doctor", "--json"]) == code
         assert json.loads(capsys.readouterr().out) == [finding.to_json() for finding in findings]
     assert run(["doctor"]) == 3

@@ -23,7 +23,7 @@ from tests.warm import Warm, hub
 @pytest.fixture(autouse=True)
 def _fit_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """What this machine looks like is another test's matter."""
-    monkeypatch.setattr(doctor, "examine", lambda runs: [])
+    monkeypatch.setattr(doctor, "check_machine", lambda runs: [])
 
 
 def proved(folder: Path, fault: str, *names: str) -> tuple[int, dict[str, bool]]:
@@ -37,7 +37,7 @@ def proved(folder: Path, fault: str, *names: str) -> tuple[int, dict[str, bool]]
 
 def without_examination(fault: Callable[[], None]) -> None:
     looking: Any = doctor
-    looking.examine = lambda runs: []
+    looking.check_machine = lambda runs: []
     fault()
 
 

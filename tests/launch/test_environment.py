@@ -23,7 +23,7 @@ SLURM = {
 
 
 @pytest.mark.parametrize(
-    ("environ", "place"),
+    ("environ", "process"),
     [
         ({}, None),
         ({"RANK": "0"}, None),

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 
 from lightning_hub.config.recipe import recipe_from_text
+from lightning_hub.config.resolved import ResolvedConfig
 from lightning_hub.errors import ConfigError
 from lightning_hub.launch.environment import ProcessInfo
 from lightning_hub.launch.topology import Topology, resolve_topology
@@ -12,19 +14,20 @@ from lightning_hub.launch.topology import Topology, resolve_topology
 
 def settled(
     text: str, process: ProcessInfo | None = None, gpus: int = 0, model: str = ""
-) -> tuple[Topology, dict[str, Any], list[str]]:
+) -> tuple[Topology, Mapping[str, Any], list[str]]:
     recipe = recipe_from_text(f"trainer: {{{text}}}\nmodel: {{init_args: {{{model}}}}}", "recipe.yaml")
     given: Any = recipe.tree["trainer"]
     trainer = {"num_nodes": 1, "devices": "auto", "strategy": "auto", "accelerator": "auto", **given}
     said: list[str] = []
-    return resolve_topology(recipe, trainer, process, gpus, said.append), trainer, said
+    topology, config = resolve_topology(recipe, ResolvedConfig.of({"trainer": trainer}), process, gpus, said.append)
+    return topology, config.trainer.options, said
 
 
 EIGHT = ProcessInfo(5, 8, 1, 4, "torchrun")
 
 
 @pytest.mark.parametrize(
-    ("text", "place", "gpus", "shape"),
+    ("text", "process", "gpus", "shape"),
     [
         ("", None, 0, (1, 1)),
         ("", None, 4, (1, 4)),
@@ -47,7 +50,7 @@ def test_the_shape_of_a_run(text: str, process: ProcessInfo | None, gpus: int, s
 
 
 @pytest.mark.parametrize(
-    ("text", "place", "gpus", "said"),
+    ("text", "process", "gpus", "said"),
     [
         ("devices: 8, num_nodes: 2", EIGHT, 8, r"2 x 8 = 16 processes, torchrun started 2 x 4 = 8"),
         ("devices: 4, num_nodes: 1", EIGHT, 4, r"1 x 4 = 4 processes, torchrun started 2 x 4 = 8"),

@@ -334,5 +334,5 @@ def test_the_proof_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     assert prove_attention(LlamaForCausalLM, llama(), PACKED).isolates_documents
     monkeypatch.setattr(reference, "inputs_of", wrong)
     monkeypatch.setattr(attention_proof, "_proven", {})
-    monkeypatch.setattr(attention_proof, "_kept", lambda key: None)
+    monkeypatch.setattr(attention_proof, "_read_cached", lambda key: None)
     assert not prove_attention(LlamaForCausalLM, llama(), PACKED).isolates_documents

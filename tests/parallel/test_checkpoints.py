@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -19,8 +18,9 @@ from lightning_hub.checkpoints.checkpoint_io import FolderCheckpointIO
 from lightning_hub.checkpoints.storage import Files
 from lightning_hub.config.recipe import recipe_from_text
 from lightning_hub.config.resolve import fill_defaults
+from lightning_hub.config.resolved import ResolvedConfig
 from lightning_hub.errors import HubError
-from lightning_hub.launch.topology import single_process_topology
+from lightning_hub.launch.topology import single_process
 from lightning_hub.models.pretrained import EMBEDDED_FOLDER
 from lightning_hub.parallel.dtensor import local_tensor
 from lightning_hub.runs.folder import RunFolder
@@ -126,19 +126,17 @@ trainer: {{devices: 2, strategy: fsdp}}
 """
 
 
-def alone(text: str) -> dict[str, Any]:
+def alone(text: str) -> ResolvedConfig:
     """Return a recipe as the export of its run reads it."""
-    tree: dict[str, Any] = fill_defaults(recipe_from_text(text, "recipe.yaml"))
-    single_process_topology(tree["trainer"])
-    return tree
+    return single_process(ResolvedConfig.of(fill_defaults(recipe_from_text(text, "recipe.yaml"))))
 
 
 def weigh_export(text: str, run: RunFolder) -> Samples:
     """Weigh this process while it exports what two ranks have saved."""
     exporting: Samples = []
-    tree = alone(text)
+    config = alone(text)
     with weighed(exporting):
-        export(tree, run, run.export)
+        export(config, run, run.export)
     return exporting
 
 

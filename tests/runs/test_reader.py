@@ -32,8 +32,8 @@ run = RunWriter(RunFolder(Path(sys.argv[1])))
 rank = RankWriter(run.folder, run.start_attempt("test"), trouble=run.trouble)
 rank.start()
 run.set_status("running", max_steps=10)
-rank.pulse.phase, rank.pulse.step, rank.pulse.loss = "train", 3, 0.5
-rank.pulse.do("forward")
+rank.activity.phase, rank.activity.step, rank.activity.loss = "train", 3, 0.5
+rank.activity.begin("forward")
 rank.log(3, {"loss": 0.5, "tokens_per_second": 100.0, "step_time": 0.1})
 print("ready", flush=True)
 for line in sys.stdin:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -11,6 +10,7 @@ from lightning_hub.cli import run
 from lightning_hub.config.check import check_recipe
 from lightning_hub.config.command import parse_command
 from lightning_hub.config.resolve import fill_defaults
+from lightning_hub.config.resolved import ResolvedConfig
 from lightning_hub.launch.topology import resolve_topology
 from tests.conftest import WriteRows
 
@@ -22,9 +22,9 @@ STRATEGIES = sorted((CONFIGS / "strategy").glob("*.yaml"))
 def test_a_strategy_is_read_beside_a_recipe(recipe: Path) -> None:
     read = parse_command(["--config", str(CONFIGS / "sft.yaml"), "--config", str(recipe)]).recipe
     check_recipe(read)
-    tree: dict[str, Any] = fill_defaults(read)
-    assert resolve_topology(read, tree["trainer"], process=None, gpus=0).world_size == 2
-    assert tree["trainer"]["precision"] == "bf16-mixed", "the rest of the recipe stays"
+    topology, config = resolve_topology(read, ResolvedConfig.of(fill_defaults(read)), process=None, gpus=0)
+    assert topology.world_size == 2
+    assert config.trainer.options["precision"] == "bf16-mixed", "the rest of the recipe stays"
 
 
 @pytest.mark.slow
