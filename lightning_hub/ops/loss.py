@@ -36,8 +36,8 @@ class ModelCapabilities:
         isolates_documents: Whether a row is one forward; else each document of it is.
         reason: Why rows are not packed.
         adds_to_loss: Whether the model's own loss has terms beside the cross-entropy, such as that of a router.
-        max_document_length: Rows that hold a longer document than this run one by one, though the model is packable: its rotary
-            embeddings follow the longest document of a forward.
+        max_document_length: Packed rows that hold a longer document run one document at a time, although the model
+            isolates documents: its rotary embeddings follow the longest document of a forward.
         is_proven: Whether a miniature was compared; else the model is run as its own eager attention does.
     """
 

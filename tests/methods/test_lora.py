@@ -280,7 +280,7 @@ def test_an_adapter_whose_reading_changes_the_base_is_noticed(tmp_path: Path, mo
         adapter.config.init_lora_weights = "pissa"  # peft then takes a start out of the base that it reads it into
         return adapter
 
-    monkeypatch.setattr("lightning_hub.methods.lora.module.finished", with_another_start)
+    monkeypatch.setattr("lightning_hub.methods.lora.module.export_adapter", with_another_start)
     with pytest.raises(HubError, match="reading the adapter changes"):
         train("demo", tmp_path)
     assert not (tmp_path / "adapter").exists()

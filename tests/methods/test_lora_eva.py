@@ -86,7 +86,7 @@ def test_a_run_that_goes_on_looks_at_nothing_again(
         return RunFolder(tmp_path / folder)
 
     straight = fit("straight")
-    monkeypatch.setattr(module, "directions", None)
+    monkeypatch.setattr(module, "eva_directions", None)
     resumed = fit("resumed", "--resume", str(straight.checkpoints / "step-2"))
     losses = [[line["loss"] for line in read_metrics(folder) if "loss" in line] for folder in (straight, resumed)]
     assert losses[1] == losses[0][2:]

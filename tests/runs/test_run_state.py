@@ -17,21 +17,21 @@ def rank(
 @pytest.mark.parametrize(
     ("look", "state"),
     [
-        (rank(still=1, stuck=1, alive=True), "train"),
-        (rank(phase="eval", still=1, stuck=100), "eval"),
-        (rank(phase="save", still=1, stuck=100), "save"),
+        (rank(seconds_without_heartbeat=1, seconds_without_progress=1, alive=True), "train"),
+        (rank(phase="eval", seconds_without_heartbeat=1, seconds_without_progress=100), "eval"),
+        (rank(phase="save", seconds_without_heartbeat=1, seconds_without_progress=100), "save"),
         (RankSnapshot(0), "init"),
-        (rank(still=1, stuck=61), "stalled"),
-        (rank(phase="save", still=1, stuck=1801), "stalled"),
-        (rank(still=11, alive=True), "silent"),
-        (rank(still=1000, alive=True), "silent"),
-        (rank(still=21), "lost"),
-        (rank(still=1, alive=False), "lost"),
-        (rank(still=None, alive=None), "train"),
+        (rank(seconds_without_heartbeat=1, seconds_without_progress=61), "stalled"),
+        (rank(phase="save", seconds_without_heartbeat=1, seconds_without_progress=1801), "stalled"),
+        (rank(seconds_without_heartbeat=11, alive=True), "silent"),
+        (rank(seconds_without_heartbeat=1000, alive=True), "silent"),
+        (rank(seconds_without_heartbeat=21), "lost"),
+        (rank(seconds_without_heartbeat=1, alive=False), "lost"),
+        (rank(seconds_without_heartbeat=None, alive=None), "train"),
         (rank(exit_code=0, alive=False), "exited"),
         (rank(phase="exit", alive=False), "exited"),
         (rank(exit_code=-9, alive=False), "failed"),
-        (rank(has_error=True, still=1, alive=True), "failed"),
+        (rank(has_error=True, seconds_without_heartbeat=1, alive=True), "failed"),
     ],
 )
 def test_the_state_of_a_rank(look: RankSnapshot, state: str) -> None:
@@ -39,8 +39,14 @@ def test_the_state_of_a_rank(look: RankSnapshot, state: str) -> None:
 
 
 def test_slow_steps_are_no_stall() -> None:
-    assert rank_state(rank(still=1, stuck=200), Limits(), median_step_time=30) == "train"
-    assert rank_state(rank(still=1, stuck=301), Limits(), median_step_time=30) == "stalled"
+    assert (
+        rank_state(rank(seconds_without_heartbeat=1, seconds_without_progress=200), Limits(), median_step_time=30)
+        == "train"
+    )
+    assert (
+        rank_state(rank(seconds_without_heartbeat=1, seconds_without_progress=301), Limits(), median_step_time=30)
+        == "stalled"
+    )
 
 
 moving = LeaseSnapshot(0, seconds_without_heartbeat=1)
@@ -54,19 +60,39 @@ standing = LeaseSnapshot(0, seconds_without_heartbeat=21)
         (RunSnapshot(Status(state="finished"), (rank(exit_code=0),)), "finished", True),
         (RunSnapshot(Status(state="finished"), (rank(exit_code=1),)), "failed", True),
         (RunSnapshot(Status(state="stopped")), "stopped", True),
-        (RunSnapshot(RUNNING, (rank(still=1), rank(1, has_error=True)), (moving,)), "failed", True),
-        (RunSnapshot(RUNNING, (rank(still=1),), (moving,)), "running", True),
-        (RunSnapshot(RUNNING, (rank(still=11),), (moving,)), "running", True),
-        (RunSnapshot(RUNNING, (rank(still=1, stuck=61),), (moving,)), "stalled", True),
+        (RunSnapshot(RUNNING, (rank(seconds_without_heartbeat=1), rank(1, has_error=True)), (moving,)), "failed", True),
+        (RunSnapshot(RUNNING, (rank(seconds_without_heartbeat=1),), (moving,)), "running", True),
+        (RunSnapshot(RUNNING, (rank(seconds_without_heartbeat=11),), (moving,)), "running", True),
         (
-            RunSnapshot(RUNNING, (rank(still=61, stuck=61, alive=True),), (LeaseSnapshot(0, 61, alive=True),)),
+            RunSnapshot(RUNNING, (rank(seconds_without_heartbeat=1, seconds_without_progress=61),), (moving,)),
             "stalled",
             True,
         ),
-        (RunSnapshot(RUNNING, (rank(phase="save", still=1, stuck=61),), (moving,)), "running", True),
-        (RunSnapshot(RUNNING, (rank(still=21),), (standing,)), "lost", True),
-        (RunSnapshot(RUNNING, (rank(still=1),), (standing,)), "orphan", True),
-        (RunSnapshot(RUNNING, (rank(still=1, alive=False),), (LeaseSnapshot(0, 1, alive=False),)), "lost", True),
+        (
+            RunSnapshot(
+                RUNNING,
+                (rank(seconds_without_heartbeat=61, seconds_without_progress=61, alive=True),),
+                (LeaseSnapshot(0, 61, alive=True),),
+            ),
+            "stalled",
+            True,
+        ),
+        (
+            RunSnapshot(
+                RUNNING, (rank(phase="save", seconds_without_heartbeat=1, seconds_without_progress=61),), (moving,)
+            ),
+            "running",
+            True,
+        ),
+        (RunSnapshot(RUNNING, (rank(seconds_without_heartbeat=21),), (standing,)), "lost", True),
+        (RunSnapshot(RUNNING, (rank(seconds_without_heartbeat=1),), (standing,)), "orphan", True),
+        (
+            RunSnapshot(
+                RUNNING, (rank(seconds_without_heartbeat=1, alive=False),), (LeaseSnapshot(0, 1, alive=False),)
+            ),
+            "lost",
+            True,
+        ),
         (RunSnapshot(RUNNING, (rank(),), (LeaseSnapshot(0),)), "running", False),
         (RunSnapshot(Status(state="starting"), owner_alive=True), "starting", True),
         (RunSnapshot(Status(state="starting"), owner_alive=False), "lost", True),
@@ -80,8 +106,8 @@ def test_the_verdict_on_a_run(look: RunSnapshot, state: str, sure: bool) -> None
 
 def test_a_stall_names_the_rank_behind_and_what_it_does() -> None:
     ranks = (
-        rank(0, step=6, still=1, stuck=70, doing="all_reduce"),
-        rank(1, step=5, still=1, stuck=70, doing="forward 2/4"),
+        rank(0, step=6, seconds_without_heartbeat=1, seconds_without_progress=70, doing="all_reduce"),
+        rank(1, step=5, seconds_without_heartbeat=1, seconds_without_progress=70, doing="forward 2/4"),
     )
     assert run_verdict(RunSnapshot(RUNNING, ranks, (moving,))).reason == (
         "no step is finished any more; rank 1 stands at 5, in forward 2/4"

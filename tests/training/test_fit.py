@@ -308,7 +308,7 @@ def test_a_model_that_costs_more_is_announced(
         reason="packed in a row, logits are off",
         adds_to_loss=True,
     )
-    monkeypatch.setattr(causal_lm, "prove", lambda *given: slow)
+    monkeypatch.setattr(causal_lm, "prove_attention", lambda *given: slow)
     fit("--trainer.max_steps", "1", folder="again")
     shown = capsys.readouterr().out
     assert "documents run one by one with sdpa: packed in a row, logits are off" in shown
