@@ -1,4 +1,4 @@
-"""``lightning-hub data``: what a recipe's model will see, token by token, and what became of every row."""
+"""``lightning-hub data``: what the model of a recipe will see, token by token, and a report of all examples."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_hub.launch.run_setup import check_and_fill
 from lightning_hub.launch.topology import single_process
 
 DEFAULT_LIMIT = 5
-"""Samples that are shown when nobody says how many."""
+"""Samples that are shown without ``--limit``."""
 
 DATA_FLAGS = (
     ("--sample", "only the sample of this number, counted from 1"),
@@ -54,5 +54,5 @@ def _number(given: str | None, flag: str) -> int | None:
     if given is None:
         return None
     if not given.isdigit():
-        raise ConfigError(f"{given!r} is no number", where=flag, remedy="give a whole number")
+        raise ConfigError(f"{given!r} is not a number", where=flag, remedy="give a whole number")
     return int(given)

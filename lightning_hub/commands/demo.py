@@ -1,4 +1,4 @@
-"""``lightning-hub demo``: the main job on the embedded model and data, from chat rows to an exported model."""
+"""``lightning-hub demo``: the main job on the embedded model and data, from chats to an exported model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning_hub.runs.terminal import independent_of_terminal
 
 
 def main(argv: Sequence[str]) -> int:
-    """Fine-tune the embedded model and show what it has learnt."""
+    """Fine-tune the embedded model and show what it has learned."""
     parser = argparse.ArgumentParser(prog="lightning-hub demo", description=plain_text(__doc__))
     parser.add_argument(
         "--method", choices=METHODS, help="train a second embedded model with it, and test what that knew before, too"

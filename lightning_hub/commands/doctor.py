@@ -1,4 +1,4 @@
-"""``lightning-hub doctor``: look at this machine, and prove that its numbers are right."""
+"""``lightning-hub doctor``: check this machine, and prove that its numbers are right."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_hub.runs.folder import runs_root
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print a line for each check; 3 if one of the environment fails, 1 if a proof does."""
+    """Print a line for each check; the exit code is 3 if a check of the machine fails, 1 if a proof fails."""
     given = _parser().parse_args(argv)
     environment = _told(check_machine(runs_root(given.runs_root)), quiet=given.json)
     proofs: list[Finding] = []
@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _told(findings: Iterable[Finding], *, quiet: bool) -> list[Finding]:
-    """Return all findings, each printed as it comes."""
+    """Print each finding as it comes, and return all."""
     listed = []
     for finding in findings:
         listed.append(finding)

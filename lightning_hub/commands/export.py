@@ -43,14 +43,14 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _check_free(target: Path) -> None:
-    """Refuse to write over what is there: it may be a person's model, data, or home.
+    """Refuse a path that exists: it may be a model, data, or a home folder.
 
     Raises:
         ConfigError: The path is taken, or cannot be written.
     """
     there = next(path for path in (target, *target.absolute().parents) if path.exists())
     if not os.access(there, os.W_OK) or (there != target and not there.is_dir()):
-        raise ConfigError(f"{there} is no folder that can be written", where="--to", remedy="name another")
+        raise ConfigError(f"{there} is not a folder that can be written", where="--to", remedy="name another")
     if there == target and (not target.is_dir() or next(target.iterdir(), None) is not None):
         remedy = "name a new folder, or remove this one first"
         raise ConfigError(f"{target} is there already, and nothing is written over it", where="--to", remedy=remedy)

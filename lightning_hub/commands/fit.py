@@ -45,9 +45,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def start(recipe: Recipe, config: ResolvedConfig, options: RunOptions) -> int:
-    """Train: in this process, as one rank of those that a launcher has started, or in ranks that this one starts.
+    """Train in this process, as a rank that a launcher has started, or in ranks that this process starts.
 
-    A terminal that is closed meanwhile is let go, and the training goes on.
+    The training continues when its terminal is closed.
 
     Args:
         recipe: The recipe as given.
@@ -61,7 +61,7 @@ def start(recipe: Recipe, config: ResolvedConfig, options: RunOptions) -> int:
 
 
 def _stored(options: RunOptions) -> ResolvedConfig | None:
-    """Return the recipe of the run that is gone on with."""
+    """Return the recipe of the run that is resumed."""
     if options.run_dir is None or options.resume == "never" or not RunFolder(options.run_dir).config.is_file():
         return None
     return newest_recipe(RunFolder(options.run_dir))
@@ -69,7 +69,7 @@ def _stored(options: RunOptions) -> ResolvedConfig | None:
 
 def _start(recipe: Recipe, config: ResolvedConfig, options: RunOptions) -> int:
     process = detect_process(os.environ)
-    if process is None or (process.rank == 0 and process.launcher != "fit"):  # else who started this rank has said so
+    if process is None or (process.rank == 0 and process.launcher != "fit"):  # else the supervisor has printed it
         print_notice(LOADING)
     topology, config = resolve_topology(recipe, config, process, visible_gpus(os.environ), say=print_note)
     if process is None and topology.world_size > 1:

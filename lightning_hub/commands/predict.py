@@ -21,7 +21,7 @@ PREDICT_FLAGS = (
 
 
 def main(argv: Sequence[str]) -> int:
-    """Answer the prompts of ``data.predict``."""
+    """Complete the prompts of ``data.predict``."""
     if show_help("predict", argv, PREDICT_FLAGS):
         return ExitCode.DONE
     command, options, given = parse("predict", _named_model(argv), ["--to"])
@@ -52,6 +52,6 @@ def _named_model(argv: Sequence[str]) -> list[str]:
     root = next((after for word, after in pairwise(rest) if word == "--runs-root"), None)
     root = root or next((word.partition("=")[2] for word in rest if word.startswith("--runs-root=")), None)
     model = model_of(name, root)
-    # Nothing is trained: the data class wants to be told what on all the same.
+    # The data class needs training data, although nothing is trained.
     return ["--model", "SFT", "--model.model", model, "--data", "ChatData", "--data.train", prompts,
             "--data.predict", prompts, *rest]  # fmt: skip

@@ -1,4 +1,4 @@
-"""``lightning-hub runs``: everything a run's folder tells, as text and as JSON."""
+"""``lightning-hub runs``: everything in a run folder, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from lightning_hub.runs.records import ENDED
 from lightning_hub.runs.unused import is_unused
 
 VERBS_OF_OTHERS = {"ls": "list", "ps": "list", "tail": "logs", "log": "logs", "rm": "delete", "kill": "stop"}
-"""What people type who come from other tools, to ours."""
+"""Verbs of other tools, and ours."""
 
 _POLL = 0.2
 _SHOWN_LINES = 100
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments after ``runs``.
 
     Raises:
-        HubError: Wrong words, an unknown run, or a run that this cannot be done to.
+        HubError: Wrong arguments, an unknown run, or a run that does not allow the verb.
     """
     arguments, extra = _parse(argv)
     if arguments.name == "resume":
@@ -68,7 +68,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose complaints are errors like all others: one sentence, exit code 2."""
+    """A parser whose errors are `ConfigError`: one sentence, exit code 2."""
 
     def error(self, message: str) -> NoReturn:
         choice = re.fullmatch(r"argument VERB: invalid choice: '(.*?)' \(choose from (.*)\)", message)
@@ -108,7 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
     stop.add_argument("--now", action="store_true", help="end its processes at once, without a new checkpoint")
     delete = add("delete", _delete, "delete a run that has ended, with its checkpoints and export", one)
     delete.add_argument("--yes", action="store_true", help="do not ask")
-    add("resume", _stop, "go on with a stopped or failed run, in the same folder; takes new limits", one)
+    add("resume", _stop, "continue a stopped or failed run in the same folder; takes new limits", one)
     return parser
 
 
@@ -116,7 +116,7 @@ def _log_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=int, help="only this rank (default: all, merged by time)")
     parser.add_argument("--attempt", type=int, help="this attempt, counted from 1 (default: the newest)")
     parser.add_argument("--errors", action="store_true", help="only tracebacks and lines that name an error")
-    parser.add_argument("-f", "--follow", action="store_true", help="go on as lines are written, until the run ends")
+    parser.add_argument("-f", "--follow", action="store_true", help="print new lines until the run ends")
     parser.add_argument(
         "-n", type=int, default=_SHOWN_LINES, metavar="N", help=f"the last N lines (default {_SHOWN_LINES}; 0: all)"
     )
@@ -219,7 +219,7 @@ def _log_sources(folder: RunFolder, arguments: argparse.Namespace) -> dict[str, 
 
 
 def _written_lines(tails: dict[str, LogTail], arguments: argparse.Namespace) -> Iterable[SourceLine]:
-    """Return what was written before the tails begin, so that following on shows each line once."""
+    """Return what was written before the tails begin, so that following shows each line once."""
     count: int = arguments.n
     if arguments.errors or count <= 0:
         merged = _merged({name: all_lines(tail) for name, tail in tails.items()}, arguments)
@@ -275,12 +275,12 @@ def _delete(arguments: argparse.Namespace) -> int:
         remedy = f"lightning-hub runs stop {folder.id} first"
         raise ConfigError(f"{folder.id} is {view.verdict.state}: a live run is not deleted", where="RUN", remedy=remedy)
     if folder.path.is_symlink() or not folder.info().id:
-        raise ConfigError("this is no run folder of ours: it is not deleted", where=str(folder.path))
+        raise ConfigError("this is not a run folder: it is not deleted", where=str(folder.path))
     if not arguments.yes and not _confirmed(folder):
         sys.stdout.write("nothing was deleted\n")
         return ExitCode.DONE
     doomed = folder.path.with_name(f".{folder.id}.deleted")
-    folder.path.rename(doomed)  # gone at once for every reader, however long the removal takes
+    folder.path.rename(doomed)  # readers miss it at once, however long the removal takes
     shutil.rmtree(doomed)
     sys.stdout.write(f"{folder.id} is deleted\n")
     return ExitCode.DONE
@@ -288,7 +288,7 @@ def _delete(arguments: argparse.Namespace) -> int:
 
 def _confirmed(folder: RunFolder) -> bool:
     if not sys.stdin.isatty():
-        raise ConfigError("nobody can be asked here", where="runs delete", remedy="give --yes")
+        raise ConfigError("there is no terminal to confirm on", where="runs delete", remedy="give --yes")
     size = sum(path.stat().st_size for path in folder.path.rglob("*") if path.is_file() and not path.is_symlink())
     sys.stdout.write(f"Delete {folder.path} ({size / 1e6:.1f} MB, checkpoints and export included)? [y/N] ")
     sys.stdout.flush()

@@ -1,1 +1,1 @@
-"""Who is started where: the place of a process among others, the shape of a run, and the ranks of this machine."""
+"""Launching: flags, run folders and attempts, the environment of a process, the topology, and local ranks."""

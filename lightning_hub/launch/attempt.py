@@ -1,4 +1,4 @@
-"""The beginning of an attempt: which checkpoint it goes on from, said in the run folder before anything is loaded."""
+"""The start of an attempt: select the checkpoint to resume from, and write it to the run folder."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from lightning_hub.runs.writer import RunWriter
 
 @dataclass(frozen=True)
 class StartedAttempt:
-    """An attempt that has begun; all of its ranks know the same.
+    """An attempt that has started; every rank has the same one.
 
     Attributes:
         folder: The run.
         attempt: Its number.
-        checkpoint: What it goes on from.
+        checkpoint: The checkpoint that it resumes from; None for a first start.
     """
 
     folder: RunFolder
@@ -40,15 +40,15 @@ def start_attempt(
     world_size: int = 1,
     master_port: int | None = None,
 ) -> StartedAttempt:
-    """Choose the checkpoint and write down that an attempt begins.
+    """Select the checkpoint, and write that an attempt starts.
 
     Args:
-        run: The run's files; closed, with the reason in them, if there is nothing to go on from.
+        run: The run's files; they are closed, with the reason in them, if there is no checkpoint to resume from.
         resume: auto, must, never, or the path of a checkpoint.
-        config: The recipe of the attempt; written where it may differ from the run's own.
-        trusted: Whether that path may be of a folder without a manifest.
+        config: The recipe of the attempt; it is written if it differs from that of the run.
+        trusted: Whether the path may be a folder without a manifest.
         world_size: Processes of the attempt.
-        master_port: Where they meet, if they are several of this machine.
+        master_port: Port of the rendezvous, if there are several processes on this machine.
 
     Raises:
         NoCheckpointError: There is no usable checkpoint, and one is needed.
@@ -72,7 +72,7 @@ def start_attempt(
 
 
 def _write_config(folder: RunFolder, attempt: int, config: ResolvedConfig | None) -> None:
-    """Write the recipe of an attempt, which a further one starts from; the first has that of the run."""
+    """Write the recipe of an attempt: a later attempt starts from it. The first attempt has that of the run."""
     if config is None:
         return
     text = dump(config.tree())
@@ -81,7 +81,7 @@ def _write_config(folder: RunFolder, attempt: int, config: ResolvedConfig | None
 
 
 def _select_checkpoint(run: RunWriter, resume: str, *, trusted: bool) -> Path | None:
-    """Return what to go on from; damaged checkpoints are named and passed over."""
+    """Return the checkpoint to resume from; damaged ones are reported and skipped."""
     if resume == "never":
         return None
     if resume not in ("auto", "must"):
@@ -93,5 +93,5 @@ def _select_checkpoint(run: RunWriter, resume: str, *, trusted: bool) -> Path | 
     if found is None and (resume == "must" or damaged):
         remedy = "start a new run, or give --resume auto to begin again" if not damaged else "start a new run"
         where = str(run.folder.checkpoints)
-        raise NoCheckpointError("there is no checkpoint to go on from", where=where, remedy=remedy)
+        raise NoCheckpointError("there is no checkpoint to resume from", where=where, remedy=remedy)
     return found

@@ -1,4 +1,4 @@
-"""How many accelerators this machine shows, without loading anything that could ask them."""
+"""The number of GPUs of this machine, read without torch."""
 
 from __future__ import annotations
 
@@ -17,6 +17,6 @@ def visible_gpus(environ: Mapping[str, str], driver: Path = _DRIVER) -> int:
     listed: list[str] = []
     for entry in (part.strip() for part in chosen.split(",")):
         if not entry or entry == "-1":
-            break  # CUDA reads up to the first that is none
+            break  # CUDA stops at the first index that is not valid
         listed.append(entry)
     return len(listed)

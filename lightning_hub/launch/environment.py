@@ -1,4 +1,4 @@
-"""Which of how many processes this one is, as whoever started it says in the environment. Pure."""
+"""Rank and world size of this process, as its launcher wrote them to the environment. A pure function."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ ATTEMPT_VARIABLE = "LIGHTNING_HUB_ATTEMPT"
 LISTENER_VARIABLE = "LIGHTNING_HUB_LISTENER"
 
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "NODE_RANK")
-"""What tells a process its place; whoever starts ranks sets all of them anew."""
+"""The variables that give a process its rank; a launcher sets all of them for every rank."""
 
 _REMEDY = "start it with torchrun, or without these variables: then the command starts its own processes"
 
 
 @dataclass(frozen=True)
 class ProcessInfo:
-    """One process among those of a run.
+    """Rank and world size of one process, and the launcher that started it.
 
     Attributes:
         rank: Its number, from 0.
@@ -55,7 +55,7 @@ class ProcessInfo:
 
     @property
     def is_single(self) -> bool:
-        """Whether nobody else takes part."""
+        """Whether the run has no other process."""
         return self.world_size == 1
 
     def __str__(self) -> str:
@@ -63,10 +63,10 @@ class ProcessInfo:
 
 
 def detect_process(environ: Mapping[str, str]) -> ProcessInfo | None:
-    """Return the place that a launcher has given this process, or None where nobody started several.
+    """Return the rank that a launcher has given this process, or None if no launcher started several processes.
 
     Raises:
-        ConfigError: The variables say that there are others, and not who this one is.
+        ConfigError: The variables say that there are other processes, but not which one this is.
     """
     if "TORCHELASTIC_RUN_ID" in environ:
         return _torchrun(environ)
@@ -74,7 +74,7 @@ def detect_process(environ: Mapping[str, str]) -> ProcessInfo | None:
         return _slurm(environ)
     if int(_number(environ, "WORLD_SIZE", 1)) > 1 or _number(environ, "RANK", 0) > 0:
         return _from_variables(environ)
-    return None  # a lone RANK=0 or LOCAL_RANK=0 says nothing about others
+    return None  # RANK=0 or LOCAL_RANK=0 alone says nothing about other processes
 
 
 def _torchrun(environ: Mapping[str, str]) -> ProcessInfo:
@@ -115,7 +115,7 @@ def _per_process(environ: Mapping[str, str], launcher: str, local_world_size: in
 
 
 def _is_slurm_step(environ: Mapping[str, str]) -> bool:
-    """Say whether srun started this process as one of several tasks; a shell inside an allocation is none."""
+    """Return whether srun started this process as one of several tasks; a shell inside an allocation is not one."""
     interactive = environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
     return not interactive and "SLURM_STEP_ID" in environ and _number(environ, "SLURM_NTASKS", 1) > 1
 

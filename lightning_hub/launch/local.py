@@ -1,8 +1,8 @@
-"""The processes of one node: started with the environment that torchrun would give them, watched, and ended together.
+"""The ranks of one node: started with the environment variables of torchrun, watched, and ended together.
 
-A rank's output goes straight into its log files, through descriptors that it inherits: no pipe can fill up, and what
-a crash writes last is there. Ranks run in a session of their own, so that a key pressed in the terminal reaches the
-supervisor alone, and they die with it (`lightning_hub.parent`).
+A rank writes directly to its log files, through descriptors that it inherits: no pipe can fill up, and the last lines
+before a crash are in the log. Ranks run in a session of their own, so a key pressed in the terminal reaches the
+supervisor only. They end when the supervisor ends (`lightning_hub.parent`).
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from lightning_hub.runs.files import make_private_folder, open_append
 from lightning_hub.runs.folder import RankFolder, RunFolder
 
 GRACE_SECONDS = 5.0
-"""Seconds in which the other ranks may say what they have seen, after one has failed."""
+"""Seconds that the other ranks have to write their errors after one rank has failed."""
 
 FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-"""Signals that ask for something, which ranks hear of."""
+"""Signals that the supervisor forwards to every rank."""
 
 _PERIOD = 0.05
 _LOOPBACK = Path("/sys/class/net/lo")
@@ -34,14 +34,14 @@ _LOOPBACK = Path("/sys/class/net/lo")
 
 @dataclass(frozen=True)
 class RankGroup:
-    """What the ranks of one attempt on this machine have in common.
+    """What all ranks of one attempt on this machine share.
 
     Attributes:
         folder: The run.
         attempt: Number of the attempt.
         world_size: How many ranks there are, all of them here.
         argv: The command of every rank.
-        listener: A socket of the loopback address on which rank 0 will answer; opened before any rank starts, so
+        listener: The listening socket of rank 0 on the loopback address; it is opened before any rank starts, so
             that no other program can take its port.
     """
 
@@ -53,7 +53,7 @@ class RankGroup:
 
     @property
     def port(self) -> int:
-        """The port on which the ranks meet."""
+        """The port of the rendezvous."""
         return int(self.listener.getsockname()[1])
 
     def environment(self, rank: int) -> dict[str, str]:
@@ -91,7 +91,7 @@ class RankExit:
         rank: Its number.
         code: Its exit code; below 0 the number of the signal that killed it.
         at: When that was seen (monotonic, seconds).
-        ended_here: Whether the supervisor ended it, because another had failed before.
+        ended_here: Whether the supervisor ended it, because another rank had failed.
     """
 
     rank: int
@@ -103,7 +103,7 @@ class RankExit:
 class RunningRanks:
     """The running ranks of a group.
 
-    Use as ``with start_ranks(group) as ranks``: when the block is left, for whatever reason, none of them runs.
+    Use as ``with start_ranks(group) as ranks``: after the block none of them runs, whatever the reason.
     """
 
     def __init__(self, processes: dict[int, subprocess.Popen[bytes]]) -> None:
@@ -116,9 +116,9 @@ class RunningRanks:
         return [rank for rank in self.processes if rank not in self.endings]
 
     def poll(self) -> None:
-        """Note which ranks have ended since the last look.
+        """Find the ranks that have ended since the last call.
 
-        They stay unreaped until `end`, so that the number of each still means it and the group that it leads.
+        They are not reaped until `end`, so that each pid still names the rank and its process group.
         """
         for rank in self.running:
             result = os.waitid(os.P_PID, self.processes[rank].pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -127,12 +127,12 @@ class RunningRanks:
                 self.endings[rank] = RankExit(rank, code, time.monotonic())
 
     def signal(self, number: int) -> None:
-        """Send a signal to every rank that runs: never to one alone."""
+        """Send a signal to every running rank, never to one rank only."""
         for rank in self.running:
             os.kill(self.processes[rank].pid, number)
 
     def end(self) -> None:
-        """Kill what still runs, with everything that the ranks have started."""
+        """Kill the ranks that still run, and the processes that they have started."""
         self.poll()
         for rank, process in self.processes.items():
             if process.returncode is None:
@@ -140,28 +140,28 @@ class RunningRanks:
                 code = process.wait()
                 self.endings.setdefault(rank, RankExit(rank, code, time.monotonic(), ended_here=True))
 
-    def wait(self, meanwhile: Callable[[], None], grace: float = GRACE_SECONDS) -> None:
-        """Wait until all have ended; once one fails, the others have ``grace`` seconds.
+    def wait(self, on_poll: Callable[[], None], grace: float = GRACE_SECONDS) -> None:
+        """Wait until all ranks have ended; after one has failed, the others have ``grace`` seconds.
 
         Args:
-            meanwhile: Called at every look, many times a second.
+            on_poll: Called at every poll, many times a second.
             grace: Seconds.
         """
         while self.running:
             self.poll()
-            meanwhile()
+            on_poll()
             failed = [ending.at for ending in self.endings.values() if ending.code != 0]
             if failed and time.monotonic() - min(failed) > grace:
                 break
             if self.running:
                 time.sleep(_PERIOD)
         self.end()
-        meanwhile()
+        on_poll()
 
 
 @contextmanager
 def start_ranks(group: RankGroup) -> Iterator[RunningRanks]:
-    """Start every rank of a group, its output in its log files, and leave none behind."""
+    """Start every rank of a group, with its output in its log files; none is left after the block."""
     ranks = RunningRanks({})
     try:
         with _signals_blocked():
@@ -174,7 +174,7 @@ def start_ranks(group: RankGroup) -> Iterator[RunningRanks]:
 
 @contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """Hold signals back while it lasts. Ranks inherit that, and let them in when they are ready to listen."""
+    """Block signals during the block. Ranks inherit the mask, and unblock signals when their handlers are ready."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED_SIGNALS)
     try:
         yield
@@ -213,7 +213,7 @@ def _kill_group(pid: int) -> None:
 
 
 def open_listener() -> socket.socket:
-    """Return a listening socket of the loopback address, on a port that nobody else has."""
+    """Return a listening socket on the loopback address, on a free port."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     listener.listen(128)

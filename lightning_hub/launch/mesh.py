@@ -1,4 +1,4 @@
-"""Meshes: how the processes of a run are divided among kinds of parallelism. Pure functions, no process needed."""
+"""Device meshes: how the ranks are divided between data and tensor parallelism. Pure functions."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Mesh:
     """Sizes of the two axes of a mesh.
 
     Attributes:
-        fsdp: Ranks that share out the data and keep a part of each weight.
-        tp: Ranks that work on the same rows, each with its part of every layer.
+        fsdp: Ranks that split the data, and hold a shard of each weight.
+        tp: Ranks that work on the same packed rows, each with its shard of every layer.
     """
 
     fsdp: int
@@ -58,7 +58,7 @@ def read_mesh(mesh_shape: tuple[list[int], list[str]]) -> Mesh:
 
 
 def check_mesh(mesh: Mesh, world_size: int) -> None:
-    """Refuse a mesh that is not made of exactly the processes of the run, naming the nearest that are."""
+    """Refuse a mesh whose size is not the world size; the error names the nearest meshes that fit."""
     found = mesh.fsdp * mesh.tp
     if found == world_size:
         return
@@ -71,7 +71,7 @@ def check_mesh(mesh: Mesh, world_size: int) -> None:
 
 
 def nearest_mesh(mesh: Mesh, world_size: int, count: int = 2) -> str:
-    """Return the meshes of ``world_size`` processes that differ least from ``mesh``, by the ratio of their sizes."""
+    """Return the meshes of ``world_size`` ranks that differ least from ``mesh``, by the ratio of their sizes."""
     fitting = [Mesh(world_size // tp, tp) for tp in range(1, world_size + 1) if world_size % tp == 0]
 
     def distance(other: Mesh) -> float:
@@ -92,7 +92,7 @@ def check_replicas(replicas: int, world_size: int) -> None:
 
 
 def check_divisible(config: PretrainedConfig, tp: int) -> None:
-    """Refuse a tensor-parallel size that does not divide what it would split, by the name of that.
+    """Refuse a tensor-parallel size that does not divide the sizes that it splits; the error names the size.
 
     Args:
         config: The model's configuration.

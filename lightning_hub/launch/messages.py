@@ -7,12 +7,12 @@ from contextlib import suppress
 
 
 def print_notice(text: str) -> None:
-    """Say on standard error what a slow command does now; standard output stays what programs read."""
-    if sys.stderr is None:  # closed by whoever started this process
+    """Print on standard error what a slow command does now; standard output is for programs."""
+    if sys.stderr is None:  # the process was started with standard error closed
         return
     try:
         print(f"{text} ...", file=sys.stderr, flush=True)
-    except OSError:  # the terminal is gone, and the command goes on
+    except OSError:  # the terminal was closed; the command continues
         return
 
 
@@ -21,5 +21,5 @@ LOADING = "loading torch and the model"
 
 def print_note(text: str) -> None:
     """Print a note for a person."""
-    with suppress(BrokenPipeError):  # nobody reads notes: that ends no training
+    with suppress(BrokenPipeError):  # the reader has ended; training continues
         print(f"note: {text}", file=sys.stderr)

@@ -15,7 +15,7 @@ from lightning_hub.errors import ConfigError
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Where a run is kept, what it goes on from, and what a person allows it.
+    """The run folder, the checkpoint to resume from, and what the user allows.
 
     Attributes:
         run_dir: Exactly this run folder.
@@ -40,7 +40,7 @@ class RunOptions:
     print_config: bool = False
 
     def permissions(self) -> list[str]:
-        """Return the flags that no file may give, for the ranks of this run."""
+        """Return the flags that only a command line may give, for the ranks of this run."""
         classes = [word for prefix in self.allow_class for word in ("--allow-class", prefix)]
         allowed = {
             "--allow-changed-data": self.allow_changed_data,
@@ -51,7 +51,7 @@ class RunOptions:
 
 
 class _Parser(ArgumentParser):
-    """Says errors as ours are said."""
+    """A parser whose errors are `ConfigError`."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message, remedy=f"see {self.prog} --help")
@@ -79,7 +79,7 @@ def parse(verb: str, argv: Sequence[str], extra: Sequence[str] = ()) -> tuple[Co
     """Read a command line.
 
     Args:
-        verb: The command's word.
+        verb: The verb.
         argv: The arguments after it.
         extra: Further flags that take a value.
 
@@ -115,7 +115,7 @@ def parse(verb: str, argv: Sequence[str], extra: Sequence[str] = ()) -> tuple[Co
 
 
 def _run_name(given: str | None) -> str | None:
-    """Return a name as run folders have it, in small letters."""
+    """Return a name in lower case, as run folders have it."""
     if given is not None and given != given.lower():
         print(f"note: the name of the run is written in small letters: {given.lower()}", file=sys.stderr)
     return given.lower() if given is not None else None

@@ -1,4 +1,4 @@
-"""Processes of earlier attempts of a run that still live although their supervisor is gone: found and ended."""
+"""Finds and ends ranks of earlier attempts that still run although their supervisor has ended."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_hub.runs.processes import end_process
 
 @dataclass(frozen=True)
 class Orphan:
-    """A living rank of an earlier attempt."""
+    """A running rank of an earlier attempt."""
 
     rank: int
     attempt: int
@@ -26,10 +26,10 @@ class Orphan:
 
 
 def find_orphans(folder: RunFolder) -> list[Orphan]:
-    """Return the ranks of earlier attempts that live on this machine.
+    """Return the ranks of earlier attempts that run on this machine.
 
-    Leases and heartbeats name them by pid, start time and boot id, so that another process which has one of their
-    numbers now is never meant. The environment tells of those that were killed before they had written anything.
+    Leases and heartbeats name them by pid, start time and boot id, so another process that has the same pid now is not
+    taken for one. Ranks whose supervisor was killed before they wrote a file are found by their environment.
     """
     found: dict[int, Orphan] = {}
     if not folder.attempts():
@@ -41,9 +41,9 @@ def find_orphans(folder: RunFolder) -> list[Orphan]:
 
 
 def end_orphans(folder: RunFolder) -> None:
-    """End the ranks of earlier attempts, of which nobody but this process may write the run now.
+    """End the ranks of earlier attempts: only this process may write to the run now.
 
-    Call it with the run locked: then whoever supervised them is gone.
+    Call it with the run locked: then their supervisor has ended.
 
     Raises:
         ConfigError: One cannot be ended; it is named.
@@ -70,7 +70,7 @@ def _from_heartbeats(folder: RunFolder) -> Iterator[Orphan]:
     for attempt in folder.attempts():
         for rank in folder.ranks(attempt):
             beat = read_json(folder.rank(attempt, rank).heartbeat) or {}
-            if beat.get("phase") != "exit":  # else its process may live on, and train something else
+            if beat.get("phase") != "exit":  # else its process may run on, and train something else
                 yield from _orphan(rank, attempt, beat)
 
 

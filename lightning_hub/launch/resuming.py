@@ -1,4 +1,4 @@
-"""What a further attempt of a run starts from: the newest recipe, and whether anything is left to do."""
+"""What a new attempt of a run starts from: the newest recipe, and whether work is left."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_hub.runs.records import Attempt, ErrorRecord, Status
 
 
 def newest_config(folder: RunFolder) -> Path:
-    """Return the recipe of the newest attempt; one that was refused does not count."""
+    """Return the recipe file of the newest attempt that was not refused."""
     for attempt in reversed(folder.attempts()):
         path = folder.attempt_config(attempt)
         if path.is_file() and not _was_refused(folder, attempt):
@@ -31,7 +31,7 @@ def newest_recipe(folder: RunFolder) -> ResolvedConfig:
 
 
 def _was_refused(folder: RunFolder, attempt: int) -> bool:
-    """Say whether an attempt ended before its first step, because of what a person had given."""
+    """Return whether an attempt ended before its first step because of its recipe or data."""
     began = Attempt.from_json(read_json(folder.attempt_json(attempt)))
     found = (read_json(folder.rank(attempt, rank).error) for rank in folder.ranks(attempt))
     errors = [ErrorRecord.from_json(data) for data in found if data is not None]
@@ -39,14 +39,14 @@ def _was_refused(folder: RunFolder, attempt: int) -> bool:
 
 
 def check_work_left(folder: RunFolder, config: ResolvedConfig) -> None:
-    """Refuse to go on with a run that has reached the limits that it is given.
+    """Refuse to resume a run that has reached its limits.
 
     Args:
         folder: The run.
         config: The recipe of the new attempt.
 
     Raises:
-        ConfigError: There is nothing left to do; says which limit to raise.
+        ConfigError: No work is left; the error says which limit to raise.
     """
     status = Status.from_json(read_json(folder.status))
     if status.state != "finished":
@@ -64,12 +64,12 @@ def _same_limits(before: TrainerConfig, after: TrainerConfig) -> bool:
 
 
 def _is_further(before: TrainerConfig, after: TrainerConfig, step: int, epochs: int) -> bool:
-    """Say whether new limits lie beyond what is done."""
+    """Return whether new limits are beyond what is done."""
     if 0 <= (after.options.get("max_steps") or -1) <= step:
         return False
     ended_by_steps = (before.options.get("max_steps") or -1) == step
     limit = after.options.get("max_epochs")
-    begun = epochs - 1 if ended_by_steps else epochs  # its last epoch may not be over
+    begun = epochs - 1 if ended_by_steps else epochs  # its last epoch may not be complete
     return limit in (None, -1) or int(limit) > begun
 
 

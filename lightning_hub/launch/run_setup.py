@@ -1,4 +1,4 @@
-"""The run folder of a training: made as its recipe and flags say, or opened for a further attempt."""
+"""Sets up a run: checks the recipe, and makes the run folder or opens it for a new attempt."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lightning_hub.runs.writer import NewRun, RunWriter
 
 
 def run_folder(config: ResolvedConfig, options: RunOptions) -> RunFolder:
-    """Make a new run folder, or open the one that was named; a run in it that finished no step is replaced."""
+    """Make a new run folder, or open the named one; a run in it that finished no step is replaced."""
     if options.run_dir is not None:
         named = RunFolder(options.run_dir)
         if options.resume == "never" and holds_unused_run(named):
@@ -46,14 +46,14 @@ def _clear_unused(folder: RunFolder) -> None:
 def write_run(
     folder: RunFolder, recipe: Recipe, config: ResolvedConfig, options: RunOptions, verdict: str = "single"
 ) -> RunWriter:
-    """Write what a new run is; one that exists is opened as it stands.
+    """Write the files that describe a new run; an existing run is opened without a change.
 
     Args:
         folder: Where.
         recipe: As given.
         config: The same, checked, with its defaults and its number of processes.
         options: The flags beside it.
-        verdict: Who starts the processes, as a plan calls it.
+        verdict: The launcher, as ``plan.json`` names it.
     """
     if folder.run_json.exists():
         return RunWriter(folder)

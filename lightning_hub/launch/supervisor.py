@@ -1,4 +1,4 @@
-"""Run the ranks of an attempt on this machine: show what rank 0 says, pass wishes on, and say how it ended."""
+"""Runs the ranks of an attempt on this machine: shows the log of rank 0, forwards signals, writes the end."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from lightning_hub.runs.stopping import AT_ONCE
 from lightning_hub.runs.writer import RunWriter
 
 SIMULTANEOUS_SECONDS = 1.0
-"""Seconds within which ranks end together."""
+"""Ranks that fail within so many seconds fail for one reason."""
 
 EXPLAINED_EXIT_CODES = {0, int(ExitCode.STOPPED), int(ExitCode.HARD_STOP)}
-"""Exit codes of ranks that are no fault of theirs."""
+"""Exit codes that are not failures: the rank or the user has given the reason."""
 
 
 def supervise(run: RunWriter, group: RankGroup) -> int:
     """Start the ranks of an attempt, wait for them, and return the exit code of the run.
 
-    The exit code is that of the rank that failed first. Signals reach all ranks or none: SIGTERM, SIGUSR1 and the
-    first SIGINT are passed on as wishes, a second SIGINT kills them.
+    The exit code is that of the rank that failed first. A signal reaches all ranks or none: SIGTERM, SIGUSR1 and the
+    first SIGINT are forwarded as requests, a second SIGINT kills the ranks.
     """
     echo = [
         LogForwarder(group.folder.rank(group.attempt, 0).stdout, sys.stdout),
@@ -45,7 +45,7 @@ def supervise(run: RunWriter, group: RankGroup) -> int:
         silence = SilenceWatch(run, group)
         ended: list[bool] = []
 
-        def meanwhile() -> None:
+        def on_poll() -> None:
             for stream in echo:
                 stream.forward()
             run.children = [child | {"exit_code": _code(ranks, child["rank"])} for child in run.children]
@@ -55,21 +55,21 @@ def supervise(run: RunWriter, group: RankGroup) -> int:
                 ended.append(True)
                 ranks.end()
 
-        ranks.wait(meanwhile)
+        ranks.wait(on_poll)
     if len(interrupts) > 1 or ended:
         return _hard_stop(run)
     return _finish_status(run, group, first_failure(group, ranks))
 
 
 class LogForwarder:
-    """Copies whole lines of a log to a terminal for as long as there is one."""
+    """Copies complete lines of a log to the terminal, as long as it is open."""
 
     def __init__(self, log: Path, stream: TextIO) -> None:
         self._tail = LogTail(log)
         self._stream: TextIO | None = stream
 
     def forward(self) -> None:
-        """Print what is new; a terminal that is gone is let go, the run is not."""
+        """Print new lines; when the terminal is closed, printing ends and the run continues."""
         lines = self._tail.read()
         if self._stream is None or not lines:
             return
@@ -81,10 +81,10 @@ class LogForwarder:
 
 
 def first_failure(group: RankGroup, ranks: RunningRanks) -> RankExit | None:
-    """Return how the rank ended that is the cause of the others' ends, or None if none failed.
+    """Return the exit of the rank whose failure caused the others, or None if none failed.
 
-    A rank whose partner is gone fails soon after it, in a collective; such an error is the cause only if there is no
-    other. Ranks that were ended here never are. Of those that fail together, for one reason, the lowest speaks.
+    When a rank ends, the others fail soon after it in a collective. Such an error is the cause only if there is no
+    other one. Ranks that were ended here are never the cause. Of ranks that fail together, the lowest is returned.
     """
     failed = [ending for ending in ranks.endings.values() if ending.code != 0 and not ending.ended_here]
     causes = [ending for ending in failed if not _is_consequence(group, ending)] or failed
@@ -99,7 +99,7 @@ def _is_consequence(group: RankGroup, ending: RankExit) -> bool:
 
 
 def _finish_status(run: RunWriter, group: RankGroup, failure: RankExit | None) -> int:
-    """Complete what the ranks have written about their end, and return the run's exit code."""
+    """Write the status of the run from the exits of its ranks, and return its exit code."""
     run.refresh()
     if failure is None:
         return ExitCode.DONE
@@ -111,7 +111,7 @@ def _finish_status(run: RunWriter, group: RankGroup, failure: RankExit | None) -
         record = _rank_died_record(group.folder, group.attempt, failure)
         write_json(files.error, record.to_json(), fsync=True, indent=1)
     sentence = f"rank {failure.rank}: {record.message}"
-    if failure.rank != 0 or failure.code < 0:  # what rank 0 says itself has been shown
+    if failure.rank != 0 or failure.code < 0:  # the messages of rank 0 were shown already
         log = files.stderr.relative_to(group.folder.path.parent)
         print(f"error: {sentence}; see {log}", file=sys.stderr)
     code = failure.code if failure.code > 0 else int(ExitCode.FAILED)
@@ -120,7 +120,7 @@ def _finish_status(run: RunWriter, group: RankGroup, failure: RankExit | None) -
 
 
 def _rank_died_record(folder: RunFolder, attempt: int, ending: RankExit) -> ErrorRecord:
-    """Describe the end of a rank that could not do it itself."""
+    """Return the error record of a rank that could not write one."""
     beat = Heartbeat.from_json(read_json(folder.rank(attempt, ending.rank).heartbeat))
     doing = f", in {beat.doing}" if beat.doing else ""
     if ending.code < 0:
@@ -155,7 +155,7 @@ def _code(ranks: RunningRanks, rank: Json) -> int | None:
 
 @contextmanager
 def _signals_to(ranks: RunningRanks) -> Iterator[list[int]]:
-    """Pass signals on to all ranks while it lasts; yields the interrupts that have come."""
+    """Forward signals to all ranks during the block; yields the interrupts that have come."""
     interrupts: list[int] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
@@ -164,7 +164,7 @@ def _signals_to(ranks: RunningRanks) -> Iterator[list[int]]:
         ranks.signal(signal.SIGKILL if len(interrupts) > 1 else number)
 
     before = {number: signal.signal(number, pass_on) for number in FORWARDED_SIGNALS}
-    before[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a closed terminal ends no run
+    before[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a run continues when its terminal is closed
     try:
         yield interrupts
     finally:
@@ -173,5 +173,5 @@ def _signals_to(ranks: RunningRanks) -> Iterator[list[int]]:
 
 
 def rank_command(config: Path, *flags: str) -> list[str]:
-    """Return the command of a rank: this very interpreter, and all options by file."""
+    """Return the command of a rank: the same interpreter, with all options in a file."""
     return [sys.executable, "-m", "lightning_hub", "fit", "--config", os.fspath(config), *flags]

@@ -1,4 +1,4 @@
-"""The supervisor's look at the heartbeats of its ranks: who has fallen silent, and who is back."""
+"""Reads the heartbeats of the ranks: reports a rank that is silent, and one that is back."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _MISSED_BEATS = 2.5
 
 
 class SilenceWatch:
-    """Tells in the log of rank 0, and so in the terminal, when a rank gives no sign of life.
+    """Writes to the log of rank 0, and so to the terminal, when a rank gives no sign of life.
 
     Args:
-        run: Where it is noted as an event.
+        run: Gets an event for it.
         group: The ranks.
     """
 
@@ -37,7 +37,7 @@ class SilenceWatch:
         self._next = 0.0
 
     def poll(self, running: Sequence[int]) -> None:
-        """Look at the ranks that run, at most once a second."""
+        """Read the heartbeats of the running ranks, at most once a second."""
         now = time.monotonic()
         if now < self._next:
             return
@@ -72,10 +72,10 @@ class SilenceWatch:
 
 def _stands(rank: int, beat: Heartbeat, still: float) -> str:
     doing = f", in {beat.doing}" if beat.doing else ""
-    text = f"rank {rank} has given no sign of life for {still:.0f} s: it stands at step {beat.step}{doing}"
+    text = f"rank {rank} has given no sign of life for {still:.0f} s: it is at step {beat.step}{doing}"
     try:
         if psutil.Process(beat.pid).status() == psutil.STATUS_STOPPED:
-            return f"{text}; its process is stopped, kill -CONT {beat.pid} lets it go on"
+            return f"{text}; its process is stopped, kill -CONT {beat.pid} continues it"
     except psutil.Error:
         pass
     return f"{text} (process {beat.pid})"

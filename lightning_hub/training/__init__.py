@@ -1,1 +1,1 @@
-"""One training process: the recipe becomes a Trainer, the Trainer runs, the run folder tells what happened."""
+"""What runs inside one rank: the recipe becomes a Trainer, the Trainer runs, the run folder records it."""

@@ -1,8 +1,8 @@
-"""LightningCLI as the real parser of recipes, without its own way of running things.
+"""LightningCLI as the parser of recipes; it does not run anything.
 
-jsonargparse takes a text for more than a text: where an option accepts a class or settings, it opens a file of that
-name and reads it as YAML in its place, and it reads every other text as YAML once more. A recipe has been read already,
-so neither may happen here: a file of data is no recipe.
+jsonargparse does not leave a string as it is. Where an option accepts a class or settings, it opens a file of that name
+and reads it as YAML; it parses every other string as YAML again. A recipe was parsed already, so neither may happen
+here: a data file is not a recipe.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from lightning_hub.parallel.process_group import HubClusterEnvironment
 from lightning_hub.parallel.strategies import strategy_for
 
 MAX_BRACKETS = 1_000
-"""Opening brackets of one text. An option without text still reads a text as YAML, which a deep one would crash."""
+"""Opening brackets of one string. An option that takes no string still parses it as YAML; a deep one would crash."""
 
 
 class _FinalText(str):
-    """A text that is a value already: jsonargparse looks for files and YAML in plain ``str`` only."""
+    """A string that is a value already: jsonargparse looks for files and YAML in plain ``str`` only."""
 
     __slots__ = ()
 
@@ -43,12 +43,12 @@ class _FinalText(str):
 
 
 class RecipeCLI(LightningCLI):
-    """Parses a recipe and makes module, data and trainer; running them is the session's.
+    """Parses a recipe and makes module, data and trainer; `TrainingRun` runs them.
 
     Args:
         recipe: A whole recipe as plain data.
         root: Where Lightning's own callbacks and loggers may write: the run folder.
-        callbacks: Makes ours, beside those of the recipe, from the ``checkpoint`` section.
+        callbacks: Makes our callbacks from the ``checkpoint`` section; they join those of the recipe.
         checkpoint_io: How checkpoints are written and read.
         environment: This process among the others of the run; None if it is alone.
     """
@@ -90,14 +90,14 @@ class RecipeCLI(LightningCLI):
             raise said or ConfigError(_cause(error), remedy="see lightning-hub fit --help") from error
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the section that stands beside ``trainer``."""
+        """Add the section ``checkpoint``."""
         parser.add_class_arguments(CheckpointSettings, "checkpoint")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse what was given, never ``sys.argv``, which belongs to the command as a whole."""
+        """Parse the given recipe, never ``sys.argv``."""
         set_parsing_settings(config_read_mode_urls_enabled=False, config_read_mode_fsspec_enabled=False)
         actions: list[Any] = parser._actions
-        for action in actions:  # the second lock: no option takes a file for what stands in it
+        for action in actions:  # a second protection: no option may open a file
             if hasattr(action, "_enable_path"):
                 action._enable_path = False
             if getattr(action, "sub_add_kwargs", None):
@@ -105,7 +105,7 @@ class RecipeCLI(LightningCLI):
         self.config = _plain_texts(parser.parse_object(_final_texts(args)))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Make the trainer with our callbacks and checkpoint format, and a default that ends."""
+        """Make the trainer with our callbacks and checkpoint format; without limits it trains one epoch."""
         given = self.config_init["trainer"]
         if given["max_epochs"] is None and given["max_steps"] == -1 and given["max_time"] is None:
             kwargs["max_epochs"] = 1
@@ -124,7 +124,7 @@ class RecipeCLI(LightningCLI):
 
 
 def _final_texts(value: Any, path: str = "") -> Any:
-    """Return a recipe in which no text can be read as anything else; names of classes stay as they are."""
+    """Return a recipe whose strings are final, except the names of classes."""
     if isinstance(value, dict):
         return {key: _final_texts(child, f"{path}.{key}" if path else str(key)) for key, child in value.items()}
     if isinstance(value, list):
@@ -137,7 +137,7 @@ def _final_texts(value: Any, path: str = "") -> Any:
 
 
 def _plain_texts(value: Any) -> Any:
-    """Return what was parsed with its texts as they were."""
+    """Return the parsed value with plain strings."""
     if isinstance(value, Namespace):
         kind: Callable[..., Namespace] = Namespace
         return kind(**{key: _plain_texts(child) for key, child in vars(value).items()})
@@ -149,14 +149,14 @@ def _plain_texts(value: Any) -> Any:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error and what it came from, down to the root."""
+    """Yield an error and its causes, down to the root."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
 def _cause(error: BaseException) -> str:
-    """Return the sentence that names the fault, without usage and the alternatives that were tried."""
+    """Return the sentence that names the fault, without the usage and the alternatives."""
     *_, root = _chain(error)
     if isinstance(root, ImportError):
         return f"the recipe names a class whose library is not installed ({' '.join(str(root).split())})"

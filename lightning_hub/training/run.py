@@ -1,4 +1,4 @@
-"""One rank from the parsed recipe to the export, with every ending said in the run folder."""
+"""Trains one rank, from the parsed recipe to the export. Every end is written to the run folder."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ class TrainingRun:
     Args:
         config: The whole recipe, checked, with its defaults.
         begun: The attempt.
-        status: Where the run's state is told; on rank 0 only.
-        environment: This process among the others that it has joined; None if it is alone.
-        options: What a person allows.
-        is_summed_up: Whether the end of the run is summed up in print; the demo shows it in its own way.
+        status: Writes the state of the run; on rank 0 only.
+        environment: Rank and world size; None in a single process.
+        options: What the user allows.
+        is_summed_up: Whether a summary is printed at the end; the demo prints its own.
     """
 
     def __init__(
@@ -85,10 +85,10 @@ class TrainingRun:
         self.recorder = Recorder(self.rank, status)
 
     def fit(self) -> int:
-        """Train, export, and return the exit code; every ending stands in the run folder.
+        """Train, export, and return the exit code; every end is written to the run folder.
 
         Raises:
-            HubError: What ended the run, with the exit code that it means by now.
+            HubError: What ended the run, with its exit code.
         """
         try:
             with self.stop_requests.listening():
@@ -104,7 +104,7 @@ class TrainingRun:
             if isinstance(error, HubError):
                 error.exit_code = ExitCode(code)
             raise
-        else:  # the run is finished by now: what goes wrong here is no failure of it
+        else:  # the run is finished: an error in the summary does not make it fail
             self._sum_up()
             return code
         finally:
@@ -113,7 +113,7 @@ class TrainingRun:
             self.rank.close()
 
     def _sum_up(self) -> None:
-        """Print the end of the run for whoever watches or reads the log."""
+        """Print a summary of the run."""
         if self.status is None or not self.is_summed_up:
             return
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
@@ -177,7 +177,7 @@ class TrainingRun:
             return error.exit_code
         code: int = ExitCode.FAILED
         if isinstance(error, HubError) and (step == 0 or error.exit_code != ExitCode.WRONG_INPUT):
-            code = error.exit_code  # a person's fault after the first step is a failed run
+            code = error.exit_code  # a mistake of the user that is found after the first step is a failed run
         if isinstance(error, HardStop):
             code = ExitCode.HARD_STOP
         record = self.rank.record_error(error)
@@ -204,7 +204,7 @@ def build_trainer(
     context: RunContext | None = None,
     environment: HubClusterEnvironment | None = None,
 ) -> RecipeCLI:
-    """Make module, data and trainer of a recipe; nothing is read yet."""
+    """Make module, data and trainer of a recipe; no weights or data are read."""
     _silence_warnings()
     given = {key: value for key, value in config.tree().items() if value is not None}
     if root is not None:
@@ -222,9 +222,9 @@ def export(
     dtype: str | None = None,
     trust_remote_code: bool = False,
 ) -> str:
-    """Write the export of a run from its newest whole checkpoint, in one process, whatever wrote it.
+    """Write the export of a run from its newest valid checkpoint, in one process, whatever world size wrote it.
 
-    The model is built once, empty, and filled tensor by tensor.
+    The model is built once without weights, and loaded one tensor at a time.
 
     Args:
         config: The run's recipe.
@@ -235,14 +235,14 @@ def export(
         trust_remote_code: Whether Python files of the model may run.
 
     Returns:
-        What there is to say about it.
+        A message about the export; empty if there is nothing to say.
 
     Raises:
         NoCheckpointError: The run has none.
     """
     found, damaged = newest_valid(folder.checkpoints)
     if found is None:
-        reason = f"there is no whole checkpoint ({damaged[0]})" if damaged else "there is no checkpoint"
+        reason = f"there is no valid checkpoint ({damaged[0]})" if damaged else "there is no checkpoint"
         raise NoCheckpointError(reason, where=str(folder.checkpoints), remedy="train on, or start a new run")
     cli = build_trainer(config, context=RunContext(trust_remote_code, resume_from=found))
     module, data = cli.model, cli.datamodule
@@ -275,7 +275,7 @@ def evaluate(
 def predict(
     config: ResolvedConfig, *, trust_remote_code: bool, environment: HubClusterEnvironment | None = None
 ) -> list[dict[str, Any]]:
-    """Answer the prompts of ``data.predict`` and return prompts with completions, in order."""
+    """Complete the prompts of ``data.predict``; return prompts with completions, in order."""
     cli = build_trainer(config, context=RunContext(trust_remote_code), environment=environment)
     batches: Any = cli.trainer.predict(cli.model, cli.datamodule)
     answers = [text for batch in batches for text in batch]
@@ -284,7 +284,7 @@ def predict(
 
 
 def _with_folder(logger: Any, folder: Path) -> Any:
-    """Return the loggers of a recipe, writing to ``folder`` where the recipe names no place."""
+    """Return the loggers of a recipe; those without a ``save_dir`` write to ``folder``."""
     if isinstance(logger, list):
         return [_with_folder(one, folder) for one in logger]
     if not isinstance(logger, dict) or logger.get("init_args", {}).get("save_dir", "given") is not None:
@@ -294,7 +294,7 @@ def _with_folder(logger: Any, folder: Path) -> Any:
 
 
 def _silence_warnings() -> None:
-    """Leave out what Lightning and transformers say to people who wrote their own loop."""
+    """Silence messages of Lightning and transformers that do not apply here."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     torch.set_float32_matmul_precision("high")

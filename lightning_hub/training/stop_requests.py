@@ -1,4 +1,4 @@
-"""What somebody asks of a running attempt, through files or signals, agreed on by all ranks in the normal loop."""
+"""Stop and checkpoint requests (signals, control files); all ranks agree once per step."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from lightning_hub.runs.records import State
 
 
 class HardStop(BaseException):
-    """A second interrupt: stop at once. No KeyboardInterrupt, which Lightning turns into an exit code of its own."""
+    """A second interrupt: stop at once. It is not a KeyboardInterrupt, for which Lightning has its own exit code."""
 
 
 class RequestKind(IntEnum):
-    """What is asked for; where ranks are asked for different things, the largest counts."""
+    """What is requested; if ranks get different requests, the largest counts."""
 
     NOTHING = 0
     CHECKPOINT = 1
@@ -31,13 +31,13 @@ class RequestKind(IntEnum):
 
 
 class StopRequests:
-    """Signals of this process and, on rank 0, wishes in the run folder.
+    """Signals of this process and, on rank 0, control files of the run folder.
 
-    A signal handler only notes: what it asks for happens at the next step boundary, when every rank has heard of it.
-    So a signal to one rank alone stops all of them, and none waits for another.
+    A signal handler only records the request. All ranks act on it at the next step boundary, after they have agreed.
+    So a signal to one rank stops all of them, and none waits for another.
 
     Args:
-        hard: Whether a second SIGINT stops this process at once; a launcher has its own way to do that.
+        hard: Whether a second SIGINT stops this process at once; under a launcher, the launcher does that.
     """
 
     def __init__(self, *, hard: bool) -> None:
@@ -48,9 +48,9 @@ class StopRequests:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Note signals while it lasts."""
+        """Record signals during the block."""
         before = {number: signal.signal(number, self._note) for number in FORWARDED_SIGNALS}
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED_SIGNALS)  # held back since the start of a rank
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED_SIGNALS)  # blocked since the start of the rank
         try:
             yield
         finally:
@@ -68,7 +68,7 @@ class StopRequests:
         self._heard = max(self._heard, meant)
 
     def poll(self, rank: RankWriter, stopping: Callable[[], None]) -> SaveRequest:
-        """Return what all ranks have agreed to do now; every rank must ask after the same step.
+        """Return what all ranks have agreed to do now; every rank must call this after the same step.
 
         Args:
             rank: The files of this rank.
@@ -85,7 +85,7 @@ class StopRequests:
 
     @property
     def ends_as(self) -> State:
-        """The state of a run that was stopped: whoever asked it to make room will want it back."""
+        """The state of the stopped run: preempted if another job needed its resources, else stopped."""
         return "preempted" if self.accepted >= RequestKind.PREEMPT else "stopped"
 
 
@@ -96,7 +96,7 @@ def _from_files(rank: RankWriter) -> RequestKind:
 
 
 def requeue(environ: Mapping[str, str]) -> str | None:
-    """Ask SLURM to run this job again; return what became of that, or None outside of SLURM."""
+    """Ask SLURM to requeue this job; return the result as a message, or None outside of SLURM."""
     job = environ.get("SLURM_JOB_ID")
     if job is None:
         return None

@@ -1,4 +1,4 @@
-"""A process that is one of several: it joins the others, does its part, and takes leave of them."""
+"""One rank: initialise the process group, train, destroy the group."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from lightning_hub.training.run import TrainingRun
 
 
 def run_worker(process: ProcessInfo, recipe: Recipe, config: ResolvedConfig, options: RunOptions) -> int:
-    """Be one rank of a training.
+    """Train as one rank, and end the process.
 
-    Where this package has started the ranks, their supervisor keeps the run folder; else rank 0 does.
+    If this package has started the ranks, their supervisor writes the run folder; else rank 0 does.
     """
-    if process.launcher in ("fit", "torchrun"):  # whose agent or supervisor would end them, were it still there
+    if process.launcher in ("fit", "torchrun"):  # its agent or supervisor ends the ranks, but only while it runs
         die_with_parent()
     try:
         with process_group(process, config) as environment:
@@ -64,10 +64,10 @@ def run_worker(process: ProcessInfo, recipe: Recipe, config: ResolvedConfig, opt
 
 @contextmanager
 def process_group(process: ProcessInfo, config: ResolvedConfig) -> Iterator[HubClusterEnvironment | None]:
-    """Join the others and take leave of them; a process that is alone gets None.
+    """Initialise the process group, and destroy it after the block; a single process gets None.
 
     Raises:
-        ConfigError: The model cannot be cut as the strategy says; found before anybody waits for anybody.
+        ConfigError: The strategy cannot shard the model; found before the rendezvous, so that no rank waits.
     """
     if process.is_single:
         yield None
@@ -93,7 +93,7 @@ def _train_as_owner(
     options: RunOptions,
     environment: HubClusterEnvironment | None,
 ) -> int:
-    """Train where another launcher has started the ranks: rank 0 makes the run folder and tells the others."""
+    """Train under another launcher: rank 0 makes the run folder and broadcasts it."""
     kept: list[RunWriter] = []
 
     def make() -> StartedAttempt:
@@ -126,7 +126,7 @@ def _train(
 
 
 def _record_error(process: ProcessInfo, error: Exception) -> None:
-    """Write what ended this rank before it had a session that would have written it."""
+    """Write the error of a rank that failed before its `TrainingRun` existed."""
     if process.run_dir is None or getattr(error, "exit_code", None) == ExitCode.STOPPED:
         return
     writer = RankWriter(RunFolder(process.run_dir), process.attempt, rank=process.rank, world_size=process.world_size)
@@ -135,7 +135,7 @@ def _record_error(process: ProcessInfo, error: Exception) -> None:
 
 
 def _hard_exit(code: int) -> NoReturn:
-    """End at once: threads of the process group may wait for ranks that are gone, or abort a normal exit."""
+    """End at once: threads of the process group can wait for ranks that have ended, or abort a normal exit."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -340,8 +340,8 @@ def test_a_frozen_rank_is_told_and_can_be_ended(
     rank = psutil.Process(beat["pid"])
     rank.suspend()
     line, heard = process.wait_for_error("rank 1 has given no sign of life for 1", PATIENCE)
-    assert f"; its process is stopped, kill -CONT {rank.pid} lets it go on; see lightning-hub runs show run" in line
-    assert re.search(r"stands at step \d+, in \w+", line)
+    assert f"; its process is stopped, kill -CONT {rank.pid} continues it; see lightning-hub runs show run" in line
+    assert re.search(r"is at step \d+, in \w+", line)
     rank.resume()
     _, heard = process.wait_for_error("note: rank 1 gives signs of life again after 1", PATIENCE, heard)
     assert "rank 1 has given no sign" in folder.rank(1, 0).stderr.read_text()
