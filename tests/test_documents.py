@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -21,19 +22,26 @@ def test_every_test_and_benchmark_that_holds_a_promise_exists() -> None:
 
 def test_the_tree_in_the_readme_is_the_real_one() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    tree = re.search(r"## The tree\n\n```\n(.*?)```", readme, re.DOTALL)
+    tree = re.search(r"## The tree\n\n```text\n(.*?)```", readme, re.DOTALL)
     assert tree is not None
-    shown, inside = set(), ""
-    for line in tree[1].splitlines():
-        name = line.split()[0]
-        inside = name if not line.startswith(" ") else inside
-        shown.add(name if name == inside else inside + name)
+    lines = [line.split() for line in tree[1].splitlines()]
+    shown = {line[0] for line in lines}
     real = {f"{path.name}/" for path in ROOT.iterdir() if path.is_dir() and path.name[0] not in "._"}
-    real -= {"build/", "dist/", "runs/", "lightning_hub.egg-info/"}
+    real -= {"build/", "dist/", "runs/", "lightning_hub/", "lightning_hub.egg-info/"}
     package = {f"lightning_hub/{path.name}/" for path in (ROOT / "lightning_hub").iterdir() if path.is_dir()}
-    package -= {"lightning_hub/__pycache__/"}
-    assert real | package <= shown
-    assert all((ROOT / name).exists() for name in shown)
+    assert real | package - {"lightning_hub/__pycache__/"} == shown
+    contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]
+    light = {line[0] for line in lines if line[1] == "light"} - {"lightning_hub/configs/"}
+    assert light == {f"{name.replace('.', '/')}/" for name in contract["source_modules"]} - {"lightning_hub/errors/"}
+
+
+def test_every_answer_of_where_is_exists() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    section = re.search(r"## Where is \.\.\.\?\n(.*?)\n## ", page, re.DOTALL)
+    assert section is not None
+    named = re.findall(r"`((?:lightning_hub/)?[a-z_]+/[\w/]+(?:\.py|/)?)`", section[1])
+    assert len(named) >= 10
+    assert [name for name in named if not any((base / name).exists() for base in (ROOT, ROOT / "lightning_hub"))] == []
 
 
 def test_links_between_documents_lead_somewhere() -> None:
