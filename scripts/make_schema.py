@@ -25,6 +25,7 @@ from typing import cast
 from docstring_parser import parse as parse_docstring
 
 from lightning_hub.config import registry
+from lightning_hub.config.bounds import bounds_of
 from lightning_hub.config.schema import SCHEMA_FILE, ClassRecord, OptionRecord
 from lightning_hub.config.types import parse_type
 from lightning_hub.config.yaml_reader import YamlValue
@@ -99,7 +100,10 @@ class Generator:
             record["default"] = cast(YamlValue, default)
         bases = (registry.SHOWN_AS.get(base.__name__, base.__name__) for base in owner.__mro__)
         keys = (f"{base}.{parameter.name}" for base in bases)
-        if bounds := next((registry.RANGES[key] for key in keys if key in registry.RANGES), None):
+        inits = [init for base in cls.__mro__ if isinstance(init := vars(base).get("__init__"), types.FunctionType)]
+        hints = (hint_of(init, parameter.name) for init in inits)
+        written = next((found.text for found in map(bounds_of, hints) if found is not None), None)
+        if bounds := written or next((registry.RANGES[key] for key in keys if key in registry.RANGES), None):
             record["range"] = bounds
         if text := help_of(owner, parameter.name):
             record["help"] = text
@@ -147,7 +151,7 @@ def hint_of(init: types.FunctionType, name: str) -> object:
     """Return the evaluated hint of a parameter; ``object`` where a library hides a type from run time."""
     probe = types.SimpleNamespace(__annotations__={name: init.__annotations__.get(name, object)})
     try:
-        return typing.get_type_hints(probe, globalns=init.__globals__)[name]
+        return typing.get_type_hints(probe, globalns=init.__globals__, include_extras=True)[name]
     except NameError:  # imported under TYPE_CHECKING only, from an extra that need not be installed
         return object
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, cast
+from typing import Annotated, Protocol, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from transformers import PreTrainedTokenizerBase
 
+from lightning_hub.config.bounds import Bounds
 from lightning_hub.models.generation import Messages
 
 
@@ -35,7 +36,11 @@ class GenerateSamples(Callback):
     """
 
     def __init__(
-        self, prompts: list[str], every_n_steps: int = 100, max_new_tokens: int = 128, temperature: float = 0.0
+        self,
+        prompts: list[str],
+        every_n_steps: Annotated[int, Bounds(">= 1")] = 100,
+        max_new_tokens: Annotated[int, Bounds(">= 1")] = 128,
+        temperature: Annotated[float, Bounds(">= 0")] = 0.0,
     ) -> None:
         self.prompts = prompts
         self.every_n_steps = every_n_steps

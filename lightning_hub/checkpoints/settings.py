@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from lightning_hub.errors import ConfigError
+from lightning_hub.config.bounds import Bounds, check_bounds
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Best:
 
     metric: str = "val_loss"
     mode: Literal["min", "max"] = "min"
-    keep: int = 1
+    keep: Annotated[int, Bounds(">= 1")] = 1
 
 
 @dataclass(frozen=True)
@@ -36,23 +36,13 @@ class CheckpointSettings:
         asynchronous: Copy the state to host memory and write it while training goes on.
     """
 
-    every_n_steps: int | None = None
-    every_n_epochs: int | None = 1
-    every_minutes: float | None = None
-    keep: int = 2
+    every_n_steps: Annotated[int, Bounds(">= 1")] | None = None
+    every_n_epochs: Annotated[int, Bounds(">= 1")] | None = 1
+    every_minutes: Annotated[float, Bounds("> 0")] | None = None
+    keep: Annotated[int, Bounds(">= 2")] = 2
     best: Best | None = None
     asynchronous: bool = False
 
     def __post_init__(self) -> None:
-        if self.keep < 2:
-            raise ConfigError(
-                f"keeping {self.keep} checkpoint is unsafe: a damaged one would end the run",
-                where="checkpoint.keep",
-                remedy="keep 2 or more",
-            )
-        for name in ("every_n_steps", "every_n_epochs", "every_minutes"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ConfigError(
-                    f"{value} is not above 0", where=f"checkpoint.{name}", remedy="use null to turn it off"
-                )
+        """Refuse values outside the bounds."""
+        check_bounds(CheckpointSettings.__init__, vars(self), "checkpoint")

@@ -6,9 +6,9 @@ with any options: the parser checks those.
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
+from lightning_hub.config.bounds import Bounds
 from lightning_hub.config.schema import SECTIONS, ClassInfo, Option, Schema
 from lightning_hub.config.types import OptionType
 
@@ -27,7 +27,6 @@ _SIMPLE: dict[str, Any] = {
 CLASS_KINDS = ("model", "data", "callback", "logger", "strategy")
 """Kinds of classes that a recipe names."""
 
-_BOUND = re.compile(r"(>=|<=|>|<)\s*(-?[0-9.]+)")
 _KEYWORDS = {">=": "minimum", "<=": "maximum", ">": "exclusiveMinimum", "<": "exclusiveMaximum"}
 _REFERENCE = {"type": "string", "pattern": r"^\$\{env:\w+\}$"}
 """An option of any type may be read from an environment variable."""
@@ -101,7 +100,7 @@ def _type(kind: OptionType, bounds: str = "") -> Any:
         return _reference(f"any_{kind.word}")
     found = _SIMPLE[kind.head]
     if kind.head in ("int", "float") and bounds:
-        return found | {_KEYWORDS[sign]: float(limit) for sign, limit in _BOUND.findall(bounds)}
+        return found | {_KEYWORDS[sign]: limit for sign, limit in Bounds(bounds).limits()}
     return found
 
 

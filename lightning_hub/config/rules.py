@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import replace
 
+from lightning_hub.config.bounds import Bounds
 from lightning_hub.config.recipe import Recipe, keyed_fault
 from lightning_hub.config.registry import CLASSES
 from lightning_hub.config.suggest import nearest
@@ -16,23 +16,13 @@ from lightning_hub.errors import ConfigError
 MEASURED = ("loss", "grad_norm")
 """What callbacks can watch in any run; ``val_loss`` where there is validation data."""
 
-_BOUND = re.compile(r"(>=|<=|>|<)\s*(-?[0-9.]+)")
 _SHIPPED = frozenset(path.rpartition(".")[2] for path in CLASSES)
 _DEVICE_WORDS = re.compile(r"auto|-1|\d+(\s*,\s*\d+)*,?")
 
 
 def out_of_range(value: YamlValue, bounds: str) -> bool:
     """Say whether a number breaks bounds such as ``"> 0, <= 1"``, or is infinite."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
-    if math.isinf(value):
-        return True
-    for sign, limit in _BOUND.findall(bounds):
-        bound = float(limit)
-        holds = {">": value > bound, ">=": value >= bound, "<": value < bound, "<=": value <= bound}[sign]
-        if not holds:
-            return True
-    return False
+    return not Bounds(bounds).hold(value)
 
 
 def check_rules(recipe: Recipe, filled: dict[str, YamlValue]) -> Iterator[ConfigError]:

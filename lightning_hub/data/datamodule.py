@@ -6,17 +6,31 @@ import hashlib
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Annotated, Protocol, cast
 
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerFast
 
+from lightning_hub.config.bounds import Bounds
 from lightning_hub.data.checks import check_positions, check_tokenizer_fits
 from lightning_hub.data.prepare import Prepared, prepare
 from lightning_hub.data.prompts import Prompt, read_prompts
 from lightning_hub.data.sample_store import SampleStore
-from lightning_hub.data.settings import DataSettings, Format, InputError, OnBad, OnLong, Source, TrainOn
+from lightning_hub.data.settings import (
+    DataSettings,
+    ExampleDepth,
+    ExampleMB,
+    Format,
+    InputError,
+    NumProc,
+    OnBad,
+    OnLong,
+    Seed,
+    SeqLen,
+    Source,
+    TrainOn,
+)
 from lightning_hub.data.step_plan import BatchSettings, ResumePosition, StepLoader, StepPlan
 from lightning_hub.errors import DataError
 from lightning_hub.models.pretrained import Pretrained
@@ -71,22 +85,22 @@ class ChatData(LightningDataModule):
         val: str | float | None = None,
         format: Format = "auto",
         columns: dict[str, str] | None = None,
-        max_seq_len: int = 2048,
-        max_tokens_per_gpu: int | None = None,
-        effective_batch_size: int | None = None,
-        tokens_per_step: int | None = None,
+        max_seq_len: SeqLen = 2048,
+        max_tokens_per_gpu: Annotated[int, Bounds(">= 1")] | None = None,
+        effective_batch_size: Annotated[int, Bounds(">= 1")] | None = None,
+        tokens_per_step: Annotated[int, Bounds(">= 1")] | None = None,
         train_on: TrainOn = "assistant",
         on_long: OnLong = "error",
         on_bad: OnBad = "error",
         expand_turns: bool = False,
         chat_template: str | None = None,
         template_options: dict[str, str | bool | int | float] | None = None,
-        seed: int = 42,
+        seed: Seed = 42,
         shuffle: bool = True,
-        num_proc: int = 1,
-        num_workers: int = 0,
-        max_example_mb: int = 64,
-        max_example_depth: int = 1000,
+        num_proc: NumProc = 1,
+        num_workers: Annotated[int, Bounds(">= 0")] = 0,
+        max_example_mb: ExampleMB = 64,
+        max_example_depth: ExampleDepth = 1000,
         predict: str | None = None,
     ) -> None:
         super().__init__()

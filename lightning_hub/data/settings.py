@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Literal, TypeAlias, get_args
+from typing import Annotated, Literal, TypeAlias, get_args
 
+from lightning_hub.config.bounds import Bounds, check_bounds
 from lightning_hub.data.readers.limits import ExampleLimits
 from lightning_hub.errors import ConfigError
 
@@ -13,6 +14,12 @@ Format: TypeAlias = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_co
 TrainOn: TypeAlias = Literal["assistant", "all", "last", "completion"]
 OnLong: TypeAlias = Literal["error", "truncate", "drop"]
 OnBad: TypeAlias = Literal["error", "skip"]
+
+SeqLen: TypeAlias = Annotated[int, Bounds(">= 2")]
+NumProc: TypeAlias = Annotated[int, Bounds(">= 1")]
+Seed: TypeAlias = Annotated[int, Bounds(">= 0")]
+ExampleMB: TypeAlias = Annotated[int, Bounds(">= 1, <= 2000")]
+ExampleDepth: TypeAlias = Annotated[int, Bounds(">= 1, <= 1000")]
 
 TRAIN_KEY = "data.init_args.train"
 VAL_KEY = "data.init_args.val"
@@ -44,7 +51,7 @@ class Source:
     """
 
     path: str
-    weight: float = 1.0
+    weight: Annotated[float, Bounds("> 0, <= 1000")] = 1.0
     split: str | None = None
     name: str | None = None
 
@@ -57,29 +64,25 @@ class DataSettings:
     val: str | float | None = None
     format: Format = "auto"
     columns: Mapping[str, str] = field(default_factory=dict)
-    max_seq_len: int = 2048
+    max_seq_len: SeqLen = 2048
     train_on: TrainOn = "assistant"
     on_long: OnLong = "error"
     on_bad: OnBad = "error"
     expand_turns: bool = False
     chat_template: str | None = None
     template_options: Mapping[str, str | bool | int | float] = field(default_factory=dict)
-    seed: int = 42
-    num_proc: int = 1
-    max_example_mb: int = 64
-    max_example_depth: int = 1_000
+    seed: Seed = 42
+    num_proc: NumProc = 1
+    max_example_mb: ExampleMB = 64
+    max_example_depth: ExampleDepth = 1_000
 
     def __post_init__(self) -> None:
         """Refuse values that no later step could use."""
+        check_bounds(DataSettings.__init__, vars(self), "data.init_args")
         _one_of("format", self.format, get_args(Format))
         _one_of("train_on", self.train_on, get_args(TrainOn))
         _one_of("on_long", self.on_long, get_args(OnLong))
         _one_of("on_bad", self.on_bad, get_args(OnBad))
-        _at_least("max_seq_len", self.max_seq_len, 2)
-        _at_least("num_proc", self.num_proc, 1)
-        _at_least("seed", self.seed, 0)
-        _at_least("max_example_mb", self.max_example_mb, 1)
-        _at_least("max_example_depth", self.max_example_depth, 1)
         for ours in self.columns:
             _one_of("columns", ours, COLUMN_NAMES)
         if self.expand_turns and self.train_on != "assistant":
@@ -142,11 +145,4 @@ def _one_of(key: str, value: str, allowed: Sequence[str]) -> None:
     if value not in allowed:
         raise ConfigError(
             f"{value!r} is not known", where=f"data.init_args.{key}", remedy=f"use one of {', '.join(allowed)}"
-        )
-
-
-def _at_least(key: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(
-            f"{value!r} is not a whole number", where=f"data.init_args.{key}", remedy=f"give {least} or more"
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from lightning.pytorch import LightningModule
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
 from lightning_hub.checkpoints.export import write_export
+from lightning_hub.config.bounds import Bounds
 from lightning_hub.errors import ConfigError
 from lightning_hub.methods.neftune import Neftune
 from lightning_hub.methods.nonfinite import NonFiniteGuard
@@ -69,18 +70,18 @@ class CausalLMModule(LightningModule):
     def __init__(
         self,
         model: str,
-        learning_rate: float = 1e-5,
-        weight_decay: float = 0.0,
+        learning_rate: Annotated[float, Bounds("> 0")] = 1e-5,
+        weight_decay: Annotated[float, Bounds(">= 0")] = 0.0,
         betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-8,
+        eps: Annotated[float, Bounds("> 0")] = 1e-8,
         lr_scheduler: ScheduleName = "cosine",
-        warmup_steps: int = 0,
-        warmup_ratio: float = 0.0,
-        min_lr_ratio: float = 0.0,
+        warmup_steps: Annotated[int, Bounds(">= 0")] = 0,
+        warmup_ratio: Annotated[float, Bounds(">= 0, <= 1")] = 0.0,
+        min_lr_ratio: Annotated[float, Bounds(">= 0, <= 1")] = 0.0,
         attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = "auto",
         gradient_checkpointing: bool = False,
-        label_smoothing: float = 0.0,
-        neftune_alpha: float | None = None,
+        label_smoothing: Annotated[float, Bounds(">= 0, < 1")] = 0.0,
+        neftune_alpha: Annotated[float, Bounds(">= 0")] | None = None,
         dtype: Dtype = "auto",
         on_nan: str = "stop",
     ) -> None:

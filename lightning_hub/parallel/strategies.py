@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from lightning_hub.config.bounds import Bounds
 from lightning_hub.config.resolved import ClassConfig
 from lightning_hub.errors import ConfigError
 from lightning_hub.launch.mesh import STRATEGY, check_mesh, check_replicas, read_mesh
@@ -157,8 +158,8 @@ class FSDP(MeshStrategy):
         reshard_after_forward: bool | int = True,
         sync_every_row: bool = False,
         cpu_offload: bool = False,
-        prefetch: int = 1,
-        replicas: int = 1,
+        prefetch: Annotated[int, Bounds(">= 1")] = 1,
+        replicas: Annotated[int, Bounds(">= 1")] = 1,
     ) -> None:
         super().__init__(FSDPConfig(reshard_after_forward, sync_every_row, cpu_offload, prefetch))
         self.replicas = replicas
@@ -190,7 +191,7 @@ class ModelParallel(MeshStrategy):
         reshard_after_forward: bool | int = True,
         sync_every_row: bool = False,
         cpu_offload: bool = False,
-        prefetch: int = 1,
+        prefetch: Annotated[int, Bounds(">= 1")] = 1,
     ) -> None:
         super().__init__(FSDPConfig(reshard_after_forward, sync_every_row, cpu_offload, prefetch))
         self.mesh = read_mesh(mesh_shape)

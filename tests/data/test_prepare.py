@@ -117,7 +117,12 @@ def test_a_fingerprint_is_that_of_the_samples_alone(run: Prepare, tmp_path: Path
     assert SampleStore.from_pairs(one).fingerprint != SampleStore.from_pairs(two).fingerprint
 
 
-SAMPLES_BY_VALUE = {"errors": "none", "ops": "the ignore index, in the key", "runs": "where the cache is, writing JSON"}
+SAMPLES_BY_VALUE = {
+    "config": "bounds of options, which are in the key by value",
+    "errors": "none",
+    "ops": "the ignore index, in the key",
+    "runs": "where the cache is, writing JSON",
+}
 """Packages outside of ``data`` that preparation imports, and what of them reaches samples."""
 
 

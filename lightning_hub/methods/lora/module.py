@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from peft import LoraConfig
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_hub.checkpoints.rng import reseed
+from lightning_hub.config.bounds import Bounds
 from lightning_hub.config.rules import check_adapters
 from lightning_hub.errors import ConfigError
 from lightning_hub.methods.causal_lm import CausalLMModule
@@ -69,9 +70,9 @@ class LoRA(CausalLMModule):
         self,
         model: str,
         learning_rate: float = 2e-4,
-        r: int = 16,
-        alpha: float = 32.0,
-        dropout: float = 0.0,
+        r: Annotated[int, Bounds(">= 1")] = 16,
+        alpha: Annotated[float, Bounds("> 0")] = 32.0,
+        dropout: Annotated[float, Bounds(">= 0, < 1")] = 0.0,
         targets: str | list[str] = "all-linear",
         modules_to_save: list[str] | None = None,
         use_rslora: bool = False,

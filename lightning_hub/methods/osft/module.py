@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_hub.checkpoints.checkpoint_io import read_state
 from lightning_hub.checkpoints.export import write_export
+from lightning_hub.config.bounds import Bounds
 from lightning_hub.errors import ConfigError
 from lightning_hub.methods.causal_lm import CausalLMModule
 from lightning_hub.methods.osft.bases import BasesCache, compute_bases
@@ -99,12 +100,12 @@ class OSFT(CausalLMModule):
     def __init__(
         self,
         model: str,
-        unfreeze_rank_ratio: float = 0.25,
+        unfreeze_rank_ratio: Annotated[float, Bounds(">= 0, <= 1")] = 0.25,
         targets: str | list[str] | None = None,
         complement: Complement = "full",
         train_other: Literal["none", "norms", "all"] = "none",
         previous: list[str] | None = None,
-        lr_scale: float = 1.0,
+        lr_scale: Annotated[float, Bounds("> 0")] = 1.0,
         forward: Literal["auto", "merged", "factored"] = "auto",
         parametrization: Parametrization = "delta",
         fused: Literal["parts", "whole"] = "parts",
