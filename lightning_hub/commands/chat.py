@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from lightning_hub.config.help import plain_text
 from lightning_hub.errors import ExitCode
 from lightning_hub.launch.messages import LOADING, print_notice
+from lightning_hub.launch.options import add_runs_root, add_trust_remote_code
 from lightning_hub.runs.model_name import model_of
 
 if TYPE_CHECKING:
@@ -30,8 +31,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--system", help="a system message before the conversation")
     parser.add_argument("--max-new-tokens", type=int, default=512, help="the longest answer (default 512)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
-    parser.add_argument("--runs-root", help="where runs are kept (LIGHTNING_HUB_RUNS, else runs/)")
-    parser.add_argument("--trust-remote-code", action="store_true", help="let Python files of the model run")
+    add_runs_root(parser)
+    add_trust_remote_code(parser)
     given = parser.parse_args(argv)
     source = model_of(given.run, given.runs_root)
     print_notice(LOADING)

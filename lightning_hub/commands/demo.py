@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from lightning_hub.config.help import plain_text
 from lightning_hub.demo.tasks import METHODS
+from lightning_hub.launch.options import add_runs_root
 from lightning_hub.runs.terminal import independent_of_terminal
 
 
@@ -16,7 +17,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--method", choices=METHODS, help="train a second embedded model with it, and test what that knew before, too"
     )
-    parser.add_argument("--runs-root", help="where runs are kept (LIGHTNING_HUB_RUNS, else runs/)")
+    add_runs_root(parser)
     given = parser.parse_args(argv)
     from lightning_hub.demo.lesson import demonstrate  # 0.1 s: rich
 

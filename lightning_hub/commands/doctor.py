@@ -11,6 +11,7 @@ from lightning_hub.doctor.environment import check_machine
 from lightning_hub.doctor.findings import Finding
 from lightning_hub.doctor.proofs import PROOFS, run_proofs
 from lightning_hub.errors import ExitCode
+from lightning_hub.launch.options import add_runs_root
 from lightning_hub.runs.folder import runs_root
 
 
@@ -37,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
         help="prove equalities of training on this machine, by default all: about a minute, on two processes",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON list and nothing else")
-    parser.add_argument("--runs-root", help="where runs are kept (LIGHTNING_HUB_RUNS, else runs/)")
+    add_runs_root(parser)
     return parser
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from lightning_hub.config.help import plain_text
 from lightning_hub.errors import ConfigError, ExitCode
 from lightning_hub.launch.messages import LOADING, print_notice
+from lightning_hub.launch.options import add_runs_root, add_trust_remote_code
 from lightning_hub.launch.resuming import newest_recipe
 from lightning_hub.launch.topology import single_process
 from lightning_hub.runs.folder import find_run, runs_root
@@ -22,8 +23,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--to", type=Path, help="the folder to write (default: RUN/export, RUN/export-merged)")
     parser.add_argument("--merge", action="store_true", help="merge an adapter into its base: a plain model folder")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of merged weights (default: the base's own)")
-    parser.add_argument("--runs-root", help="where runs are kept (LIGHTNING_HUB_RUNS, else runs/)")
-    parser.add_argument("--trust-remote-code", action="store_true", help="let Python files of the model run")
+    add_runs_root(parser)
+    add_trust_remote_code(parser)
     given = parser.parse_args(argv)
     if given.dtype and not given.merge:
         raise ConfigError("weights that are not merged keep their dtype", where="--dtype", remedy="add --merge")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from lightning_hub.errors import ConfigError, ExitCode
+from lightning_hub.launch.options import add_runs_root
 from lightning_hub.runs import show
 from lightning_hub.runs.files import Json, read_json
 from lightning_hub.runs.folder import RunFolder, find_run, list_runs, runs_root
@@ -85,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="lightning-hub runs", description="Look at runs, follow, stop, delete them.")
     verbs = parser.add_subparsers(dest="name", metavar="VERB")
     common = _Parser(add_help=False)
-    common.add_argument("--runs-root", metavar="DIR", help="where runs are kept (LIGHTNING_HUB_RUNS, else runs/)")
+    add_runs_root(common)
     as_json = _Parser(add_help=False)
     as_json.add_argument("--json", action="store_true", help="print one JSON value and nothing else")
     one = _Parser(add_help=False)

@@ -7,7 +7,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from lightning_hub.config.command import Command, explain_flag, parse_command
 from lightning_hub.errors import ConfigError
@@ -50,6 +50,9 @@ class RunOptions:
         return [*classes, *(flag for flag, given in allowed.items() if given)]
 
 
+_SWITCH: dict[str, Any] = {"action": "store_true"}
+
+
 class _Parser(ArgumentParser):
     """A parser whose errors are `ConfigError`."""
 
@@ -57,22 +60,41 @@ class _Parser(ArgumentParser):
         raise ConfigError(message, remedy=f"see {self.prog} --help")
 
 
-VALUED = ("--run-dir", "--runs-root", "--run-name", "--resume", "--allow-class")
+RUNS_ROOT_HELP = "where runs are kept (LIGHTNING_HUB_RUNS, else runs/)"
+TRUST_HELP = "let Python files of the model run"
+
+_OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("--run-dir", "use exactly this run folder; it is made if absent", {}),
+    ("--runs-root", "make run folders here (default: runs, or LIGHTNING_HUB_RUNS)", {}),
+    ("--run-name", "first part of the run folder's name", {}),
+    ("--resume", "auto, must, never (default) or the path of a checkpoint", {"default": "never"}),
+    ("--allow-changed-data", "resume although data, tokenizer or batch settings have changed", _SWITCH),
+    ("--trust-checkpoint", "resume from a folder without a manifest of ours; no code in it is run", _SWITCH),
+    (
+        "--allow-class",
+        "allow classes below this prefix in a recipe; may be repeated",
+        {"action": "append", "default": []},
+    ),
+    ("--trust-remote-code", TRUST_HELP, _SWITCH),
+    ("--print_config", "print the whole recipe and stop", _SWITCH),
+)
+"""The flags of verbs that take a recipe: name, help, and what argparse is given for it."""
+
+VALUED = tuple(flag for flag, _, how in _OPTIONS if how is not _SWITCH)
 """Flags that take a value."""
 
-FLAGS = (
-    ("--run-dir", "use exactly this run folder; it is made if absent"),
-    ("--runs-root", "make run folders here (default: runs, or LIGHTNING_HUB_RUNS)"),
-    ("--run-name", "first part of the run folder's name"),
-    ("--resume", "auto, must, never (default) or the path of a checkpoint"),
-    ("--allow-changed-data", "resume although data, tokenizer or batch settings have changed"),
-    ("--trust-checkpoint", "resume from a folder without a manifest of ours; no code in it is run"),
-    ("--allow-class", "allow classes below this prefix in a recipe; may be repeated"),
-    ("--trust-remote-code", "let Python files of the model run"),
-    ("--print_config", "print the whole recipe and stop"),
-    ("--debug", "show the traceback of an error"),
-)
-"""The flags of commands that take a recipe, for their help; ``--debug`` is taken by the command line itself."""
+FLAGS = (*((flag, text) for flag, text, _ in _OPTIONS), ("--debug", "show the traceback of an error"))
+"""Flags with their help; ``--debug`` is taken by the command line itself."""
+
+
+def add_runs_root(parser: ArgumentParser) -> None:
+    """Add ``--runs-root`` to a verb that finds runs."""
+    parser.add_argument("--runs-root", metavar="DIR", help=RUNS_ROOT_HELP)
+
+
+def add_trust_remote_code(parser: ArgumentParser) -> None:
+    """Add ``--trust-remote-code`` to a verb that loads a model."""
+    parser.add_argument("--trust-remote-code", action="store_true", help=TRUST_HELP)
 
 
 def parse(verb: str, argv: Sequence[str], extra: Sequence[str] = ()) -> tuple[Command, RunOptions, Namespace]:
@@ -88,12 +110,8 @@ def parse(verb: str, argv: Sequence[str], extra: Sequence[str] = ()) -> tuple[Co
     """
     command = parse_command(argv, valued=(*VALUED, *extra))
     parser = _Parser(prog=f"lightning-hub {verb}", add_help=False, allow_abbrev=False)
-    for flag in ("--run-dir", "--runs-root", "--run-name"):
-        parser.add_argument(flag)
-    parser.add_argument("--resume", default="never")
-    parser.add_argument("--allow-class", action="append", default=[])
-    for flag in ("--allow-changed-data", "--trust-checkpoint", "--trust-remote-code", "--print_config"):
-        parser.add_argument(flag, action="store_true")
+    for flag, _, how in _OPTIONS:
+        parser.add_argument(flag, **how)
     for flag in extra:
         parser.add_argument(flag)
     given, unknown = parser.parse_known_args(list(command.rest))
