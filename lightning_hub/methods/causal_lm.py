@@ -207,6 +207,16 @@ class CausalLMModule(LightningModule):
                 return super().to(value)
         return self
 
+    def tensor_parallel_plan(self, name: str, layer: nn.Module, style: str) -> dict[str, str]:
+        """Return which modules of a layer are sharded under tensor parallelism, each with its style.
+
+        Args:
+            name: The layer's name in the model.
+            layer: The layer, or what the method has put in its place.
+            style: The style of the model's own plan: ``colwise``, ``rowwise`` and others.
+        """
+        return {name: style}
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return what trains in groups for the optimizer: matrices with weight decay, and what is none without.
 

@@ -200,7 +200,7 @@ class LoRA(CausalLMModule):
         ``B``.
         """
         if not isinstance(layer, LoraLayer):
-            return {name: style}
+            return super().tensor_parallel_plan(name, layer, style)
         cut = {"colwise": "lora_B", "rowwise": "lora_A"}.get(style)
         adapters = [] if cut is None else [f"{name}.{cut}.{adapter}" for adapter in getattr(layer, cut)]
         return {f"{name}.base_layer": style, **dict.fromkeys(adapters, style)}
