@@ -109,3 +109,22 @@ def test_the_malicious_releases_are_excluded() -> None:
     assert "\nlightning==2.6.6 " in pinned
     assert "nvidia-" not in pinned
     assert pinned.index("torch==2.13.0\n") < pinned.index("aiohttp==")
+
+
+def test_no_public_name_is_defined_twice() -> None:
+    homes: dict[str, list[str]] = {}
+    for path in sorted((ROOT / "lightning_hub").rglob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            for name in defined(node):
+                homes.setdefault(name, []).append(str(path.relative_to(ROOT)))
+    twice = {name: files for name, files in homes.items() if len(files) > 1 and not name.startswith("_")}
+    entry_points = {"main"}  # of verbs, and of child processes
+    assert {name: files for name, files in twice.items() if name not in entry_points} == {}
+
+
+def defined(node: ast.stmt) -> list[str]:
+    """Names that a statement at the top of a module defines."""
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return [target.id for target in targets if isinstance(target, ast.Name)]
