@@ -32,7 +32,7 @@ class DDP(HubStrategy, DDPStrategy):
     rows, and so of uses of a weight, differs from step to step.
     """
 
-    word = "ddp"
+    short_name = "ddp"
 
     def __init__(self) -> None:
         # Every rank has been filled by the start: weights need not be sent once more.
@@ -82,7 +82,7 @@ class MeshStrategy(HubStrategy, ModelParallelStrategy):
         """Where weights lie between steps."""
         return torch.device("cpu") if self.fsdp_config.cpu_offload else self.root_device
 
-    def place(self, model: PreTrainedModel) -> None:
+    def parallelize(self, model: PreTrainedModel) -> None:
         """Split the layers over ``tp``, then shard what that has left over the other axes."""
         names = self.device_mesh.mesh_dim_names or ()
         if "tp" in names and self.device_mesh["tp"].size() > 1:
@@ -132,7 +132,7 @@ class MeshStrategy(HubStrategy, ModelParallelStrategy):
         """Load weights, or refuse a checkpoint that does not bring them, as every other strategy does."""
         Strategy.load_model_state_dict(self, checkpoint, strict)
 
-    def accumulation(self) -> AbstractContextManager[None]:
+    def no_gradient_sync(self) -> AbstractContextManager[None]:
         """Return a context in which gradients stay on this rank."""
         return nullcontext() if self._placed is None else self.fsdp_config.no_gradient_sync(self._placed)
 
@@ -151,7 +151,7 @@ class FSDP(MeshStrategy):
         replicas: Ranks form so many groups, each with a whole model between its members (hybrid sharding).
     """
 
-    word = "fsdp"
+    short_name = "fsdp"
 
     def __init__(
         self,
@@ -183,7 +183,7 @@ class ModelParallel(MeshStrategy):
         prefetch: As for FSDP.
     """
 
-    word = "model_parallel"
+    short_name = "model_parallel"
 
     def __init__(
         self,

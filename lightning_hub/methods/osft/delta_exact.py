@@ -161,7 +161,7 @@ class ExactDelta(SingleDelta):
             right = change - (change @ own["v_low"].mT) @ own["v_low"]
         return float(left.norm()) / norm, float(right.norm()) / norm
 
-    def cut(self, axis: int) -> dict[str, int]:
+    def sharded_params(self, axis: int) -> dict[str, int]:
         """Return which parameters are cut, and along which axis, when the weight is cut along ``axis``.
 
         Left bases and what is trained in the rows of the weight follow a cut of its rows, right ones one of columns.
