@@ -17,7 +17,7 @@ REFUSED = {
     "duplicate": ("a: 1\nb: 2\na: 3\n", "r.yaml:3", "given twice (first on line 1)"),
     "nested duplicate": ("m:\n  x: 1\n  x: 2\n", "r.yaml:3", "'x' is given twice"),
     "tab": ("a:\n\tb: 1\n", "r.yaml:2", "tab"),
-    "list": ("- a\n", "r.yaml:1", "holds a list, not a mapping"),
+    "list": ("- a\n", "r.yaml:1", "contains a list, not a mapping"),
     "single value": ("hello\n", "r.yaml:1", "the single value 'hello'"),
     "unclosed": ("a: [1, 2\nb: 3\n", "r.yaml:2", "not valid YAML"),
     "two documents": ("a: 1\n---\nb: 2\n", "r.yaml:2", "second document"),

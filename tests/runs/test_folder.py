@@ -39,7 +39,7 @@ def test_names_follow_the_rule_and_are_never_used_twice(root: Path) -> None:
 
 @pytest.mark.parametrize("name", ["", "Upper", "-x", "../x", "a/b", "a b", "é", "x" * 65, "$(touch x)", "a\n"])
 def test_other_names_are_refused(name: str, root: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot name a run"):
+    with pytest.raises(ConfigError, match="cannot be the name of a run"):
         create_run(name, root)
     assert not root.exists()
 
@@ -127,7 +127,7 @@ def test_runs_are_found_by_id_beginning_and_path(root: Path, monkeypatch: pytest
     assert find_run("sft-2", root).id == "sft-2"
     assert find_run("o", root).id == "osft-1"
     assert find_run(str(root / "sft-1"), Path("elsewhere")).id == "sft-1"
-    for name, said in (("sft", "fits 3 runs"), ("x", "the newest is sft-22"), ("", "no run")):
+    for name, said in (("sft", "matches 3 runs"), ("x", "the newest is sft-22"), ("", "no run")):
         with pytest.raises(ConfigError, match=said):
             find_run(name, root)
     monkeypatch.setenv("LIGHTNING_HUB_RUNS", str(root))
