@@ -124,7 +124,8 @@ RANGES: dict[str, str] = {
     "GenerateSamples.temperature": ">= 0",
     "Source.weight": "> 0, <= 1000",
 }
-"""Bounds by ``Class.option``. A subclass inherits them, even if it has its own default. Infinity is never allowed."""
+"""Bounds by ``Class.option``; a subclass inherits them, also where it has a default of its own. None lets a number be
+infinite."""
 
 REFUSED: dict[str, str] = {
     "GradientAccumulationScheduler": "gradients are accumulated by data.init_args.effective_batch_size",

@@ -22,7 +22,7 @@ _DEVICE_WORDS = re.compile(r"auto|-1|\d+(\s*,\s*\d+)*,?")
 
 
 def out_of_range(value: YamlValue, bounds: str) -> bool:
-    """Return whether a number is outside bounds such as ``"> 0, <= 1"``, or infinite."""
+    """Say whether a number breaks bounds such as ``"> 0, <= 1"``, or is infinite."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
     if math.isinf(value):

@@ -119,10 +119,10 @@ def _train(folder: RunFolder, lesson: Lesson, console: Console) -> int:
     torch.set_num_threads(1)  # more threads do not make this small model faster, and are slow on a busy machine
     before = answers(lesson.model, lesson.prompts)
     known = {title: share(lesson.model, rows) for title, rows in lesson.tests.items()}
-    training = TrainingRun(tree, start_attempt(run, "never"), run, is_summed_up=False)
+    session = TrainingRun(tree, start_attempt(run, "never"), run, is_summed_up=False)
     code: int = ExitCode.FAILED
     try:
-        code = training.fit()
+        code = session.fit()
     finally:
         run.close(code)
     if code == ExitCode.DONE:
@@ -130,7 +130,7 @@ def _train(folder: RunFolder, lesson: Lesson, console: Console) -> int:
         after = answers(made, lesson.prompts)
         scores = [(title, known[title], share(made, rows)) for title, rows in lesson.tests.items()]
         _show(
-            console, folder, training.recorder.val_losses, list(zip(lesson.prompts, before, after, strict=True)), scores
+            console, folder, session.recorder.val_losses, list(zip(lesson.prompts, before, after, strict=True)), scores
         )
     return code
 
