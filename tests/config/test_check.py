@@ -199,7 +199,7 @@ def test_wrong_values_are_named(section: str, line: str, said: str) -> None:
     assert said in faults_of(recipe_with(section, line))
 
 
-def test_all_faults_are_told_each_in_its_line() -> None:
+def test_all_faults_are_reported_each_with_its_line() -> None:
     text = GOOD.replace("max_epochs", "max_epoch").replace("betas", "beta").replace("metric", "metrc")
     with pytest.raises(RecipeError) as error:
         check_recipe(recipe_from_text(text, "r.yaml"))
@@ -207,7 +207,7 @@ def test_all_faults_are_told_each_in_its_line() -> None:
     assert len(str(error.value).splitlines()) == 3
 
 
-def test_missing_sections_and_options_are_told() -> None:
+def test_missing_sections_and_options_are_reported() -> None:
     assert "model is missing" in faults_of("data: {class_path: ChatData, init_args: {train: x}}\n")
     assert "SFT needs model" in faults_of("model: SFT\ndata: {class_path: ChatData, init_args: {train: x}}\n")
     assert "data is missing" in faults_of("model: {class_path: SFT, init_args: {model: x}}\n")
