@@ -38,7 +38,7 @@ def test_the_state_of_a_rank(look: RankSnapshot, state: str) -> None:
     assert rank_state(look, Limits()) == state
 
 
-def test_slow_steps_are_not_a_stall() -> None:
+def test_slow_steps_are_no_stall() -> None:
     assert rank_state(rank(still=1, stuck=200), Limits(), median_step_time=30) == "train"
     assert rank_state(rank(still=1, stuck=301), Limits(), median_step_time=30) == "stalled"
 
