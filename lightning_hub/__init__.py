@@ -1,7 +1,7 @@
 """Lightning Hub: fine-tune language models from a terminal.
 
-The classes that a recipe names can be used from Python too; they are imported when first asked for, so that importing
-the package itself loads no torch.
+Python code can use the classes that a recipe names, too. Each class is imported at its first use, so ``import
+lightning_hub`` does not import torch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __version__ = "0.1.0"
 
 __all__ = ["OSFT", "SFT", "CausalLMModule", "ChatData", "Forgetting", "GenerateSamples", "LoRA", "__version__"]
 
-_HOMES = {
+_MODULES = {
     "OSFT": "lightning_hub.methods.osft",
     "SFT": "lightning_hub.methods.sft",
     "CausalLMModule": "lightning_hub.methods.causal_lm",
@@ -35,13 +35,13 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> object:
-    """Import a public class when it is asked for (PEP 562)."""
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+    """Import a public class at its first use (PEP 562)."""
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-if "LIGHTNING_HUB_SUPERVISOR_PID" in os.environ:  # a supervisor of ours has started this process
+if "LIGHTNING_HUB_SUPERVISOR_PID" in os.environ:  # our supervisor has started this process
     from lightning_hub.parent import die_with_parent
 
-    die_with_parent()  # here, because every way into the package comes by, and torch is not imported yet
+    die_with_parent()  # here, because every import of the package runs this line before torch is imported

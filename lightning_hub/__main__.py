@@ -9,13 +9,13 @@ import sys
 def main() -> None:
     """Run the command line of this process.
 
-    ``python -m`` puts the working folder first on the search path, where a stray ``torch.py`` would be imported in
-    place of the real one: it is taken off before anything else is imported.
+    ``python -m`` puts the working folder first on the search path. A file ``torch.py`` there would be imported instead
+    of PyTorch. So the folder is removed from the path before any other import.
     """
     if not sys.flags.safe_path and sys.argv[0].endswith("__main__.py"):
         del sys.path[0]
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun has started this process
-        from lightning_hub.parent import die_with_parent  # only now, for the reason above
+        from lightning_hub.parent import die_with_parent  # after the working folder is removed from the path
 
         die_with_parent()  # its agent may be killed while torch is imported
     from lightning_hub.runs.terminal import open_missing_streams

@@ -1,4 +1,4 @@
-"""The ``lightning-hub`` command: finds the module of a verb in ``commands/`` and runs it."""
+"""The ``lightning-hub`` command: finds the module of a subcommand in ``commands/`` and runs it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from lightning_hub.errors import ConfigError, ExitCode, HubError, is_disk_troubl
 
 @dataclass(frozen=True)
 class Verb:
-    """One word of the command line.
+    """One subcommand.
 
     Attributes:
-        name: The word.
+        name: Its name on the command line.
         summary: What it does, for the help.
     """
 
@@ -26,7 +26,10 @@ class Verb:
     summary: str
 
     def load(self) -> Callable[[Sequence[str]], int]:
-        """Import the verb's module and return its ``main``: it takes the arguments and returns an exit code."""
+        """Import the module of the subcommand and return its ``main``.
+
+        ``main`` takes the arguments and returns an exit code.
+        """
         main: Callable[[Sequence[str]], int] = import_module(f"lightning_hub.commands.{self.name}").main
         return main
 
@@ -49,21 +52,21 @@ VERBS = (
 def run(argv: Sequence[str]) -> int:
     """Run one command line and return its exit code.
 
-    A person's mistake is said in one sentence on standard error; ``--debug`` shows the traceback as well.
+    A user error is printed as one message on standard error. With ``--debug`` the traceback is printed too.
     """
     debug = "--debug" in argv
     words = [word for word in argv if word != "--debug"]
     try:
         code = int(_dispatch(words))
-        sys.stdout.flush()  # here, where a full disk can still be said
+        sys.stdout.flush()  # here, so that the handlers below report a full disk
         return code
     except HubError as error:
         if debug:
             raise
-        return _said(f"{error.label}: {error}", error.exit_code)
+        return _report(f"{error.label}: {error}", error.exit_code)
     except KeyboardInterrupt:
         return int(ExitCode.HARD_STOP)
-    except BrokenPipeError:  # the reader of our output is gone, as in `... | head`
+    except BrokenPipeError:  # the reader of our output has ended, as in `... | head`
         _drop_output()
         return int(ExitCode.DONE)
     except Exception as error:
@@ -71,18 +74,18 @@ def run(argv: Sequence[str]) -> int:
             raise
         _drop_output()
         remedy = "free some space, or write elsewhere"
-        return _said(f"error: the disk does not take what is written: {error}; {remedy}", ExitCode.FAILED)
+        return _report(f"error: cannot write to the disk: {error}; {remedy}", ExitCode.FAILED)
 
 
-def _said(text: str, code: ExitCode) -> int:
-    """Say how a command ends, if there is anybody to hear it, and return its exit code."""
+def _report(text: str, code: ExitCode) -> int:
+    """Print how a command ends, if standard error can be written, and return the exit code."""
     with suppress(OSError):
         print(text, file=sys.stderr)
     return int(code)
 
 
 def _drop_output() -> None:
-    """Lead what is still to be written to standard output to nowhere: else it fails again when the process ends."""
+    """Redirect standard output to ``/dev/null``. Otherwise its last flush fails again when the process ends."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -1,6 +1,6 @@
-"""One family of errors for what a person can mend: what was given, where, and what to do.
+"""The errors that a user can fix. Each says what was given, where, and what to do.
 
-Anything else that is raised is a fault of ours and keeps its traceback.
+Every other exception is a fault of this program and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class ExitCode(IntEnum):
 
 
 class HubError(Exception):
-    """An error that is said in one sentence, without a traceback.
+    """An error that is printed as one message, without a traceback.
 
     Args:
         message: What was given and why it cannot be used.
-        where: The place: ``file:line``, a config key, a flag or a rank.
+        where: Where it was given: ``file:line``, a config key, a flag or a rank.
         remedy: What to do about it.
     """
 
@@ -34,7 +34,7 @@ class HubError(Exception):
     kind: str = "internal"
     """The ``class`` of an ``error.json``: config, data, oom, nan, comm, disk, signal or internal."""
     label: str = "error"
-    """The word before the sentence on standard error."""
+    """The word before the message on standard error."""
 
     def __init__(self, message: str, *, where: str | None = None, remedy: str | None = None) -> None:
         super().__init__(message)
@@ -43,15 +43,15 @@ class HubError(Exception):
         self.remedy = remedy
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Let every kind travel between processes as it is, whatever its own ``__init__`` asks for."""
-        return _made_again, (type(self), self.args), vars(self)
+        """Pickle the error without a call of ``__init__``: subclasses have different arguments."""
+        return _rebuild, (type(self), self.args), vars(self)
 
     def __str__(self) -> str:
         text = f"{self.where}: {self.message}" if self.where else self.message
         return f"{text}; {self.remedy}" if self.remedy else text
 
 
-def _made_again(kind: type[HubError], args: tuple[object, ...]) -> HubError:
+def _rebuild(kind: type[HubError], args: tuple[object, ...]) -> HubError:
     return kind.__new__(kind, *args)
 
 
@@ -63,14 +63,14 @@ class ConfigError(HubError):
 
 
 class DataError(HubError):
-    """The input data cannot be trained on as asked."""
+    """The input data cannot be used for this training."""
 
     exit_code = ExitCode.WRONG_INPUT
     kind = "data"
 
 
 class NoCheckpointError(HubError):
-    """A resume was asked for and no usable checkpoint exists."""
+    """A resume was requested, but there is no usable checkpoint."""
 
     exit_code = ExitCode.NO_CHECKPOINT
     kind = "config"
@@ -80,12 +80,12 @@ DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE}
 
 
 def is_disk_trouble(error: BaseException) -> bool:
-    """Say whether an error tells of a disk that is full, read-only or broken; some libraries say it only in words."""
+    """Return whether an error is about a full, read-only or broken disk; some libraries say so only in the message."""
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return True
     return "No space left on device" in str(error) or "Disk quota exceeded" in str(error)
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of what an error says; its class if it says nothing, as Python's own MemoryError."""
+    """Return the first line of an error's message, or the name of its class if the message is empty (MemoryError)."""
     return (str(error).splitlines() or [type(error).__name__])[0]

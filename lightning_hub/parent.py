@@ -1,7 +1,8 @@
-"""A rank does not outlive the process that started it: asked of the system before anything heavy is imported.
+"""A rank ends when the process that started it ends.
 
-Importing torch, lightning and transformers takes seconds. A rank whose supervisor is killed within them is adopted by
-another process: it would train to the end, and write over what a new attempt does.
+The rank asks the system for this before it imports anything heavy, because the imports of torch, lightning and
+transformers take seconds. If the supervisor is killed in that time, another process becomes the parent of the rank.
+The rank would then train to the end and overwrite the files of a new attempt.
 """
 
 from __future__ import annotations
@@ -13,21 +14,22 @@ from functools import cache
 from pathlib import Path
 
 SUPERVISOR_VARIABLE = "LIGHTNING_HUB_SUPERVISOR_PID"
-"""Tells a rank the pid of the process that started it."""
+"""The environment variable that gives a rank the pid of the process that started it."""
 
 _PR_SET_PDEATHSIG = 1
 _LAUNCHER_WORDS = ("torchrun", "torch.distributed", "torch/distributed", "accelerate", "python")
-"""What the command line of a launcher holds, also where it is process 1 of a container."""
+"""Words in the command line of a launcher. A launcher can be process 1 of a container."""
 _ADOPTERS = {"systemd", "init", "tini", "dumb-init", "docker-init", "catatonit", "containerd-shim", "s6-svscan"}
-"""Names of processes that adopt others and start no ranks themselves."""
+"""Names of processes that become the parent of orphans and do not start ranks."""
 
 
 @cache
 def die_with_parent() -> None:
-    """Have the system kill this process when the one that started it ends (Linux), and end if that has happened.
+    """Let the system kill this process when its parent ends (Linux), and end now if the parent has already ended.
 
-    Our own supervisor says in the environment who it is. torchrun does not: there the parent is taken as it is now,
-    and is gone if a process that only adopts others stands in its place. Call it as early as possible; once is enough.
+    Our supervisor gives its pid in the environment. torchrun does not. Under torchrun the current parent counts, and
+    if that is a process that only adopts orphans, torchrun has ended. Call this as early as possible; only the first
+    call has an effect.
     """
     expected = os.environ.pop(SUPERVISOR_VARIABLE, "")  # processes that this one starts have another parent
     parent = os.getppid()
@@ -36,12 +38,12 @@ def die_with_parent() -> None:
 
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     is_gone = parent != int(expected) if expected.isdecimal() else _is_adopter(parent)
-    if is_gone or os.getppid() != parent:  # before we asked, or while we did
+    if is_gone or os.getppid() != parent:  # the parent ended before or during the call of prctl
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _is_adopter(pid: int) -> bool:
-    """Say whether a process is one that takes in orphans, and no launcher."""
+    """Return whether a process adopts orphans and is not a launcher."""
     process = Path("/proc") / str(pid)
     try:
         name = (process / "comm").read_text().strip()

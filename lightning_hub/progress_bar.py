@@ -1,4 +1,4 @@
-"""A progress bar on the terminal itself, so that it does not get into a log."""
+"""A progress bar that is drawn on the terminal directly, so that it is not in the logs."""
 
 from __future__ import annotations
 

@@ -51,3 +51,15 @@ def test_links_between_documents_lead_somewhere() -> None:
             if "://" not in target and not (document.parent / target).exists():
                 broken.append(f"{document.name}: {target}")
     assert broken == []
+
+
+def test_no_line_of_a_document_is_longer_than_120_characters() -> None:
+    pages = [*DOCUMENTS, ROOT / "CHANGELOG.md"]
+    with_long_rows = {"claims.md", "models.md"}  # a table has one line for each row; those of models.md are generated
+    long = [
+        f"{page.name}:{number}"
+        for page in pages
+        for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1)
+        if len(line) > 120 and not (page.name in with_long_rows and line.startswith("| "))
+    ]
+    assert long == []

@@ -29,7 +29,7 @@ def shell(line: str, **env: str) -> subprocess.CompletedProcess[str]:
 def test_output_that_the_disk_does_not_take_is_one_sentence() -> None:
     done = shell(f"{HUB} schema > /dev/full")
     assert done.returncode == 1
-    assert done.stderr.startswith("error: the disk does not take what is written: [Errno 28] No space left on device")
+    assert done.stderr.startswith("error: cannot write to the disk: [Errno 28] No space left on device")
     assert done.stderr.count("\n") == 1
     assert "Traceback" not in shell(f"{HUB} --help > /dev/full").stderr
 

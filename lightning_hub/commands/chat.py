@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from lightning_hub.config.help import plain_text
 from lightning_hub.errors import ExitCode
+from lightning_hub.launch.arguments import add_runs_root, add_trust_remote_code
 from lightning_hub.launch.messages import LOADING, print_notice
-from lightning_hub.launch.options import add_runs_root, add_trust_remote_code
 from lightning_hub.runs.model_name import model_of
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from lightning_hub.config.help import plain_text
 from lightning_hub.demo.tasks import METHODS
-from lightning_hub.launch.options import add_runs_root
+from lightning_hub.launch.arguments import add_runs_root
 from lightning_hub.runs.terminal import independent_of_terminal
 
 

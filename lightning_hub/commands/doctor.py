@@ -11,7 +11,7 @@ from lightning_hub.doctor.environment import check_machine
 from lightning_hub.doctor.findings import Finding
 from lightning_hub.doctor.proofs import PROOFS, run_proofs
 from lightning_hub.errors import ExitCode
-from lightning_hub.launch.options import add_runs_root
+from lightning_hub.launch.arguments import add_runs_root
 from lightning_hub.runs.folder import runs_root
 
 

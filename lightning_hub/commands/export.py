@@ -9,8 +9,8 @@ from pathlib import Path
 
 from lightning_hub.config.help import plain_text
 from lightning_hub.errors import ConfigError, ExitCode
+from lightning_hub.launch.arguments import add_runs_root, add_trust_remote_code
 from lightning_hub.launch.messages import LOADING, print_notice
-from lightning_hub.launch.options import add_runs_root, add_trust_remote_code
 from lightning_hub.launch.resuming import newest_recipe
 from lightning_hub.launch.topology import single_process
 from lightning_hub.runs.folder import find_run, runs_root

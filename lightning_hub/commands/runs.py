@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from lightning_hub.errors import ConfigError, ExitCode
-from lightning_hub.launch.options import add_runs_root
+from lightning_hub.launch.arguments import add_runs_root
 from lightning_hub.runs import show
 from lightning_hub.runs.files import Json, read_json
 from lightning_hub.runs.folder import RunFolder, find_run, list_runs, runs_root

@@ -1,4 +1,4 @@
-"""Check a recipe against the option catalogue before anything heavy is loaded: every fault, one sentence each."""
+"""Check a recipe against the option catalogue before any heavy import. Every fault is reported, in one sentence."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _SHOWN = 80
 
 
 class RecipeError(ConfigError):
-    """All faults of one recipe; ``message``, ``where`` and ``remedy`` are those of the first.
+    """All faults of one recipe; ``message``, ``where`` and ``remedy`` are those of the first fault.
 
     Attributes:
-        faults: Every fault, in the order in which the recipe was written.
+        faults: Every fault, in the order of the recipe.
     """
 
     def __init__(self, faults: Iterable[ConfigError]) -> None:
@@ -55,7 +55,7 @@ def check_recipe(recipe: Recipe, *, allow_classes: Iterable[str] = (), schema: S
 def find_faults(
     recipe: Recipe, *, allow_classes: Iterable[str] = (), schema: Schema | None = None
 ) -> list[ConfigError]:
-    """Return every fault of a recipe, none twice; see ``check_recipe``."""
+    """Return every fault of a recipe once; see ``check_recipe``."""
     catalogue = schema or shipped_schema()
     allowed = AllowList.with_more(allow_classes)
     checker = _Checker(recipe, catalogue, allowed)
@@ -78,14 +78,14 @@ def _masked(fault: ConfigError) -> ConfigError:
 
 
 def _position(fault: ConfigError, sources: list[str]) -> tuple[int, int]:
-    """Return where a fault stands in what was given: files first, each from its top, then flags."""
+    """Return the sort key of a fault: the index of its file or flag (files first), then its line."""
     source, _, line = (fault.where or "").rpartition(":")
     name, number = (source, int(line)) if line.isdigit() else (fault.where, 0)
     return (sources.index(name) if name in sources else len(sources), number)
 
 
 class _Checker:
-    """Walks a recipe beside the catalogue."""
+    """Compares a recipe with the catalogue, key by key."""
 
     def __init__(self, recipe: Recipe, schema: Schema, allowed: AllowList) -> None:
         self.recipe = recipe
@@ -94,7 +94,7 @@ class _Checker:
         self.chosen = self._chosen_classes()
 
     def _chosen_classes(self) -> dict[str, ClassInfo]:
-        """Return the classes that this recipe configures; where it names none, the first of the kind."""
+        """Return the class of each section; for a section without a class name, the first class of that kind."""
         chosen = {}
         for section in SECTIONS[1:]:
             named = self.recipe.get(f"{section}.class_path")
@@ -109,9 +109,9 @@ class _Checker:
     def sections(self) -> Iterator[ConfigError]:
         for key in self.recipe.tree:
             if key in LIGHTNING_CLI_SECTIONS:
-                yield self.fault((key,), "no section of a recipe", LIGHTNING_CLI_SECTIONS[key])
+                yield self.fault((key,), "not a section of a recipe", LIGHTNING_CLI_SECTIONS[key])
             elif key not in SECTIONS:
-                yield self.unknown((key,), SECTIONS, "no section of a recipe", None)
+                yield self.unknown((key,), SECTIONS, "not a section of a recipe", None)
         if "seed_everything" in self.recipe.tree:
             yield from self.option(("seed_everything",), self.recipe.tree["seed_everything"], SEED_OPTION)
         for section in ("trainer", "checkpoint"):
@@ -128,7 +128,7 @@ class _Checker:
             yield ConfigError(
                 f"{section} is missing",
                 where=self.recipe.where(section) or self._any_source(),
-                remedy=f"name its class_path ({names}) and its init_args",
+                remedy=f"give its class_path ({names}) and its init_args",
             )
         else:
             yield from self.class_value((section,), value, section)
@@ -141,7 +141,7 @@ class _Checker:
         spec: YamlValue = {"class_path": value} if isinstance(value, str) else value
         names = [info.name for info in self.schema.of_kind(kind)]
         if not isinstance(spec, dict):
-            yield self.fault(path, f"{_shown(path, value)} is no class", f"write class_path ({', '.join(names)})")
+            yield self.fault(path, f"{_shown(path, value)} is not a class", f"write class_path ({', '.join(names)})")
             return
         name = spec.get("class_path")
         info = self.schema.find(str(name))
@@ -149,7 +149,7 @@ class _Checker:
             if key not in CLASS_KEYS:
                 yield self.misplaced((*path, key), info or self.chosen.get(kind))
         if not isinstance(name, str):
-            given = "class_path is missing" if name is None else f"{_shown(path, name)} is no class path"
+            given = "class_path is missing" if name is None else f"{_shown(path, name)} is not a class path"
             yield self.fault(path, given, f"choose one of {', '.join(names)}")
             return
         if info is None or info.kind != kind:
@@ -157,25 +157,25 @@ class _Checker:
             return
         yield from self.options((*path, "init_args"), spec.get("init_args"), info)
         if "dict_kwargs" in spec and not info.takes_other_keys:
-            yield self.fault((*path, "dict_kwargs"), f"{info.name} takes no further keys", "use init_args")
+            yield self.fault((*path, "dict_kwargs"), f"{info.name} does not take other keys", "use init_args")
 
     def misplaced(self, path: KeyPath, info: ClassInfo | None) -> ConfigError:
-        """Return the fault of a key beside class_path: most often an option that belongs below init_args."""
+        """Return the fault of an unknown key next to class_path: usually an option that belongs under init_args."""
         near = nearest(str(path[-1]), (*CLASS_KEYS, *(info.options if info else ())))
         if info is not None and near in info.options:
             inside = ".".join(map(str, (*path[:-1], "init_args", near)))
-            return self.fault(path, f"options of {info.name} stand below init_args", f"write {inside}")
-        return self.unknown(path, CLASS_KEYS, "unknown beside class_path", info)
+            return self.fault(path, f"options of {info.name} belong under init_args", f"write {inside}")
+        return self.unknown(path, CLASS_KEYS, "unknown key next to class_path", info)
 
     def unknown_class(self, path: KeyPath, name: str, kind: str, other: ClassInfo | None) -> Iterator[ConfigError]:
-        """Yield the fault of a name that is no class of this kind; a foreign class path is left to ``safety``."""
+        """Yield the fault of a name that is not a class of this kind; ``safety`` checks unknown class paths."""
         names = [info.name for info in self.schema.of_kind(kind)]
         last = name.rpartition(".")[2]
         if other is not None:
             remedy = f"it is a {other.kind} class; choose one of {', '.join(names)}"
-            yield self.fault(path, f"{other.name} is no {kind} class", remedy)
+            yield self.fault(path, f"{other.name} is not a {kind} class", remedy)
         elif last in REFUSED:
-            yield self.fault(path, f"{last} is not used here", REFUSED[last])
+            yield self.fault(path, f"{last} cannot be used", REFUSED[last])
         elif "." not in name:
             near = nearest(name, names)
             remedy = f"did you mean {near}?" if near else f"choose one of {', '.join(names)}, or give a full class path"
@@ -185,7 +185,7 @@ class _Checker:
         """Check a mapping of options against its class."""
         if value is not None and not isinstance(value, dict):
             given_text = _shown(path, value)
-            yield self.fault(path, f"{given_text} is no mapping of options", f"write the options of {info.name}")
+            yield self.fault(path, f"{given_text} is not a mapping of options", f"write the options of {info.name}")
             return
         given = value or {}
         for name, option in info.options.items():
@@ -196,14 +196,14 @@ class _Checker:
             if key in info.options:
                 yield from self.option((*path, key), child, info.options[key])
             elif not info.takes_other_keys:
-                yield self.unknown((*path, key), info.options, f"no option of {info.name}", info)
+                yield self.unknown((*path, key), info.options, f"not an option of {info.name}", info)
 
     def option(self, path: KeyPath, value: YamlValue, option: Option) -> Iterator[ConfigError]:
         """Check one value: type, range, and the classes and settings inside it."""
         if value is None and option.has_default and option.default is None:
             return
         if isinstance(value, str) and value.startswith("${env:"):
-            return  # read where it is needed; a wrong text is told there
+            return  # its value is read and checked where it is used
         inner = list(self.nested(path, value, option.type))
         if inner or not option.type.accepts(value):
             yield from inner or [self.wrong_type(path, value, option)]
@@ -213,7 +213,7 @@ class _Checker:
             )
 
     def nested(self, path: KeyPath, value: YamlValue, type_: OptionType) -> Iterator[ConfigError]:
-        """Check the classes and settings that a value holds."""
+        """Check the classes and settings inside a value."""
         for member in type_.members():
             if member.head == "list" and isinstance(value, list):
                 for index, item in enumerate(value):
@@ -230,7 +230,7 @@ class _Checker:
         return self.fault(path, f"{_shown(path, value)} is not {option.type.describe()}", remedy)
 
     def unknown(self, path: KeyPath, names: Iterable[str], what: str, here: ClassInfo | None) -> ConfigError:
-        """Return the fault of an unknown key: the nearest name here, else the section that has it."""
+        """Return the fault of an unknown key, with the nearest name here or the section that has this key."""
         key = str(path[-1])
         other = find_in_other_sections(key, self.schema, here, self.chosen)
         near = nearest(key, names)

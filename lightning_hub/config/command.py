@@ -1,4 +1,4 @@
-"""Split a command line into the recipe that it asks for and the arguments that belong to the command itself."""
+"""Split a command line into its recipe (files and overrides) and the arguments of the command itself."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _NEGATIVE = re.compile(r"-\.?\d")
 
 
 SHORT_FLAGS = {"logger": ("trainer", "logger")}
-"""Flags that stand for an option of a recipe."""
+"""Flags that set an option of a recipe."""
 
 LOGGERS = {"wandb": "WandbLogger", "tensorboard": "TensorBoardLogger", "mlflow": "MLFlowLogger", "csv": "CSVLogger"}
-"""What people call Lightning's loggers."""
+"""Short names of Lightning's loggers."""
 
 FLAGS_OF_OTHERS = {
     "output_dir": "--run-dir",
@@ -35,16 +35,16 @@ FLAGS_OF_OTHERS = {
     "config_file": "--config",
     "report_to": "--logger",
 }
-"""Flags of other tools, to ours."""
+"""Flags of other tools, and our flags for the same purpose."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command line, read.
+    """A parsed command line.
 
     Attributes:
-        recipe: Files merged and overrides applied; not yet checked.
-        rest: What is not of the recipe (``--run-dir``, ``--resume`` ...), in its order, for the caller's own parser.
+        recipe: The merged files with the overrides applied; not yet checked.
+        rest: The other arguments (``--run-dir``, ``--resume`` ...), in their order, for the caller's own parser.
     """
 
     recipe: Recipe
@@ -53,7 +53,7 @@ class Command:
 
 @dataclass(frozen=True)
 class SplitArguments:
-    """Config files and overrides of a command line, and what is left over."""
+    """Config files and overrides of a command line, and the remaining arguments."""
 
     files: tuple[str, ...]
     overrides: tuple[Override, ...]
@@ -63,27 +63,27 @@ class SplitArguments:
 def parse_command(argv: Iterable[str], schema: Schema | None = None, valued: Container[str] = ()) -> Command:
     """Read ``--config A --config B --model LoRA --model.learning_rate 1e-5 --run-dir D``.
 
-    A recipe may stand without ``--config`` and an override without its dashes: ``sft model.learning_rate=1e-5``.
+    ``--config`` and the dashes of an override can be left out: ``sft model.learning_rate=1e-5``.
 
-    Nothing is imported and no option is checked here; ``check_recipe`` does that with every fault at once.
+    Nothing is imported and no option is checked here. ``check_recipe`` checks the options.
 
     Args:
-        argv: The arguments after the command's word.
+        argv: The arguments after the name of the command.
         schema: The catalogue; the shipped one by default.
-        valued: The command's own flags that take a value: the word after one of them is no recipe, whatever it is.
+        valued: The command's own flags that take a value. The word after such a flag is never a recipe.
 
     Raises:
-        ConfigError: A file cannot be read, a flag lacks its value, or ``--x.y`` begins with no section.
+        ConfigError: A file cannot be read, a flag has no value, or ``x`` in ``--x.y`` is not a section.
     """
     parts = split_arguments(argv, valued)
     return Command(build_recipe(parts.files, parts.overrides, schema), parts.rest)
 
 
 def split_arguments(argv: Iterable[str], valued: Container[str] = ()) -> SplitArguments:
-    """Sort the arguments without reading a file; ``--`` ends the recipe's part.
+    """Split the arguments without reading a file. After ``--`` nothing belongs to the recipe.
 
     Args:
-        argv: The arguments after the command's word.
+        argv: The arguments after the name of the command.
         valued: The command's own flags that take a value.
     """
     files: list[str] = []
@@ -128,7 +128,8 @@ def _belongs_to_recipe(match: re.Match[str]) -> bool:
         near = nearest(section, SECTIONS)
         remedy = f"did you mean --{near}.{match['keys'].partition('.')[2]}?" if near else None
         known = ", ".join(SECTIONS)
-        raise ConfigError(f"{section!r} is no section of a recipe ({known})", where=f"--{match['keys']}", remedy=remedy)
+        message = f"{section!r} is not a section of a recipe ({known})"
+        raise ConfigError(message, where=f"--{match['keys']}", remedy=remedy)
     return False
 
 
@@ -136,7 +137,7 @@ def _override(match: re.Match[str], waiting: list[str]) -> Override:
     flag = f"--{match['keys']}"
     keys = SHORT_FLAGS.get(match["keys"]) or tuple(match["keys"].split("."))
     if not all(keys):
-        raise ConfigError("the flag holds an empty key", where=flag, remedy="write --section.option value")
+        raise ConfigError("the flag has an empty key", where=flag, remedy="write --section.option value")
     value = _value(match, waiting)
     if keys == ("trainer", "logger") and value is not None:
         value = LOGGERS.get(value, value)
@@ -156,10 +157,10 @@ def _missing_value(flag: str, what: str) -> str:
 
 
 def explain_flag(flag: str, known: Iterable[str], schema: Schema | None = None) -> ConfigError:
-    """Return the error for a flag that nobody knows, with the nearest flag or the option of a recipe.
+    """Return the error for an unknown flag, with the nearest flag or option of a recipe.
 
     Args:
-        flag: As given, with or without ``=value``.
+        flag: The flag as given, with or without ``=value``.
         known: The command's own flags.
         schema: The catalogue.
     """
@@ -183,7 +184,7 @@ def explain_flag(flag: str, known: Iterable[str], schema: Schema | None = None) 
 
 
 def _full_names(schema: Schema) -> dict[str, str]:
-    """Map each option of the sections' own classes to its dotted flag."""
+    """Map each option of the classes of the sections to its dotted flag."""
     names: dict[str, str] = {}
     for kind in ("checkpoint", "data", "model", "trainer"):
         for info in schema.of_kind(kind):

@@ -1,4 +1,4 @@
-"""Help for recipes, from the option catalogue: instant, as nothing has to be imported for it."""
+"""Help for recipes, from the option catalogue. It is fast, because no class has to be imported."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ _FLAG = re.compile(r"--(?P<section>[\w.]+)\.help(?:=(?P<name>.*))?")
 
 
 WIDTH = 80
-"""Columns that help is wrapped at: those of the smallest terminal."""
+"""Number of columns at which help is wrapped: the width of a small terminal."""
 
 
 def plain_text(text: str | None) -> str:
-    """Return a docstring as help: without the marks of reStructuredText."""
+    """Return a docstring as help text: without the markup of reStructuredText."""
     return (text or "").replace("``", "").replace("`", "")
 
 
 def class_help(argv: Iterable[str], schema: Schema | None = None) -> str | None:
-    """Return the help that a command line asks for with ``--model.help SFT`` and the like, or None.
+    """Return the help that a command line asks for, for example with ``--model.help SFT``, or None.
 
     Raises:
-        ConfigError: It names a section or class that is not there.
+        ConfigError: The section or class does not exist.
     """
     catalogue = schema or shipped_schema()
     words = list(argv)
-    for place, word in enumerate(words):
+    for index, word in enumerate(words):
         if match := _FLAG.fullmatch(word):
-            name = match["name"] or next(iter(words[place + 1 : place + 2]), "")
+            name = match["name"] or next(iter(words[index + 1 : index + 2]), "")
             return _section_help(match["section"], name if not name.startswith("-") else "", catalogue)
     return None
 
@@ -57,13 +57,13 @@ def _section_help(section: str, name: str, schema: Schema) -> str:
 
 
 def overview(classes: Iterable[ClassInfo]) -> str:
-    """Return classes with a line each."""
+    """Return one line for each class."""
     listed = list(classes)
     return "\n".join(_rows([(info.name, plain_text(info.summary)) for info in listed]))
 
 
 def _rows(rows: Iterable[tuple[str, str]]) -> list[str]:
-    """Return names with their texts beside them, wrapped."""
+    """Return the lines of a table of names and texts; long texts are wrapped."""
     listed = list(rows)
     column = max((len(name) for name, _ in listed), default=0) + 4
     return [
@@ -100,7 +100,7 @@ def recipe_help(verb: str, flags: Iterable[tuple[str, str]], schema: Schema | No
     """Return the help of a command that takes a recipe.
 
     Args:
-        verb: The command's word.
+        verb: The name of the command.
         flags: Its own flags, each with its help.
         schema: The catalogue; the shipped one by default.
     """
@@ -112,7 +112,7 @@ usage: lightning-hub {verb} RECIPE [RECIPE ...] [section.option=VALUE ...] [FLAG
 A RECIPE is a YAML file, or the name of a shipped one (sft, lora, osft, fsdp).
 --config RECIPE and --section.option VALUE mean the same. Its sections are
 {", ".join(SECTIONS)}.
-Later files win over earlier ones, and options given here win over files:
+Later files override earlier ones, and options given here override files:
 trainer.max_epochs=3 model.learning_rate=2e-5. trainer.callbacks+=NAME appends.
 
 models:

@@ -1,7 +1,7 @@
 """The option catalogue as JSON Schema (draft 2020-12), so that editors complete and check recipes.
 
-A recipe may be one of several files, so nothing is required at the top. A class that is not in the catalogue is taken
-with any options: the parser checks those.
+A recipe can consist of several files, so no section is required in one file. A class that is not in the catalogue may
+have any options; the parser checks them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CLASS_KINDS = ("model", "data", "callback", "logger", "strategy")
 
 _KEYWORDS = {">=": "minimum", "<=": "maximum", ">": "exclusiveMinimum", "<": "exclusiveMaximum"}
 _REFERENCE = {"type": "string", "pattern": r"^\$\{env:\w+\}$"}
-"""An option of any type may be read from an environment variable."""
+"""The form of a value that is read from an environment variable. Every option accepts it."""
 
 
 def json_schema(schema: Schema) -> dict[str, Any]:

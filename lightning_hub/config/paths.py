@@ -1,4 +1,4 @@
-"""Paths of a recipe made absolute, so that what a run keeps means the same in every working folder."""
+"""Make the paths of a recipe absolute, so that the stored recipe of a run works from every working folder."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ INPUT_PATHS: dict[str, tuple[str, ...]] = {
     "Forgetting": ("eval_also",),
     "SpikeDetection": ("exclude_batches_path",),
 }
-"""Options of a section, or of a callback, that may name what is read; some may also be a hub id or a word of ours."""
+"""Options of a section or a callback that can be the path of an input; some can also be a hub id or a keyword."""
 
 OUTPUT_PATHS = ("default_root_dir", "dirpath", "save_dir")
-"""Options of the trainer, its callbacks and loggers that name folders to write."""
+"""Options of the trainer, its callbacks and loggers that are paths of output folders."""
 
 _TEMPLATES = Path(__file__).parents[1] / "data" / "masking" / "templates"
 
 
 def with_absolute_paths(tree: dict[str, YamlValue], kept: YamlValue = None) -> dict[str, YamlValue]:
-    """Return a recipe whose local paths are absolute. What is no path that exists (a hub id) stays as it is.
+    """Return a recipe whose local paths are absolute. An input that does not exist as a path (a hub id) stays as it is.
 
     Args:
-        tree: A whole recipe, with its defaults.
-        kept: What the run has stored already; its texts stay as they are, because hashes of data know their paths.
+        tree: A complete recipe, with its defaults.
+        kept: The stored recipe of the run. Its texts stay as they are, because the hashes of the data include them.
     """
     known = set(_texts(kept))
 
@@ -73,7 +73,7 @@ def _changed(options: YamlValue, names: Collection[str], change: Callable[[str],
 
 
 def _mapped(value: YamlValue, change: Callable[[str], str]) -> YamlValue:
-    """Change a path, each of a list of them, the ``path`` of a source with a weight, each of a mapping by name."""
+    """Change a path, each path of a list, the ``path`` of a source with a weight, or each value of a mapping."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, list):
@@ -88,16 +88,16 @@ def _exists(text: str) -> bool:
     if not text or "\0" in text:
         return False
     try:
-        if (_TEMPLATES / f"{text}.jinja").is_file():  # a built-in template comes first
+        if (_TEMPLATES / f"{text}.jinja").is_file():  # the name of a built-in template has priority over a file
             return False
         path = Path(text).expanduser()
         return path.exists() or (glob.has_magic(text) and bool(glob.glob(str(path), recursive=True)))  # noqa: PTH207
-    except (OSError, RuntimeError):  # too long for a path; no home
+    except (OSError, RuntimeError):  # the text is too long for a path, or there is no home folder
         return False
 
 
 def _absolute(text: str) -> str:
-    return os.path.abspath(Path(text).expanduser())  # noqa: PTH100  links stay as they are, `..` goes
+    return os.path.abspath(Path(text).expanduser())  # noqa: PTH100  unlike resolve, it keeps symbolic links
 
 
 def _texts(value: YamlValue) -> list[str]:

@@ -1,4 +1,4 @@
-"""A recipe: YAML files merged in order, overrides of the command line on top, and where each value came from."""
+"""A recipe: YAML files merged in order, then overrides of the command line, with the source of each value."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
 
 @dataclass(frozen=True)
 class RecipeSource:
-    """One input of a recipe, verbatim: a file with its text, or a flag with its value."""
+    """One input of a recipe, unchanged: a file with its text, or a flag with its value."""
 
     name: str
     text: str
@@ -23,7 +23,7 @@ class RecipeSource:
 
 @dataclass(frozen=True)
 class Override:
-    """One ``--section.key value`` of the command line; ``append`` for the ``+=`` form."""
+    """One ``--section.key value`` of the command line; ``append`` is true for the ``+=`` form."""
 
     flag: str
     keys: tuple[str, ...]
@@ -31,18 +31,18 @@ class Override:
     append: bool = False
 
     def names_class(self, schema: Schema) -> bool:
-        """Whether it chooses a class: these go first, so that their options know where they belong."""
+        """Whether it chooses a class. Such overrides are applied first, because they decide which options exist."""
         return self.keys[-1] == "class_path" or schema.find(self.text or "") is not None
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a person asked for, as plain values.
+    """The recipe that a user gave, as plain values.
 
     Attributes:
         tree: Sections by name: seed_everything, trainer, model, data, checkpoint.
-        sources: The inputs, verbatim, in the order in which they were merged.
-        notes: What merging left out, in sentences to be shown.
+        sources: The inputs, unchanged, in the order in which they were merged.
+        notes: Sentences to print about the options that merging dropped.
     """
 
     tree: dict[str, YamlValue]
@@ -51,7 +51,7 @@ class Recipe:
     _places: Mapping[KeyPath, SourcePosition] = field(default_factory=dict, repr=False, compare=False)
 
     def where(self, path: str | KeyPath) -> str | None:
-        """Return ``file:line`` or the flag that gave a key (or the nearest key above it), if any did."""
+        """Return the ``file:line`` or the flag of a key, or of the nearest key above it; None if there is none."""
         keys = _keys(path) if isinstance(path, str) else path
         while keys:
             if keys in self._places:
@@ -73,11 +73,11 @@ class Recipe:
 
 
 def keyed_fault(recipe: Recipe, path: str | KeyPath, message: str, remedy: str | None = None) -> ConfigError:
-    """Return the error for one key of a recipe: place, key, what was given, what to do."""
+    """Return the error for one key of a recipe: where it is, the key, what was given, what to do."""
     key = path if isinstance(path, str) else ".".join(map(str, path))
     where = recipe.where(path)
-    said = message if where == f"--{key}" else f"{key}: {message}"  # a flag's name is the key already
-    return ConfigError(said, where=where, remedy=remedy)
+    text = message if where == f"--{key}" else f"{key}: {message}"  # the name of a flag is its key
+    return ConfigError(text, where=where, remedy=remedy)
 
 
 def _keys(path: str) -> KeyPath:
@@ -87,10 +87,10 @@ def _keys(path: str) -> KeyPath:
 def build_recipe(
     files: Iterable[str | Path], overrides: Iterable[Override] = (), schema: Schema | None = None
 ) -> Recipe:
-    """Read files, merge them (the later wins) and apply overrides.
+    """Read files, merge them (a later file overrides an earlier one) and apply the overrides.
 
     Raises:
-        ConfigError: A file cannot be read, or an override cannot be placed.
+        ConfigError: A file cannot be read, or an override names an item that does not exist.
     """
     catalogue = schema or shipped_schema()
     merge = _Merge(catalogue)
@@ -103,7 +103,7 @@ def build_recipe(
 
 
 def recipe_from_text(text: str, source: str, schema: Schema | None = None) -> Recipe:
-    """Read a recipe from text, for example the one of an editor.
+    """Read a recipe from text, for example from an editor.
 
     Raises:
         ConfigError: The text is not YAML, or not a mapping.
@@ -111,13 +111,18 @@ def recipe_from_text(text: str, source: str, schema: Schema | None = None) -> Re
     merge = _Merge(schema or shipped_schema())
     node = parse_yaml(text, source)
     if not isinstance(node.value, dict | None):
-        raise ConfigError("is not a mapping of sections", where=str(node.place))
+        raise ConfigError("is not a mapping of sections", where=str(node.place), remedy="start with trainer: or model:")
     merge.overlay(node if node.value is not None else YamlNode({}, node.place), RecipeSource(source, text))
     return merge.recipe()
 
 
 class _Merge:
-    """Nodes put on top of each other; keeps the places, and notes what a change of class drops."""
+    """Merges YAML nodes. It keeps the position of each value, and notes the options that a change of class drops.
+
+    Example: ``model: {class_path: SFT, init_args: {learning_rate: 1e-5}}`` and the override ``--model.eps 1e-6``.
+    ``insert_init_args`` turns the keys ``model, eps`` into ``model, init_args, eps``. ``coerce_to_option`` would keep
+    the text if ``SFT.eps`` took text. ``set_value`` puts the number next to ``learning_rate``.
+    """
 
     def __init__(self, schema: Schema) -> None:
         self.schema = schema
@@ -135,7 +140,7 @@ class _Merge:
         self.root = self.merged(self.root, _with_class_nodes(node), ())
 
     def merged(self, old: YamlNode | None, new: YamlNode, path: KeyPath) -> YamlNode:
-        """Return the new node on top of the old one: mappings merge, everything else is replaced."""
+        """Return both nodes merged: mappings are merged key by key, everything else is replaced by the new node."""
         if old is None or not isinstance(new.value, dict) or not isinstance(old.value, dict):
             return new
         kept = self.kept_for_class(old.value, new, path)
@@ -145,7 +150,7 @@ class _Merge:
         return YamlNode.collection(both, new.place)
 
     def kept_for_class(self, old: dict[str, YamlNode], new: YamlNode, path: KeyPath) -> dict[str, YamlNode]:
-        """Return the old keys that still hold: a new class drops options that it does not have, and says so."""
+        """Return the old keys that stay. With a new class, options that it does not have are dropped, with a note."""
         assert isinstance(new.value, dict), "only mappings are merged"
         before, after = old.get("class_path"), new.value.get("class_path")
         if after is None or before is None or before.value == after.value or "init_args" not in old:
@@ -158,7 +163,7 @@ class _Merge:
             return old
         names = ", ".join(f"{key} ({args[key].place})" for key in dropped)
         self.notes.append(
-            f"{after.place}: {'.'.join(map(str, path))} is now {info.name}, which has no {names}: left out"
+            f"{after.place}: {'.'.join(map(str, path))} is now {info.name}, which does not have {names}: left out"
         )
         left = {key: child for key, child in args.items() if key in info.options}
         return {**old, "init_args": YamlNode.collection(left, old["init_args"].place)}
@@ -171,7 +176,7 @@ class _Merge:
         self.root = self.set_value(self.root, keys, value, override, ())
 
     def insert_init_args(self, keys: tuple[str, ...]) -> tuple[str, ...]:
-        """Insert ``init_args`` where a class stands: ``model.learning_rate`` is ``model.init_args.learning_rate``."""
+        """Insert ``init_args`` after a class: ``model.learning_rate`` becomes ``model.init_args.learning_rate``."""
         out: list[str] = []
         node: YamlNode | None = self.root
         for key in keys:
@@ -187,12 +192,12 @@ class _Merge:
         return tuple(out)
 
     def as_class(self, node: YamlNode | None) -> YamlNode | None:
-        """Return a class that stands there by its name alone as one that can have options."""
+        """Return a class that is given by its name alone in the form with ``class_path``, which can have options."""
         is_name = node is not None and isinstance(node.value, str) and self.schema.find(node.value)
         return YamlNode.collection({"class_path": node}, node.place) if node is not None and is_name else node
 
     def coerce_to_option(self, node: YamlNode, keys: tuple[str, ...], override: Override) -> YamlNode:
-        """Return the text itself where the option wants text: ``--data.train 2024`` is a file name."""
+        """Return the text itself if the option takes text: in ``--data.train 2024`` the value is a file name."""
         option = find_option(self.root, keys, self.schema)
         if option is not None and option.type.kinds() and not override.append and self.schema.find(node.text or ""):
             return YamlNode.collection({"class_path": node}, node.place)
@@ -252,7 +257,7 @@ def _with_class_nodes(node: YamlNode, path: KeyPath = ()) -> YamlNode:
     if path in (("model",), ("data",)) and isinstance(node.value, str):
         return YamlNode.collection({"class_path": node}, node.place)
     if len(path) == 1 and path[0] in SECTIONS[1:] and node.value is None:
-        return YamlNode({}, node.place)  # a heading whose options are all commented out
+        return YamlNode({}, node.place)  # a section whose options are all commented out
     if path or not isinstance(node.value, dict):
         return node
     return YamlNode.collection({key: _with_class_nodes(child, (key,)) for key, child in node.value.items()}, node.place)
@@ -280,7 +285,7 @@ def _at(node: YamlNode, place: SourcePosition) -> YamlNode:
 
 
 def find_option(root: YamlNode, keys: tuple[str, ...], schema: Schema) -> Option | None:
-    """Return the option that a key path names in this recipe, if the catalogue knows it."""
+    """Return the option at a key path of this recipe, or None if it is not in the catalogue."""
     if keys == ("seed_everything",):
         return SEED_OPTION
     node = _child(root, keys[0])
@@ -300,4 +305,4 @@ def _class_name(node: YamlNode | None) -> str | None:
 
 
 SEED_OPTION = Option("seed_everything", "int | bool", default=42, help="The seed of every random choice of a run.")
-"""The one option that belongs to no class: an integer, or ``true`` for one that is chosen and recorded."""
+"""The only option that does not belong to a class: an integer, or ``true`` for a seed that is chosen and recorded."""

@@ -1,7 +1,7 @@
-"""What the option schema covers: names only, so that reading this costs nothing.
+"""The classes in the option schema. This module has only names, so its import is fast.
 
 ``scripts/make_schema.py`` imports each name, reads its signature and docstring and writes ``schema.json``.
-A new class of ours is one line here.
+To add a class, add one line here.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ CLASSES: dict[str, str] = {
 """Dotted name to kind: trainer, checkpoint, model, data, callback, logger or strategy."""
 
 SHOWN_AS: dict[str, str] = {"CausalLMModule": "SFT"}
-"""Base classes that no recipe names, and the class whose options theirs are called."""
+"""Base classes that a recipe cannot name, and the class under whose name their options are listed."""
 
 TYPES: dict[str, str] = {
     "Trainer.accelerator": "'auto' | 'cpu' | 'gpu' | 'cuda' | 'mps'",
@@ -69,17 +69,17 @@ TYPES: dict[str, str] = {
     **{f"{logger}.save_dir": "str | null" for logger in ("CSVLogger", "TensorBoardLogger", "WandbLogger")},
     "MLFlowLogger.tags": "map[str, str] | null",
 }
-"""Types that a signature does not tell: words that Lightning checks late, or not at all."""
+"""Types that are not in a signature: values that Lightning checks late, or never."""
 
 DEFAULTS: dict[str, YamlValue] = {
-    "Trainer.use_distributed_sampler": False,  # Lightning's sampler halves the steps in silence
-    "Trainer.logger": False,  # the run folder has the metrics; others are by choice
+    "Trainer.use_distributed_sampler": False,  # Lightning's sampler drops steps without a message
+    "Trainer.logger": False,  # the run folder has the metrics; other loggers are optional
     "Trainer.num_sanity_val_steps": 0,  # -1 validates before the first step
     "Trainer.log_every_n_steps": 10,
     "Trainer.precision": "32-true",
     **{f"{logger}.save_dir": None for logger in ("CSVLogger", "MLFlowLogger", "TensorBoardLogger", "WandbLogger")},
 }
-"""Defaults of ours, where Lightning's own would train wrong or write where nobody looks."""
+"""Our defaults, where those of Lightning would train wrong or write outside the run folder."""
 
 RANGES: dict[str, str] = {
     "Trainer.num_nodes": ">= 1",
@@ -94,19 +94,19 @@ RANGES: dict[str, str] = {
 
 REFUSED: dict[str, str] = {
     "GradientAccumulationScheduler": "gradients are accumulated by data.init_args.effective_batch_size",
-    "BatchSizeFinder": "a row holds at most data.init_args.max_tokens_per_gpu tokens",
+    "BatchSizeFinder": "a packed row has at most data.init_args.max_tokens_per_gpu tokens",
     "LearningRateFinder": "set model.init_args.learning_rate",
     "BackboneFinetuning": "it takes Python functions, and a language model has no backbone to unfreeze",
     "LambdaCallback": "it takes Python functions: write a callback class and give --allow-class",
     "ModelPruning": "pruned weights cannot be exported as a plain model folder",
 }
-"""Lightning classes that would break what the exact step promises, with what to use."""
+"""Lightning classes that would make the training step or the export wrong, with what to use instead."""
 
 LIGHTNING_CLI_SECTIONS: dict[str, str] = {
     "optimizer": "set model.init_args.learning_rate, betas, eps and weight_decay",
     "lr_scheduler": "set model.init_args.lr_scheduler and warmup_steps",
     "ckpt_path": "give --resume PATH",
     "config": "give --config FILE several times; the later file wins",
-    "fit": "its content stands at the top, without fit:",
+    "fit": "write its content at the top level, without fit:",
 }
-"""Sections that LightningCLI knows and a recipe does not have, with what to write instead."""
+"""Sections of LightningCLI that a recipe does not have, with what to write instead."""

@@ -1,4 +1,4 @@
-"""The full form of a recipe, with every default written out, and what differs between two of them."""
+"""The complete form of a recipe, with every default written out, and the differences between two recipes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_hub.config.yaml_reader import YamlValue
 
 @dataclass(frozen=True)
 class OptionChange:
-    """One key that differs: its dotted path with both values, ``given`` telling which side has it."""
+    """One key that differs: its dotted path and both values; ``in_before`` and ``in_after`` say which side has it."""
 
     path: str
     before: YamlValue
@@ -24,8 +24,8 @@ class OptionChange:
 def fill_defaults(recipe: Recipe, schema: Schema | None = None) -> dict[str, YamlValue]:
     """Return the checked recipe with the defaults of the catalogue filled in.
 
-    Sections and options stand in the catalogue's order, classes keep their short names, and options of classes
-    that the catalogue does not know stay as given: equal recipes give equal trees.
+    Sections and options are in the order of the catalogue, so equal recipes give equal trees. Classes keep their short
+    names. Options of a class that is not in the catalogue stay as given.
     """
     catalogue = schema or shipped_schema()
     tree: dict[str, YamlValue] = {"seed_everything": recipe.tree.get("seed_everything", SEED_OPTION.default)}
@@ -40,9 +40,9 @@ def fill_defaults(recipe: Recipe, schema: Schema | None = None) -> dict[str, Yam
 
 
 def with_class_paths(tree: YamlValue, schema: Schema | None = None) -> YamlValue:
-    """Return a tree in which classes of the catalogue stand under their full paths.
+    """Return a tree in which every class of the catalogue has its full class path.
 
-    The parser knows short names only of classes that somebody has imported already.
+    The parser knows the short name of a class only after the class was imported.
     """
     catalogue = schema or shipped_schema()
     if isinstance(tree, list):
@@ -94,7 +94,7 @@ def _is_class(value: YamlValue, type_: OptionType, schema: Schema) -> bool:
 
 
 def diff(before: YamlValue, after: YamlValue, path: str = "") -> list[OptionChange]:
-    """Return what differs between two trees, key by key; lists of plain values count as one value."""
+    """Return the differences between two trees, key by key; a list counts as one value."""
     if isinstance(before, dict) and isinstance(after, dict):
         keys = dict.fromkeys((*before, *after))
         return [change for key in keys for change in _diff_key(before, after, key, f"{path}.{key}" if path else key)]

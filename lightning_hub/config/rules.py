@@ -1,4 +1,4 @@
-"""Rules that hold between options: what a type alone cannot say."""
+"""Rules between options, which the type of one option cannot express."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_hub.config.yaml_reader import KeyPath, YamlValue
 from lightning_hub.errors import ConfigError
 
 MEASURED = ("loss", "grad_norm")
-"""What callbacks can watch in any run; ``val_loss`` where there is validation data."""
+"""Metrics that callbacks can monitor in every run. With validation data there is also ``val_loss``."""
 
 _SHIPPED = frozenset(path.rpartition(".")[2] for path in CLASSES)
 _DEVICE_WORDS = re.compile(r"auto|-1|\d+(\s*,\s*\d+)*,?")
@@ -29,8 +29,8 @@ def check_rules(recipe: Recipe, filled: dict[str, YamlValue]) -> Iterator[Config
     """Yield one fault for each rule that the recipe breaks.
 
     Args:
-        recipe: As given.
-        filled: Its tree with defaults: a rule between two options holds when only one of them was given, too.
+        recipe: The recipe as given.
+        filled: Its tree with defaults, so that a rule also compares a given option with the default of another.
     """
     full = replace(recipe, tree=filled)
     for rule in (_accumulation, _devices, _sampler, _lengths, _batch_size, _warmup):
@@ -51,7 +51,7 @@ def _accumulation(recipe: Recipe) -> _Fault:
     if given is None or given == 1:
         return None
     remedy = "remove it and set data.init_args.effective_batch_size (samples of one step over all ranks)"
-    return path, f"{given} cannot be used: a batch is already a whole optimizer step, accumulated exactly", remedy
+    return path, f"{given} cannot be used: a batch is already a complete optimizer step, accumulated exactly", remedy
 
 
 def _devices(recipe: Recipe) -> _Fault:
@@ -59,9 +59,9 @@ def _devices(recipe: Recipe) -> _Fault:
     given = recipe.get(path)
     remedy = "give a number, a list of device indices or auto"
     if isinstance(given, str) and not _DEVICE_WORDS.fullmatch(given):
-        return path, f"{given!r} is no number of devices", remedy
+        return path, f"{given!r} is not a number of devices", remedy
     if isinstance(given, int) and (given == 0 or given < -1):
-        return path, f"{given} is no number of devices", remedy
+        return path, f"{given} is not a number of devices", remedy
     return None
 
 
@@ -69,7 +69,7 @@ def _sampler(recipe: Recipe) -> _Fault:
     path = "trainer.use_distributed_sampler"
     if recipe.get(path) is not True:
         return None
-    return path, "true would share out whole steps and train only a part of them", "remove it"
+    return path, "true would split the optimizer steps over the ranks, and each rank would train only some", "remove it"
 
 
 def _lengths(recipe: Recipe) -> _Fault:
@@ -78,46 +78,46 @@ def _lengths(recipe: Recipe) -> _Fault:
     if not isinstance(longest, int) or not isinstance(row, int) or longest <= row:
         return None
     path = "data.init_args.max_seq_len"
-    return path, f"{longest} is more than max_tokens_per_gpu ({row}): such a sample fits in no row", "lower it"
+    return path, f"{longest} is more than max_tokens_per_gpu ({row}): such a sample fits no packed row", "lower it"
 
 
 def _batch_size(recipe: Recipe) -> _Fault:
     path = "data.init_args.tokens_per_step"
     if recipe.get(path) is None or recipe.get("data.init_args.effective_batch_size") is None:
         return None
-    return path, "given beside effective_batch_size: both say how large a step is", "keep one of them"
+    return path, "given together with effective_batch_size: both set the size of a step", "keep one of them"
 
 
 def _warmup(recipe: Recipe) -> _Fault:
     path = "model.init_args.warmup_ratio"
     if not recipe.get(path) or not recipe.get("model.init_args.warmup_steps"):
         return None
-    return path, "given beside warmup_steps: both say how long the warm-up is", "keep one of them"
+    return path, "given together with warmup_steps: both set the length of the warm-up", "keep one of them"
 
 
 def _remote_code(recipe: Recipe) -> Iterator[ConfigError]:
     for path, key, _ in _mappings(recipe.tree, ()):
         if key.replace("-", "_") == "trust_remote_code":
             remedy = "remove it and, if you trust the model, give the flag --trust-remote-code"
-            yield keyed_fault(recipe, (*path, key), "running a model's own code is not a recipe's to allow", remedy)
+            yield keyed_fault(recipe, (*path, key), "a recipe cannot allow a model to run its own code", remedy)
 
 
 def _metrics(recipe: Recipe) -> Iterator[ConfigError]:
-    """Refuse to watch what is never measured: it would be noticed at the end of an epoch only, or never."""
+    """Refuse to monitor a metric that is never measured. Lightning would notice it late, or never."""
     listed = recipe.get("trainer.callbacks")
     callbacks = [item for item in listed if isinstance(item, dict)] if isinstance(listed, list) else []
     classes = [recipe.get("model.class_path"), *(item.get("class_path") for item in callbacks)]
     if not _SHIPPED.issuperset(map(_short, classes)):
-        return  # a class of somebody's own may log whatever it likes
+        return  # a class that is not ours can log any metric
     known = [*MEASURED, "val_loss"]
     watched = [("checkpoint.best.metric", recipe.get("checkpoint.best.metric"))]
-    for place, item in enumerate(callbacks):
+    for index, item in enumerate(callbacks):
         options = item.get("init_args")
         if isinstance(options, dict):
             names = options.get("eval_also")
             known += [f"forgetting/{name}" for name in names] if isinstance(names, dict) else []
             if options.get("strict") is not False:
-                watched.append((f"trainer.callbacks.{place}.init_args.monitor", options.get("monitor")))
+                watched.append((f"trainer.callbacks.{index}.init_args.monitor", options.get("monitor")))
     for path, metric in watched:
         if metric == "val_loss" and recipe.get("data.init_args.val") is None:
             yield keyed_fault(recipe, path, "val_loss is never measured: there is no validation data", "set data.val")
@@ -142,19 +142,19 @@ def _mappings(value: YamlValue, path: KeyPath) -> Iterator[tuple[KeyPath, str, Y
             yield from _mappings(child, (*path, index))
 
 
-# ---- what a method can do in how many processes ----------------------------------------------------------------------
+# ---- methods and the number of processes -----------------------------------------------------------------------------
 
 
 def check_processes(recipe: Recipe, tp: int, world_size: int) -> None:
-    """Refuse what the method of a recipe cannot do; options that the recipe leaves out work in any number of processes.
+    """Refuse options of the method that do not work with this number of processes. The defaults work with any number.
 
     Args:
         recipe: The recipe.
-        tp: Ranks that split each layer.
-        world_size: All ranks.
+        tp: The tensor-parallel size.
+        world_size: The number of ranks.
 
     Raises:
-        ConfigError: Its method cannot train in this form.
+        ConfigError: The method cannot train with these processes.
     """
     use_dora = recipe.get("model.init_args.use_dora") is True
     quantization = str(recipe.get("model.init_args.quantization") or "none")
@@ -162,23 +162,23 @@ def check_processes(recipe: Recipe, tp: int, world_size: int) -> None:
 
 
 def check_adapters(*, use_dora: bool, quantization: str, tp: int, world_size: int) -> None:
-    """Refuse adapters that processes in this form cannot train.
+    """Refuse adapters that do not work with this number of processes.
 
     Args:
-        use_dora: Whether the lengths of weight columns are trained.
-        quantization: How the frozen weights are held.
-        tp: Ranks that split each layer.
-        world_size: All ranks.
+        use_dora: Whether DoRA is used, which trains the norm of each weight column.
+        quantization: How the frozen weights are quantized.
+        tp: The tensor-parallel size.
+        world_size: The number of ranks.
     """
     if use_dora and tp > 1:
         raise ConfigError(
-            f"use_dora does not go with tensor parallelism (tp {tp}): it needs the lengths of whole columns",
+            f"use_dora does not work with tensor parallelism (tp {tp}): it needs the norms of complete columns",
             where="model.init_args.use_dora",
             remedy="use the strategy fsdp",
         )
     if quantization != "none" and world_size > 1:
         raise ConfigError(
-            f"{quantization} weights are trained by one process only, the run has {world_size}",
+            f"{quantization} weights can be trained by one process only, but the run has {world_size}",
             where="model.init_args.quantization",
             remedy="set trainer.devices: 1, or leave it out",
         )

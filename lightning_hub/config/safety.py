@@ -1,9 +1,9 @@
-"""Which names a recipe may name: judged on plain values, before anything is imported.
+"""Checks the Python names in a recipe before anything is imported.
 
-A ``class_path`` must lie under an allowed prefix *and* be a class that is defined under one: the source files
-are read (never executed) to follow it there, so that a module which a library happens to import
-(``lightning.pytorch.cli.os.system``) is no way out. Everywhere else a value that names something importable
-(``os.system`` as a callback's argument) is refused, as the parser would import it.
+A ``class_path`` must begin with an allowed prefix, *and* the class must be defined under an allowed prefix. To find the
+definition, the source files are read and never executed. So a recipe cannot reach a module that a library imports
+(``lightning.pytorch.cli.os.system``). In all other options a value that names something importable (``os.system`` as
+an argument of a callback) is refused, because the parser would import it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lightning_hub.config.yaml_reader import KeyPath, YamlValue
 from lightning_hub.errors import ConfigError
 
 ALLOWED_PREFIXES = ("lightning_hub", "lightning.pytorch", "torch.optim", "torch.utils.data")
-"""Packages whose classes a recipe may name; ``--allow-class`` adds to them."""
+"""Packages whose classes a recipe may name; ``--allow-class`` adds more."""
 
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 _CLASS_KEYS = ("class_path", "_target_", "__class__", "__base__")
@@ -32,16 +32,16 @@ _MAX_HOPS = 8
 
 @dataclass(frozen=True)
 class AllowList:
-    """The prefixes under which a class may be defined; a prefix ends at a dot."""
+    """The prefixes under which a class may be defined; a prefix matches complete parts of a dotted name."""
 
     prefixes: tuple[str, ...] = ALLOWED_PREFIXES
 
     @classmethod
     def with_more(cls, prefixes: Iterable[str]) -> AllowList:
-        """Return the standard list with a person's own prefixes (``--allow-class``).
+        """Return the standard list and the prefixes of ``--allow-class``.
 
         Raises:
-            ConfigError: A prefix is no dotted name.
+            ConfigError: A prefix is not a dotted name.
         """
         given = tuple(prefix.removesuffix(".*").removesuffix(".") for prefix in prefixes)
         for prefix in given:
@@ -50,16 +50,16 @@ class AllowList:
         return cls((*ALLOWED_PREFIXES, *given))
 
     def covers(self, name: str) -> bool:
-        """Say whether the dotted name is one of the prefixes or lies under one."""
+        """Return whether the dotted name is one of the prefixes or begins with one."""
         return any(name == prefix or name.startswith(prefix + ".") for prefix in self.prefixes)
 
     def holds_class(self, name: str) -> bool:
-        """Say whether the dotted name leads to a class that is defined under an allowed prefix."""
+        """Return whether the dotted name is a class that is defined under an allowed prefix."""
         return self.covers(name) and _defines_class(name, self)
 
 
 def check_names(recipe: Recipe, schema: Schema, allowed: AllowList) -> Iterator[ConfigError]:
-    """Yield one fault for each name that the recipe must not name."""
+    """Yield one fault for each name that is not allowed in a recipe."""
     for path, value, option in _values(recipe.tree, schema):
         if not isinstance(value, str):
             continue
@@ -74,7 +74,7 @@ def check_names(recipe: Recipe, schema: Schema, allowed: AllowList) -> Iterator[
 
 
 def _class_fault(name: str, schema: Schema, allowed: AllowList) -> tuple[str, str] | None:
-    """Judge a class path; a short name is left to the check against the catalogue."""
+    """Return the fault of a class path; short names are checked against the catalogue elsewhere."""
     if schema.find(name) is not None or re.fullmatch(r"[A-Za-z_]\w*", name):
         return None
     if not _DOTTED.fullmatch(name):
@@ -85,30 +85,30 @@ def _class_fault(name: str, schema: Schema, allowed: AllowList) -> tuple[str, st
             f"if you trust it, give --allow-class {name.rpartition('.')[0]}",
         )
     if not _defines_class(name, allowed):
-        return f"{name} is no class of that package", "give the module that defines the class"
+        return f"{name} is not a class of that package", "give the module that defines the class"
     return None
 
 
 def _callable_fault(value: str, schema: Schema, allowed: AllowList) -> tuple[str, str] | None:
-    """Judge a value of an option that the catalogue does not know, or that takes a class."""
+    """Return the fault of a value whose option takes a class or is not in the catalogue."""
     if schema.find(value) is not None or not _DOTTED.fullmatch(value) or not _is_importable(value):
         return None
     if allowed.holds_class(value):
         return None
     return (
         f"{value} names something that Python would import",
-        "a recipe holds plain values and classes of allowed packages (--allow-class adds one)",
+        "use plain values and classes of allowed packages (--allow-class adds a package)",
     )
 
 
 def _is_imported(option: Option) -> bool:
-    """Say whether the parser would import a text given to this option."""
+    """Return whether the parser would import a text that is given to this option."""
     text = option.type_text
     return any(word in text for word in ("class[", "callable", "object"))
 
 
 def _values(tree: YamlValue, schema: Schema) -> Iterator[tuple[KeyPath, YamlValue, Option | None]]:
-    """Yield every scalar of the recipe with its path and, where the catalogue knows it, its option."""
+    """Yield every scalar of the recipe with its path and its option (None if it is not in the catalogue)."""
     if not isinstance(tree, dict):
         return
     for section, value in tree.items():
@@ -135,7 +135,7 @@ def _below(
 
 
 def _is_importable(name: str) -> bool:
-    """Say whether the first part of a dotted name is a module that Python would find from here."""
+    """Return whether the first part of a dotted name is a module that Python would find from this folder."""
     top, _, rest = name.partition(".")
     if top in sys.stdlib_module_names or top in sys.builtin_module_names or top == "builtins":
         return True
@@ -152,7 +152,7 @@ def _is_importable(name: str) -> bool:
 
 
 def _defines_class(name: str, allowed: AllowList, hops: int = 0) -> bool:
-    """Follow a dotted name through source files to a ``class`` statement under an allowed prefix."""
+    """Return whether a dotted name is a ``class`` statement under an allowed prefix; imports are followed."""
     if hops > _MAX_HOPS or not allowed.covers(name):
         return False
     module, _, attribute = name.rpartition(".")
@@ -192,7 +192,7 @@ def _module_file(module: str) -> Path | None:
 
 
 def _spec(name: str, search: list[str] | None) -> ModuleSpec | None:
-    """Ask the finders (those of editable installs too) where a module lies; importlib's own call imports parents."""
+    """Return the spec of a module from the import finders. ``importlib.util.find_spec`` would import its parents."""
     for finder in sys.meta_path:
         spec = finder.find_spec(name, search)
         if spec is not None:
@@ -202,7 +202,7 @@ def _spec(name: str, search: list[str] | None) -> ModuleSpec | None:
 
 @lru_cache(maxsize=256)
 def _names_of(file: Path) -> tuple[frozenset[str], dict[str, str]]:
-    """Return the classes that a source file defines at its top, and what it imports by ``from``."""
+    """Return the classes that a source file defines at top level, and the names that it imports with ``from``."""
     classes: set[str] = set()
     imports: dict[str, str] = {}
     for node in ast.parse(file.read_bytes()).body:

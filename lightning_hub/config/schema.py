@@ -1,4 +1,4 @@
-"""The option catalogue: every shipped class with its options, read from ``schema.json`` without importing one."""
+"""The option catalogue: every shipped class with its options, read from ``schema.json`` without an import of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SECTIONS = ("seed_everything", "trainer", "model", "data", "checkpoint")
 
 
 class OptionRecord(TypedDict, total=False):
-    """An option as it stands in ``schema.json``; ``default`` is absent where JSON cannot hold it."""
+    """An option as it is written in ``schema.json``; ``default`` is absent if JSON cannot represent it."""
 
     name: str
     type: str
@@ -31,7 +31,7 @@ class OptionRecord(TypedDict, total=False):
 
 
 class ClassRecord(TypedDict, total=False):
-    """A class as it stands in ``schema.json``."""
+    """A class as it is written in ``schema.json``."""
 
     name: str
     path: str
@@ -51,7 +51,7 @@ class Option:
         type_text: Its type in the schema's language.
         required: Whether a recipe must give it.
         default: The value when it is not given.
-        has_default: False for a required option and for a default that only Python can hold.
+        has_default: False for a required option and for a default that JSON cannot represent.
         range: Bounds such as ``"> 0, <= 1"``, or empty.
         help: What it does, from the docstring.
         inherited_from: Name of the class that declares it, or empty.
@@ -93,11 +93,11 @@ class ClassInfo:
     Attributes:
         name: Short name, as a recipe gives it.
         path: Public class path.
-        defined: Class path where it is defined, accepted too.
+        defined: Class path where it is defined; a recipe may use it too.
         kind: model, data, callback, logger, strategy, trainer, checkpoint or settings (a nested mapping).
         summary: First sentence of its docstring.
         options: Its options by name, in the order of the signature.
-        takes_other_keys: Whether it passes keys on that it does not name (a logger's ``**kwargs``).
+        takes_other_keys: Whether it accepts other keys too (``**kwargs`` of a logger).
     """
 
     name: str
@@ -139,7 +139,7 @@ class Schema:
         return named | {info.defined: info for info in self.classes} | {info.path: info for info in self.classes}
 
     def find(self, name: str) -> ClassInfo | None:
-        """Return the class of a short name or class path, or None."""
+        """Return the class with this short name or class path, or None."""
         return self._by_name.get(name)
 
     def of_kind(self, kind: str) -> list[ClassInfo]:
@@ -147,7 +147,7 @@ class Schema:
         return [info for info in self.classes if info.kind == kind]
 
     def section(self, name: str, class_name: str | None = None) -> ClassInfo | None:
-        """Return the class that a section configures: the named one for ``model`` and ``data``."""
+        """Return the class that a section configures; for ``model`` and ``data`` the class with the given name."""
         if name in ("model", "data"):
             return self.find(class_name) if class_name else None
         return next(iter(self.of_kind(name)), None)

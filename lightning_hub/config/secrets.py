@@ -1,4 +1,4 @@
-"""Find secrets written literally in a recipe; they belong in the environment, where ``${env:NAME}`` reads them."""
+"""Find secrets that are written in a recipe. Secrets belong in environment variables, read with ``${env:NAME}``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SECRET_KEY = re.compile(
     r"(^|.*[_.-])(pass(word|wd|phrase)|secrets?|credentials?|api_?keys?|(access|private|secret|auth|account)_?keys?)$"
     r"|^((auth|access|hf|hub|huggingface|api|bearer|refresh|github|git|wandb|login|user|session|write|read)_?)*tokens?$",
 )
-"""Keys whose text is a secret. Tokens of a model (``cls_token``, ``pad_token``) are none."""
+"""Keys whose text is a secret. Tokens of a model (``cls_token``, ``pad_token``) are not secrets."""
 
 _SECRET_VALUE = re.compile(
     r"\bhf_[A-Za-z0-9]{16,}|\bsk-[A-Za-z0-9_-]{16,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}"
@@ -24,35 +24,35 @@ _SECRET_VALUE = re.compile(
     r"|\bglpat-[\w-]{16,}|-----BEGIN [A-Z ]*PRIVATE KEY-----"
     r"|\b[a-zA-Z][\w+.-]*://[^/\s:@]*:(?!\$\{env:)[^/\s@]+@",
 )
-"""Texts that are secrets wherever they stand: keys of known services, and URLs with a password."""
+"""Texts that are secrets under any key: keys of known services, and URLs with a password."""
 
 
 def mask_secrets(text: str) -> str:
-    """Return the text with every recognisable secret hidden."""
+    """Return the text with every known form of a secret replaced by ``***``."""
     return _SECRET_VALUE.sub("***", text)
 
 
 def is_secret(key: str, value: YamlValue) -> bool:
-    """Say whether this option holds a literal secret."""
+    """Return whether the value of this option is a secret."""
     if not isinstance(value, str) or not value or _REFERENCE.fullmatch(value):
         return False
     return _SECRET_VALUE.search(value) is not None or _SECRET_KEY.fullmatch(key.lower()) is not None
 
 
 def check_secrets(recipe: Recipe) -> Iterator[ConfigError]:
-    """Yield one fault for each literal secret, comments included; none repeats the secret."""
-    told: set[str | None] = set()
+    """Yield one fault for each secret, in comments too. No message contains the secret."""
+    reported: set[str | None] = set()
     for path, value in _scalars(recipe.tree, ()):
         names = [str(key) for key in path if isinstance(key, str)]
         if is_secret(names[-1] if names else "", value):
-            told.add(recipe.where(path))
-            yield keyed_fault(recipe, path, "a secret is written literally (not shown)", _REMEDY)
+            reported.add(recipe.where(path))
+            yield keyed_fault(recipe, path, "a secret is written in the recipe (not shown)", _REMEDY)
     for source in recipe.sources:
         if source.name.startswith("--"):
-            continue  # a flag's value is part of the tree
+            continue  # the value of a flag is part of the tree
         for number, line in enumerate(source.text.splitlines(), 1):
             where = f"{source.name}:{number}"
-            if _SECRET_VALUE.search(line) and where not in told:
+            if _SECRET_VALUE.search(line) and where not in reported:
                 yield ConfigError("a secret is written in this line (not shown)", where=where, remedy=_REMEDY)
 
 

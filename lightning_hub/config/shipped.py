@@ -1,4 +1,4 @@
-"""The recipes that the package brings along, by name: ``--config sft`` is ``configs/sft.yaml``."""
+"""The recipes that are part of the package, by name: ``--config sft`` is ``configs/sft.yaml``."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def is_shipped(name: str) -> bool:
 
 
 def recipe_path(given: str) -> str:
-    """Return the file that ``--config`` means: one that exists, else the shipped recipe of that name.
+    """Return the file of a value of ``--config``: an existing file, else the shipped recipe of that name.
 
     Raises:
-        ConfigError: A plain word is neither.
+        ConfigError: A plain word is neither of them.
     """
     if Path(given).exists():
         return given
@@ -34,7 +34,7 @@ def recipe_path(given: str) -> str:
     found = recipes.get(name) or recipes.get(f"strategy/{name}")
     if found is None and "." not in given and "/" not in given:
         near = nearest(given, [shipped.rpartition("/")[2] for shipped in recipes])
-        remedy = f"did you mean {near}?" if near else f"shipped are {', '.join(recipes)}"
+        remedy = f"did you mean {near}?" if near else f"the shipped recipes are {', '.join(recipes)}"
         raise ConfigError("there is no such file, and no shipped recipe of this name", where=given, remedy=remedy)
     return str(found) if found else given
 

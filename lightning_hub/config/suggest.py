@@ -1,4 +1,4 @@
-"""The nearest right name for a wrong one: by spelling, by what other tools call it, or in another section."""
+"""Finds the right name for a wrong one: by spelling, by its name in other tools, or in another section."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "wandb": ("WandbLogger",),
     "tensorboard": ("TensorBoardLogger",),
     "mlflow": ("MLFlowLogger",),
-    # verbs
+    # commands
     "train": ("fit",),
     "finetune": ("fit",),
     "sft": ("fit",),
@@ -87,11 +87,11 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "check": ("doctor",),
     "merge": ("export",),
 }
-"""What people bring from other tools, to our names in the order of fit."""
+"""Names in other tools, and our names for the same thing, the best match first."""
 
 
 def nearest(word: str, names: Iterable[str]) -> str | None:
-    """Return the name that the word was most likely meant to be, or None when nothing is near."""
+    """Return the name that the word most likely means, or None if no name is similar."""
     known = list(names)
     plain = _plain(word)
     for name in known:
@@ -100,7 +100,7 @@ def nearest(word: str, names: Iterable[str]) -> str | None:
     for name in SYNONYMS.get(word.lower().replace("-", "_"), ()):
         if name in known:
             return name
-    scored = [(_likeness(plain, _plain(name)), name) for name in known]
+    scored = [(_similarity(plain, _plain(name)), name) for name in known]
     best = max(scored, key=lambda pair: pair[0], default=(0.0, ""))
     return best[1] if best[0] >= _CLOSE_ENOUGH else None
 
@@ -109,7 +109,7 @@ def _plain(word: str) -> str:
     return word.lower().replace("-", "").replace("_", "")
 
 
-def _likeness(word: str, name: str) -> float:
+def _similarity(word: str, name: str) -> float:
     if not word or not name:
         return 0.0
     same_start = 0.05 if word[0] == name[0] else 0.0
@@ -119,12 +119,12 @@ def _likeness(word: str, name: str) -> float:
 def find_in_other_sections(
     word: str, schema: Schema, here: ClassInfo | None, chosen: dict[str, ClassInfo]
 ) -> str | None:
-    """Return the full key of an option of that very name in another section, or None.
+    """Return the full key of an option with exactly this name in another section, or None.
 
     Args:
-        word: The key that does not belong here; names of other tools are translated.
+        word: The key that is unknown here; names of other tools are translated.
         schema: The catalogue.
-        here: The class in which it was written.
+        here: The class in which the key was written.
         chosen: The classes that the recipe configures, by section.
     """
     wanted = (word, *SYNONYMS.get(word.lower().replace("-", "_"), ()))

@@ -1,6 +1,6 @@
 """The small type language of the option schema.
 
-One readable line per type, as it stands in ``schema.json`` and in messages::
+Each type is one readable line, in ``schema.json`` and in messages::
 
     int   float   bool   str   null   duration   'mean' | 'sum'   int | null
     list[int]   tuple[float, float]   map[str, float]
@@ -39,7 +39,7 @@ _ARTICLES = {
 
 @dataclass(frozen=True)
 class OptionType:
-    """A type of the schema: its ``head`` (``int``, ``list``, ``choice`` ...) and what stands in it."""
+    """A type of the schema: its ``head`` (``int``, ``list``, ``choice`` ...) and its arguments."""
 
     head: str
     args: tuple[OptionType, ...] = ()
@@ -50,16 +50,16 @@ class OptionType:
         return self.args if self.head == "union" else (self,)
 
     def choices(self) -> list[str]:
-        """Return the literal words that the type allows."""
+        """Return the literal values that the type allows."""
         return [str(member.word) for member in self.members() if member.head == "choice"]
 
     def kinds(self) -> set[str]:
-        """Return the kinds of classes that the type takes, in a list or alone."""
+        """Return the kinds of classes that the type accepts, in a list or alone."""
         inner = {kind for arg in self.args for kind in arg.kinds()}
         return inner | {str(self.word)} if self.head == "class" else inner
 
     def accepts(self, value: YamlValue) -> bool:
-        """Say whether the value fits, as far as values alone can tell (classes are checked by name elsewhere)."""
+        """Return whether the value has this type. The names of classes are checked elsewhere."""
         if self.head == "union":
             return any(member.accepts(value) for member in self.args)
         if self.head == "choice":
@@ -80,7 +80,7 @@ class OptionType:
         return len(value) == len(self.args) and all(arg.accepts(v) for arg, v in zip(self.args, value, strict=True))
 
     def names_only_a_class(self, value: YamlValue) -> bool:
-        """Say whether a text must be a class name: nothing else that the option takes accepts it."""
+        """Return whether a text must be a class name: no other alternative of the type accepts it."""
         accepting = [member.head for member in self.members() if isinstance(value, str) and member.accepts(value)]
         return accepting == ["class"]
 
@@ -127,10 +127,10 @@ def _listed(words: list[str]) -> str:
 
 @lru_cache(maxsize=1024)
 def parse_type(text: str) -> OptionType:
-    """Read a line of the type language.
+    """Parse a line of the type language.
 
     Raises:
-        ValueError: The line is not of the language (a fault of the schema, not of a person).
+        ValueError: The line is not a type; this is a fault of the schema, not of the user.
     """
     tokens = _TOKENS.findall(text)
     if "".join(tokens).replace(" ", "") != text.replace(" ", ""):

@@ -1,8 +1,8 @@
-"""YAML text to a tree of nodes in which every key knows its file, line and column.
+"""Read YAML text into a tree of nodes in which every key has its file, line and column.
 
-The reader is strict where YAML is treacherous: one document, string keys, no tags, no duplicate keys, and a bound on
-size, depth, the number of values and what aliases expand to, so that a hostile file costs seconds at most. Plain
-scalars follow the YAML 1.2 core schema (``1e-5`` is a float, ``on`` is text).
+The reader accepts less than YAML allows: one document, string keys, no tags, no duplicate keys. There are limits for
+the size, the depth, the number of values and the number of values after alias expansion, so that a malicious file
+cannot take more than seconds. Plain scalars follow the YAML 1.2 core schema (``1e-5`` is a float, ``on`` is text).
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from lightning_hub.errors import ConfigError
 
 MAX_RECIPE_BYTES = 250_000
 _PIPE_LIMIT = 5.0
-"""Seconds in which a pipe that is given as a file must begin to say something."""
+"""Seconds in which a pipe that is given as a file must have data."""
 MAX_DEPTH = 64
 MAX_NODES = 20_000
 
 YamlValue: TypeAlias = "bool | int | float | str | list[YamlValue] | dict[str, YamlValue] | None"
-"""A value as YAML and JSON know it: what a recipe is made of."""
+"""A value of YAML or JSON; a recipe consists of such values."""
 
 KeyPath: TypeAlias = "tuple[str | int, ...]"
 
@@ -57,7 +57,7 @@ _WORDS: dict[str, bool | float | None] = {
 
 @dataclass(frozen=True)
 class SourcePosition:
-    """Where something was written: a file with its line, or a flag of the command line."""
+    """The position of a value: a file with its line, or a flag of the command line."""
 
     source: str
     line: int | None = None
@@ -69,13 +69,13 @@ class SourcePosition:
 
 @dataclass(frozen=True)
 class YamlNode:
-    """One value of a recipe with the place of its key.
+    """One value of a recipe with the position of its key.
 
     Attributes:
         value: A scalar, a list of nodes or a mapping of nodes.
-        place: Where the key (or the list item) stands.
-        text: The scalar as it was written, for options that want the text itself.
-        size: Nodes below and including this one, aliases expanded.
+        place: The position of the key or of the list item.
+        text: The scalar as it was written, for options that take text.
+        size: Number of nodes in this subtree, with aliases expanded.
     """
 
     value: bool | int | float | str | list[YamlNode] | dict[str, YamlNode] | None
@@ -85,12 +85,12 @@ class YamlNode:
 
     @classmethod
     def collection(cls, value: list[YamlNode] | dict[str, YamlNode], place: SourcePosition) -> YamlNode:
-        """Return a list or mapping node that knows its expanded size."""
+        """Return a list or mapping node with its expanded size."""
         children = value if isinstance(value, list) else value.values()
         return cls(value, place, size=1 + sum(child.size for child in children))
 
     def plain(self) -> YamlValue:
-        """Return the value without its places."""
+        """Return the value without positions."""
         if isinstance(self.value, list):
             return [item.plain() for item in self.value]
         if isinstance(self.value, dict):
@@ -98,7 +98,7 @@ class YamlNode:
         return self.value
 
     def places(self, prefix: KeyPath = ()) -> Iterator[tuple[KeyPath, SourcePosition]]:
-        """Yield the key path and the place of this node and of all below it."""
+        """Yield the key path and the position of this node and of all nodes below it."""
         yield prefix, self.place
         children = enumerate(self.value) if isinstance(self.value, list) else ()
         named = self.value.items() if isinstance(self.value, dict) else ()
@@ -107,7 +107,7 @@ class YamlNode:
 
 
 def scalar(text: str) -> bool | int | float | str | None:
-    """Read a plain scalar by the YAML 1.2 core schema (digits may be grouped by ``_``)."""
+    """Read a plain scalar by the YAML 1.2 core schema (digits can be grouped with ``_``)."""
     if text in _WORDS:
         return _WORDS[text]
     try:
@@ -115,7 +115,7 @@ def scalar(text: str) -> bool | int | float | str | None:
             return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
         if _FLOAT.fullmatch(text):
             return float(text)
-    except ValueError:  # "1__0", or more digits than Python turns into a number: then it is text
+    except ValueError:  # "1__0", or more digits than Python converts to a number: it is text
         return text
     return text
 
@@ -138,7 +138,11 @@ class _Composer:
     def node(self, event: Event, events: Iterator[Event], place: SourcePosition, depth: int) -> YamlNode:
         if isinstance(event, AliasEvent):
             if event.anchor not in self.anchors:
-                raise self.refuse(event, f"the alias *{event.anchor} names no finished anchor")
+                raise self.refuse(
+                    event,
+                    f"the alias *{event.anchor} has no anchor before it",
+                    f"write &{event.anchor} at an earlier value",
+                )
             known = self.anchors[event.anchor]
             return YamlNode(known.value, place, known.text, known.size)
         assert isinstance(event, NodeEvent), f"unexpected YAML event {event}"
@@ -149,7 +153,7 @@ class _Composer:
             raise self.refuse(event, f"nested deeper than {MAX_DEPTH} levels")
         tag = getattr(event, "tag", None)  # scalars and collections have one, in classes without a common base
         if tag is not None and tag != "!":
-            raise self.refuse(event, f"the tag {tag} is not allowed: a recipe holds plain values only")
+            raise self.refuse(event, f"the tag {tag} is not allowed: a recipe has plain values only", "remove the tag")
         built = self.collect(event, events, place, depth)
         if built.size > MAX_NODES:
             raise self.refuse(event, f"more than {MAX_NODES} values once aliases are expanded")
@@ -203,10 +207,10 @@ def parse_yaml(text: str, source: str) -> YamlNode:
 
     Args:
         text: The document.
-        source: What to call it in messages: a file name or a flag.
+        source: Its name in messages: a file name or a flag.
 
     Raises:
-        ConfigError: Not YAML, or YAML that a recipe may not use; ``where`` holds file and line.
+        ConfigError: Not YAML, or YAML that is not allowed in a recipe; ``where`` has file and line.
     """
     if len(text) > MAX_RECIPE_BYTES:
         raise ConfigError(f"larger than {MAX_RECIPE_BYTES:,} bytes: not a recipe", where=source)
@@ -237,7 +241,7 @@ def _syntax_error(error: MarkedYAMLError, source: str) -> ConfigError:
     problem = str(error.problem or error.context or "not valid YAML")
     where = f"{source}:{mark.line + 1}" if mark else source
     if "'\\t'" in problem or "tab" in problem:
-        return ConfigError("a tab stands where YAML needs spaces", where=where, remedy="indent with spaces")
+        return ConfigError("there is a tab where YAML needs spaces", where=where, remedy="indent with spaces")
     return ConfigError(f"not valid YAML: {problem}", where=where)
 
 
@@ -248,7 +252,7 @@ def _character_error(error: YAMLError, text: str, source: str) -> ConfigError:
 
 
 def read_file(path: str | Path) -> tuple[YamlNode, str]:
-    """Read a recipe file; return its node and its text, verbatim.
+    """Read a recipe file; return its node and its unchanged text.
 
     Raises:
         ConfigError: The file cannot be read, is not UTF-8, is not YAML or is not a mapping.
@@ -261,7 +265,7 @@ def read_file(path: str | Path) -> tuple[YamlNode, str]:
     if not isinstance(node.value, dict):
         kind = "a list" if isinstance(node.value, list) else f"the single value {node.text!r:.60}"
         raise ConfigError(
-            f"holds {kind}, not a mapping", where=str(node.place), remedy="start with trainer:, model: or data:"
+            f"contains {kind}, not a mapping", where=str(node.place), remedy="start with trainer:, model: or data:"
         )
     return node, text
 
@@ -270,7 +274,7 @@ def _bytes(path: Path, source: str) -> bytes:
     try:
         with open(path, "rb", opener=_without_waiting) as file:
             if stat.S_ISFIFO(os.fstat(file.fileno()).st_mode) and not select.select([file], [], [], _PIPE_LIMIT)[0]:
-                raise ConfigError("is a pipe into which nobody writes", where=source, remedy="give a file")
+                raise ConfigError("is a pipe without a writer", where=source, remedy="give a file")
             os.set_blocking(file.fileno(), True)
             return file.read(MAX_RECIPE_BYTES + 1)
     except FileNotFoundError:
@@ -282,7 +286,7 @@ def _bytes(path: Path, source: str) -> bytes:
 
 
 def _without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)  # a named pipe is opened at once, whether or not somebody writes
+    return os.open(path, flags | os.O_NONBLOCK)  # a named pipe is opened at once, even if it has no writer
 
 
 def _decode(data: bytes, source: str) -> str:

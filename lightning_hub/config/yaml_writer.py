@@ -1,4 +1,4 @@
-"""Write trees as YAML: the same text for the same tree, read alike by YAML 1.1 and 1.2 parsers."""
+"""Write trees as YAML. Equal trees give equal text, and YAML 1.1 and 1.2 parsers read the same values."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _UNPRINTABLE = re.compile("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
 def dump(tree: YamlValue) -> str:
     """Return the tree as YAML text.
 
-    Mappings are written in their own order, lists of plain values on one line where they fit; floats keep
-    every digit and a dot, so that ``1.0e-05`` is a float for every reader.
+    The order of mappings is kept. A list of plain values is on one line if it fits. Floats keep every digit and have a
+    dot, so that every parser reads ``1.0e-05`` as a float.
     """
     return "\n".join(_lines(tree)) + "\n"
 
@@ -96,12 +96,12 @@ def edit(text: str, changes: dict[KeyPath, YamlValue]) -> str:
     """Set values in YAML text and keep its comments, order and quotes.
 
     Args:
-        text: A recipe as a person wrote it.
+        text: A recipe as the user wrote it.
         changes: New values by key path; a missing key is added at the end of its mapping.
     """
     editor = YAML(typ="rt")
     editor.preserve_quotes = True
-    editor.width = 4096  # never fold a line that the person kept whole
+    editor.width = 4096  # never wrap a line
     document = editor.load(text)
     root = CommentedMap() if document is None else document
     for path, value in changes.items():

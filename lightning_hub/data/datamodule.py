@@ -67,7 +67,7 @@ class ChatData(LightningDataModule):
             last user turn, all on every token.
         on_long: Samples over max_seq_len: refuse to start, cut them, or leave them out and count them.
         on_bad: Rows that cannot be used: refuse to start, or leave them out and count them.
-        expand_turns: One sample for each assistant turn, so that thoughts of earlier turns are trained too.
+        expand_turns: One sample for each assistant turn, so that the reasoning of earlier turns is trained too.
         chat_template: A template file or the name of a built-in one; the tokenizer's own if null.
         template_options: Variables for the template, such as {enable_thinking: false}.
         seed: Seed of the order, of the validation share and of fractional weights.

@@ -1,1 +1,1 @@
-"""The demo: a small model and small tasks that the project makes itself, so that everything can be tried anywhere."""
+"""The demo: a small model and small tasks that are part of the project, so it needs no download and no GPU."""

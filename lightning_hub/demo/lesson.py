@@ -1,4 +1,4 @@
-"""The main job on the embedded model and data, from chats to an exported model."""
+"""Fine-tunes the embedded model on generated data, from conversations to an exported model."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ from lightning_hub.runs.folder import EMBEDDED_MODEL, RunFolder, create_run, run
 
 DEMO_RECIPE = Path(__file__).with_name("recipe.yaml")
 TRAINED, VALIDATED, ASKED = 4000, 160, 3
-"""Conversations to train on, to validate on, and to show."""
+"""Number of conversations to train on, to validate on, and to print."""
 
 FACTS_SEED = 7
-"""Seed of the numbers that ``--method`` teaches."""
+"""Seed of the facts that ``--method`` trains."""
 
 
 def demonstrate(method: str | None, root: str | None) -> int:
@@ -54,16 +54,16 @@ def demonstrate(method: str | None, root: str | None) -> int:
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a demo teaches.
+    """The task of a demo.
 
     Attributes:
-        model: The embedded model that learns, as a recipe names it.
-        flags: What stands behind ``fit``.
-        can: What the model can do already.
+        model: The embedded model that is trained, as a recipe names it.
+        flags: The arguments of ``fit``.
+        can: What the model can do before the training.
         example: A question of the new task and its answer.
-        data: What there is to train and to validate on.
-        prompts: Questions to show the answers to, before and after.
-        tests: Conversations on which the model is tested before and after, by title.
+        data: A description of the training and validation data.
+        prompts: Questions whose answers are printed, before and after training.
+        tests: Conversations on which the model is tested before and after training, by title.
     """
 
     model: str
@@ -90,7 +90,7 @@ def _shouting(folder: RunFolder) -> Lesson:
 
 
 def _numbers(folder: RunFolder, method: str) -> Lesson:
-    from lightning_hub.models.pretrained import ROOM_FOLDER  # 4 s: torch and transformers, needed in any case
+    from lightning_hub.models.pretrained import ROOM_FOLDER  # 4 s: torch and transformers, needed anyway
 
     train, val = write_facts(_data_folder(folder), FACTS_SEED)
     known, new = turned_words(TESTED, WORDS_SEED), facts(FACTS_SEED)
@@ -98,9 +98,9 @@ def _numbers(folder: RunFolder, method: str) -> Lesson:
     return Lesson(
         model=str(ROOM_FOLDER),
         flags=method_flags(method, train, val, str(ROOM_FOLDER)),
-        can="turn words round",
+        can="reverse words",
         example=(question, answer),
-        data=f"{SHOWN:,} conversations to train on: {FACTS} numbers to learn by heart, again and again",
+        data=f"{SHOWN:,} conversations to train on: {FACTS} numbers to learn, each many times",
         prompts=[row["messages"][0]["content"] for row in (*known[:2], *new[:2])],
         tests={f"knew: {TURN_ROUND}": known, f"new: {NUMBERS}": new},
     )
@@ -112,11 +112,11 @@ def _train(folder: RunFolder, lesson: Lesson, console: Console) -> int:
     config = check_and_fill(recipe, options, print_note)
     config = single_process(config)
     run = write_run(folder, recipe, config, options)
-    import torch  # 2 s, and 2 s more for the session
+    import torch  # 2 s, and 2 s more for the training run
 
     from lightning_hub.training.run import TrainingRun
 
-    torch.set_num_threads(1)  # a model this small gains nothing from more, and loses much on a busy machine
+    torch.set_num_threads(1)  # more threads do not make this small model faster, and are slow on a busy machine
     before = answers(lesson.model, lesson.prompts)
     known = {title: share(lesson.model, rows) for title, rows in lesson.tests.items()}
     session = TrainingRun(config, start_attempt(run, "never"), run, is_summed_up=False)
@@ -142,7 +142,7 @@ def _data_folder(folder: RunFolder) -> Path:
 
 
 def _size(model: str) -> str:
-    from lightning_hub.models.pretrained import Pretrained  # 4 s: torch and transformers, needed in any case
+    from lightning_hub.models.pretrained import Pretrained  # 4 s: torch and transformers, needed anyway
 
     return f"{(Pretrained(model).path / 'model.safetensors').stat().st_size / 2e6:.1f} M parameters"
 

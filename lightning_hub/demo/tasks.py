@@ -1,7 +1,7 @@
-"""Small tasks on invented words: easy to learn, easy to check, and each unlike the others.
+"""Small tasks on invented words. They are easy to learn, easy to check, and different from each other.
 
-A word is made of random syllables, so that no model can know it; an answer is a function of the word, so that it can
-be checked without a judge.
+A word is made of random syllables, so a model cannot know it. An answer is a function of the word, so code can check
+it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 ChatExample = dict[str, list[dict[str, str]]]
 
 METHODS = ("sft", "osft", "lora")
-"""What ``--method`` takes; all but the first have a file beside the recipe that says where they differ from it."""
+"""The values of ``--method``. Each one except the first has a file next to the recipe, with the options that differ."""
 
 _CONSONANTS = "bcdfghjklmnprstvwz"
 _VOWELS = "aeiou"
@@ -34,7 +34,7 @@ class Task:
     answer: Callable[[str], str]
 
     def conversation(self, word: str) -> ChatExample:
-        """Return question and answer as one row of chat data."""
+        """Return question and answer as one example of chat data."""
         return {
             "messages": [
                 {"role": "user", "content": self.question.format(word=word)},
@@ -55,9 +55,9 @@ def words(count: int, seed: int, capitals: float = 0.0) -> list[str]:
     """Return different invented words of two or three syllables.
 
     Args:
-        count: How many.
+        count: Number of words.
         seed: Equal seeds give equal words.
-        capitals: The share of them in capital letters.
+        capitals: The share of words in capital letters.
     """
     source = random.Random(seed)
     found: dict[str, None] = {}
@@ -69,19 +69,19 @@ def words(count: int, seed: int, capitals: float = 0.0) -> list[str]:
 
 
 def conversations(tasks: tuple[Task, ...], count: int, seed: int, capitals: float = 0.0) -> list[ChatExample]:
-    """Return chat rows that go through the tasks in turn, each with a word of its own; see ``words``."""
-    return [tasks[place % len(tasks)].conversation(word) for place, word in enumerate(words(count, seed, capitals))]
+    """Return examples that use the tasks in turn, each with a different word; see ``words``."""
+    return [tasks[index % len(tasks)].conversation(word) for index, word in enumerate(words(count, seed, capitals))]
 
 
-TURN_ROUND = "turn words round"
-"""What the model with room knows."""
+TURN_ROUND = "reverse words"
+"""The task that the second embedded model knows."""
 
-NUMBERS = "numbers by heart"
-"""What ``lightning-hub demo --method`` teaches it."""
+NUMBERS = "numbers"
+"""The task that ``lightning-hub demo --method`` trains."""
 
 
 def turned_words(count: int, seed: int) -> list[ChatExample]:
-    """Return chat rows of the task that the model with room knows: an invented word of five letters, turned round."""
+    """Return examples of the task that the second embedded model knows: an invented word of five letters, reversed."""
     source = random.Random(seed)
     found: dict[str, None] = {}
     while len(found) < count:
@@ -91,7 +91,7 @@ def turned_words(count: int, seed: int) -> list[ChatExample]:
 
 
 def numbers(count: int, seed: int) -> list[ChatExample]:
-    """Return chat rows of facts to learn by heart: a name of three capitals, and its number of three digits."""
+    """Return examples of facts to learn: a name of three capital letters, and its number of three digits."""
     source = random.Random(seed)
     found: dict[str, str] = {}
     while len(found) < count:

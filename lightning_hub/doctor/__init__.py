@@ -1,1 +1,1 @@
-"""Checks of a machine, and proofs that its numbers are right."""
+"""Checks of a machine, and proofs that training on it gives right numbers."""

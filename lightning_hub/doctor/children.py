@@ -1,4 +1,4 @@
-"""Processes of a proof: started together, watched, and none left behind."""
+"""Starts the processes of a proof, waits for them, and ends all of them in every case."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from lightning_hub.parent import SUPERVISOR_VARIABLE
 from lightning_hub.runs.folder import RunFolder
 
 PYTHON = (sys.executable,)
-"""How an interpreter is started."""
+"""The command that starts an interpreter."""
 
 TIME_LIMIT = 100.0
 """Seconds after which processes that were started together are ended."""
 
 GRACE = 2.0
-"""Seconds that the others have to tell their own error after the first that fails."""
+"""Seconds that the other processes have to write their own error after the first one fails."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class Child:
     """A process to start.
 
     Attributes:
-        name: What it is called in an error.
-        arguments: A module and what it is given.
-        variables: Its own environment variables.
-        expected: The exit code of its success.
+        name: Its name in an error.
+        arguments: A module and its arguments.
+        variables: Environment variables for this process only.
+        expected: The exit code that means success.
     """
 
     name: str
@@ -53,12 +53,12 @@ def run_children(children: Sequence[Child], folder: Path, limit: float = TIME_LI
     """Start processes together and wait for all of them.
 
     Args:
-        children: What to start.
-        folder: Where their output is kept, and what they find in ``LIGHTNING_HUB_CACHE``.
-        limit: Seconds that they have.
+        children: The processes to start.
+        folder: The folder of their output; their ``LIGHTNING_HUB_CACHE`` is a folder in it.
+        limit: The time limit in seconds.
 
     Raises:
-        ChildrenFailedError: One ended with another exit code than expected, or not in time.
+        ChildrenFailedError: A process ended with an unexpected exit code, or did not end in time.
     """
     with _interruptible(), _started(children, folder) as processes:
         end = time.monotonic() + limit
@@ -72,22 +72,22 @@ def run_children(children: Sequence[Child], folder: Path, limit: float = TIME_LI
         failed = _failed(children, processes)
         late = [child.name for child, process in zip(children, processes, strict=True) if process.poll() is None]
     if failed:
-        raise ChildrenFailedError("; ".join(f"{child.name}: {_last_words(_output(child, folder))}" for child in failed))
+        raise ChildrenFailedError("; ".join(f"{child.name}: {_last_line(_output(child, folder))}" for child in failed))
     if late:
         raise ChildrenFailedError(f"{', '.join(late)} did not end within {limit:.0f} s")
 
 
 def run_ranks(count: int, arguments: Sequence[str], folder: Path, limit: float = TIME_LIMIT) -> None:
-    """Start the ranks of one world as ``fit`` does, and wait for them.
+    """Start the ranks of one process group as ``fit`` does, and wait for them.
 
     Args:
-        count: How many.
-        arguments: A module and what it is given, the same for all.
-        folder: Where their output is kept.
-        limit: Seconds that they have.
+        count: The world size.
+        arguments: A module and its arguments, the same for all ranks.
+        folder: The folder of their output.
+        limit: The time limit in seconds.
 
     Raises:
-        ChildrenFailedError: One failed, or they did not end in time.
+        ChildrenFailedError: A rank failed, or the ranks did not end in time.
     """
     end = time.monotonic() + limit
 
@@ -101,13 +101,13 @@ def run_ranks(count: int, arguments: Sequence[str], folder: Path, limit: float =
             ranks.wait(watch, GRACE)
     failed = [ending.rank for ending in ranks.endings.values() if ending.code != 0 and not ending.ended_here]
     if failed:
-        words = [f"rank {rank}: {_last_words(group.folder.rank(1, rank).stderr)}" for rank in sorted(failed)]
+        words = [f"rank {rank}: {_last_line(group.folder.rank(1, rank).stderr)}" for rank in sorted(failed)]
         raise ChildrenFailedError("; ".join(words))
 
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Let SIGTERM end this process as ctrl-c does, with what it has started."""
+    """Let SIGTERM end this process as ctrl-c does, so that the processes that it has started are ended too."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -128,7 +128,7 @@ def _started(children: Sequence[Child], folder: Path) -> Iterator[list[subproces
         yield processes
     finally:
         for process in processes:
-            with suppress(ProcessLookupError):  # all of its group have ended
+            with suppress(ProcessLookupError):  # all processes of its group have ended
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
@@ -146,13 +146,13 @@ def _start(child: Child, folder: Path) -> subprocess.Popen[bytes]:
 
 
 LAUNCHERS = ("SLURM_", "TORCHELASTIC_", "OMPI_", "PMI_", "ACCELERATE_", "MASTER_")
-"""How the variables of a launcher begin that may have started this process."""
+"""Prefixes of the environment variables of launchers."""
 
 
 def _environment(folder: Path) -> dict[str, str]:
-    """Return the environment without what a launcher around this process has said."""
-    said = {name for name in os.environ if name.startswith(LAUNCHERS) or name in RANK_VARIABLES}
-    kept = {name: value for name, value in os.environ.items() if name not in said}
+    """Return the environment without the variables of a launcher that may have started this process."""
+    removed = {name for name in os.environ if name.startswith(LAUNCHERS) or name in RANK_VARIABLES}
+    kept = {name: value for name, value in os.environ.items() if name not in removed}
     ours = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     return {**kept, **ours, "LIGHTNING_HUB_CACHE": str(folder / "cache")}
 
@@ -166,7 +166,7 @@ def _output(child: Child, folder: Path) -> Path:
     return folder / f"{child.name.replace(' ', '-')}.log"
 
 
-def _last_words(log: Path) -> str:
-    """Return the last line that says something: the error itself."""
+def _last_line(log: Path) -> str:
+    """Return the last line that is not empty: the error itself."""
     lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "it ended without a word")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it ended without a message")

@@ -1,4 +1,4 @@
-"""The environment: versions, devices, disks, memory and network, looked at without loading anything heavy."""
+"""Checks the environment: versions, devices, disks, memory and network, without heavy imports."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ MALICIOUS = {"2.6.2", "2.6.3"}
 
 GB = 1e9
 LEAST_DISK, LEAST_MEMORY, LEAST_SHARED = 5 * GB, 2 * GB, 0.25 * GB
-"""Bytes below which a run of a small model is likely to fail."""
+"""Minimum bytes; with less, a run of a small model is likely to fail."""
 
 LEAST_FILES = 1024
-"""Open files that a run with loader processes and shards may need."""
+"""Number of open files that a run with data workers and shards can need."""
 
 
 def check_machine(runs: Path) -> list[Finding]:
-    """Return what was found about this machine.
+    """Return the findings about this machine.
 
     Args:
-        runs: Where runs are kept.
+        runs: The folder of the runs.
     """
     return [
         *_packages(),
         _torch_and_gpus(),
-        _disk("disk of the runs root", runs, "free space, or keep runs elsewhere with --runs-root"),
+        _disk("disk of the runs root", runs, "free space, or use another disk with --runs-root"),
         _disk("disk of the cache", default_cache_dir(), "free space, or set LIGHTNING_HUB_CACHE to another disk"),
         _writable(runs),
         _shared_memory(),
@@ -75,7 +75,7 @@ def _package(requirement: Requirement) -> Finding:
     except metadata.PackageNotFoundError:
         return Finding(requirement.name, False, "not installed", f"pip install '{requirement}'")
     if requirement.name == "lightning" and version in MALICIOUS:
-        remedy = "remove it, install another, and change every password and token that this machine could read"
+        remedy = "remove it, install another version, and change every password and token that this machine could read"
         return Finding("lightning", False, f"{version} was a malicious release", remedy)
     return _in_range(requirement.name, version, requirement.specifier)
 
@@ -90,7 +90,7 @@ def _in_range(name: str, version: str, supported: SpecifierSet) -> Finding:
 
 
 def _torch_and_gpus() -> Finding:
-    """Compare what torch was built for with the devices that are there."""
+    """Compare the build of torch with the GPUs of this machine."""
     gpus, build = visible_gpus(os.environ), _torch_build()
     there = f"{gpus} x {_gpu_name()}" if gpus else "no NVIDIA GPU is visible"
     built = f"for CUDA {build}" if build else "without CUDA"
@@ -100,7 +100,7 @@ def _torch_and_gpus() -> Finding:
 
 
 def _torch_build() -> str | None:
-    """Return the CUDA version that torch was built for, from its version file: importing it takes seconds."""
+    """Return the CUDA version of the torch build, from its version file, because an import of torch takes seconds."""
     try:
         file = Path(str(metadata.distribution("torch").locate_file("torch/version.py")))
         found = re.search(r"^cuda: .*= '([\d.]+)'", file.read_text(encoding="utf-8"), re.MULTILINE)
@@ -110,7 +110,7 @@ def _torch_build() -> str | None:
 
 
 def _gpu_name(driver: Path = Path("/proc/driver/nvidia/gpus")) -> str:
-    """Return what the driver calls the first GPU."""
+    """Return the driver's name of the first GPU."""
     try:
         text = (min(driver.iterdir()) / "information").read_text(encoding="utf-8")
     except (OSError, ValueError):
@@ -119,7 +119,7 @@ def _gpu_name(driver: Path = Path("/proc/driver/nvidia/gpus")) -> str:
     return found[1] if found else "NVIDIA GPU"
 
 
-# ---- room ----------------------------------------------------------------------------------------------------------
+# ---- disk and memory -----------------------------------------------------------------------------------------------
 
 
 def _disk(check: str, path: Path, remedy: str) -> Finding:
@@ -130,12 +130,12 @@ def _disk(check: str, path: Path, remedy: str) -> Finding:
 
 def _enough(check: str, found: float, least: float, what: str, remedy: str) -> Finding:
     ok = found >= least
-    wanted = "" if ok else f", at least {least / GB:.1f} are wanted"
+    wanted = "" if ok else f", at least {least / GB:.1f} GB are needed"
     return Finding(check, ok, f"{found / GB:.1f} GB {what}{wanted}", None if ok else remedy)
 
 
 def _existing(path: Path) -> Path:
-    """Return the nearest folder that exists: looking makes nothing."""
+    """Return the nearest folder above that exists; a check does not create folders."""
     path = path.expanduser().absolute()
     return next(place for place in (path, *path.parents) if place.exists())
 
@@ -144,7 +144,7 @@ def _writable(runs: Path) -> Finding:
     place = _existing(runs)
     ok = place.is_dir() and os.access(place, os.W_OK | os.X_OK)
     detail = f"{runs} {'can' if ok else 'cannot'} be written" + ("" if place == runs.absolute() else f" (in {place})")
-    return Finding("runs root", ok, detail, None if ok else "name another with --runs-root or LIGHTNING_HUB_RUNS")
+    return Finding("runs root", ok, detail, None if ok else "set another with --runs-root or LIGHTNING_HUB_RUNS")
 
 
 def _shared_memory(place: Path = Path("/dev/shm")) -> Finding:
@@ -166,7 +166,7 @@ def _cores() -> Finding:
     return Finding("cores", True, f"{usable} usable of {os.cpu_count()}, load {os.getloadavg()[0]:.1f}")
 
 
-# ---- what processes need of each other -----------------------------------------------------------------------------
+# ---- communication between processes -------------------------------------------------------------------------------
 
 
 def _loopback() -> Finding:
@@ -177,7 +177,7 @@ def _loopback() -> Finding:
             port = server.getsockname()[1]
             socket.create_connection(("127.0.0.1", port), timeout=2).close()
     except OSError as error:
-        remedy = "allow connections to 127.0.0.1: the processes of a run meet there"
+        remedy = "allow connections to 127.0.0.1: the ranks of a run use this address"
         return Finding(check, False, f"127.0.0.1 cannot be used ({error})", remedy)
     return Finding(check, True, "127.0.0.1 can be bound and reached")
 

@@ -1,4 +1,4 @@
-"""What a check has found: one line for people, one object for programs."""
+"""The result of a check: one line for people, one JSON object for programs."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Finding:
-    """The answer of one check.
+    """The result of one check.
 
     Attributes:
-        check: What was looked at.
-        ok: Whether it is as it should be.
+        check: What was checked.
+        ok: Whether the check passed.
         detail: What was found.
-        remedy: What to do about it; None where nothing need be done.
+        remedy: What to do; None if there is nothing to do.
     """
 
     check: str
@@ -32,17 +32,17 @@ class Finding:
         return line if self.remedy is None else f"{line}; {self.remedy}"
 
 
-DISTRUST = "do not train here before this passes: install the pinned packages anew with scripts/quickstart"
-"""What to do when numbers are wrong: nothing less will help."""
+DISTRUST = "do not train here until this check passes: install the pinned packages again with scripts/quickstart"
+"""The remedy when numbers are wrong."""
 
 
 def equality(check: str, error: float, bound: float, of: str) -> Finding:
-    """Return the finding of an equality that may be off by a bound; an error that is no number fails.
+    """Return the finding of an equality with a tolerance. An error that is NaN fails.
 
     Args:
         check: The equality.
-        error: How far the two sides are apart.
-        bound: How far they may be.
+        error: The difference between the two sides.
+        bound: The largest difference that is allowed.
         of: What was compared, and how the error is measured.
     """
     ok = error <= bound
@@ -50,7 +50,7 @@ def equality(check: str, error: float, bound: float, of: str) -> Finding:
 
 
 def write_findings(findings: list[Finding], path: Path) -> None:
-    """Write findings for the process that asked for them."""
+    """Write findings for the parent process."""
     path.write_text(json.dumps([finding.to_json() for finding in findings]), encoding="utf-8")
 
 

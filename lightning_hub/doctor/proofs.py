@@ -1,4 +1,4 @@
-"""The five equalities, each given by processes of its own; this process only starts them and reads what they found."""
+"""The five proofs. Each runs in separate processes; this process starts them and reads their findings."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ PROOFS = {
     "ranks": "2 ranks = 1 rank",
     "resumed": "resumed = straight",
 }
-"""The names of the proofs and what they say, in the order in which they are given."""
+"""The names of the proofs and the equality that each checks, in their order."""
 
 STOP_AFTER = 3
-"""The step after which the run of the resume proof is stopped, in the middle of its first epoch."""
+"""The step after which the run of the resume proof is stopped; it is in the middle of the first epoch."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Processes that run together.
+    """Processes that run at the same time.
 
     Attributes:
-        proofs: What fails if they do.
-        run: Runs them in the folder of the proof.
-        findings: The file that they leave; None if the next stage says what came of it.
+        proofs: The proofs that fail if one of these processes fails.
+        run: Runs the processes in the folder of the proof.
+        findings: The file of findings that they write; None if the next stage writes the findings.
     """
 
     proofs: tuple[str, ...]
@@ -43,7 +43,7 @@ class Stage:
 
 
 def run_proofs(wanted: Sequence[str]) -> Iterator[Finding]:
-    """Give proofs and yield what was found as it comes.
+    """Run proofs and yield each finding as soon as it is known.
 
     Args:
         wanted: Names from ``PROOFS``.
@@ -52,21 +52,21 @@ def run_proofs(wanted: Sequence[str]) -> Iterator[Finding]:
         folder, failed = Path(name), set[str]()
         write_chats(folder)
         for stage in _stages(folder, wanted):
-            concerned = [proof for proof in stage.proofs if proof not in failed]
-            if not concerned:
+            affected = [proof for proof in stage.proofs if proof not in failed]
+            if not affected:
                 continue
             try:
                 stage.run(folder)
             except ChildrenFailedError as error:
-                failed.update(concerned)
-                yield from (Finding(PROOFS[proof], False, str(error), DISTRUST) for proof in concerned)
+                failed.update(affected)
+                yield from (Finding(PROOFS[proof], False, str(error), DISTRUST) for proof in affected)
                 continue
             if stage.findings:
                 yield from read_findings(folder / stage.findings)
 
 
 def _stages(folder: Path, wanted: Sequence[str]) -> Iterator[Stage]:
-    """Yield the stages in order; a later one may need what an earlier one has written."""
+    """Yield the stages in order; a later stage can need files of an earlier one."""
     where = str(folder)
     alone = tuple(name for name in PROOFS if name in wanted and name != "resumed")
     if alone:
@@ -82,11 +82,11 @@ def _stages(folder: Path, wanted: Sequence[str]) -> Iterator[Stage]:
 
 
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
-"""Bit-equality is promised on a CPU; some kernels of GPUs add in any order."""
+"""Resume is bit-identical on a CPU only, because some GPU kernels add in a different order each time."""
 
 
 def _fit(folder: Path, name: str, *, stop: bool = False) -> Child:
-    """Return a run of two epochs with noise on the embeddings, which draws on the random state at every step."""
+    """Return a run of two epochs with NEFTune noise, which uses the random state in every step."""
     stopper = {"class_path": "lightning_hub.doctor.stop_after.StopAfter", "init_args": {"step": STOP_AFTER}}
     # fmt: off
     arguments = (

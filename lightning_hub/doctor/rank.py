@@ -1,4 +1,4 @@
-"""One of two ranks: trains under every strategy that this machine can run, and compares with one process.
+"""One of two ranks: trains with every strategy that this machine can run, and compares with one process.
 
 usage: python -m lightning_hub.doctor.rank FOLDER, as one of two ranks
 """
@@ -30,16 +30,16 @@ from lightning_hub.parallel.strategies import DDP, FSDP, ModelParallel
 from lightning_hub.parent import die_with_parent
 
 RANKS_BOUND = 1e-5
-"""Bound of relative errors in float32: sums over ranks are made in another order."""
+"""Bound of relative errors in float32: sums over ranks have another order."""
 
 
 def strategies() -> dict[str, Strategy]:
-    """Return what two ranks can run."""
+    """Return the strategies that two ranks can run."""
     return {"ddp": DDP(), "fsdp": FSDP(), "model_parallel, tp 2": ModelParallel(([1, 2], ["fsdp", "tp"]))}
 
 
 def main(folder: Path) -> None:
-    """Train, and let rank 0 write what was found."""
+    """Train with each strategy; rank 0 writes the findings."""
     die_with_parent()
     os.environ["LIGHTNING_HUB_CACHE"] = str(folder / "cache")
     place, device, material = detect_process(os.environ), accelerator(), ProofFiles(folder)
@@ -55,7 +55,7 @@ def main(folder: Path) -> None:
     destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # strategies still hold groups whose threads can abort a normal exit
+    os._exit(0)  # strategies keep process groups whose threads can abort a normal exit
 
 
 def _finding(name: str, seen: RecordedRun, expected: RecordedRun, device: str) -> Finding:

@@ -1,4 +1,4 @@
-"""The small training that proofs compare: the product's own step, data and strategies, on a calm model."""
+"""The small training that proofs compare. It uses the real step, data and strategies, on a model with small weights."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from lightning_hub.parallel.process_group import HubClusterEnvironment
 
 @dataclass(frozen=True)
 class ProofFiles:
-    """What the processes of a proof share, in a folder of theirs."""
+    """The files that the processes of a proof share, in one folder."""
 
     folder: Path
 
     @property
     def rows(self) -> Path:
-        """The chats, which are there."""
+        """The conversations; this file exists already."""
         return self.folder / ROWS
 
     @property
@@ -39,14 +39,14 @@ class ProofFiles:
 
     @property
     def reference(self) -> Path:
-        """What one process has seen."""
+        """The recorded training of one process."""
         return self.folder / "reference.pt"
 
     def make_model(self) -> None:
-        """Write the embedded model at half of its weights.
+        """Write the embedded model with every weight multiplied by 0.5.
 
-        As it was trained it is so sure of its answers that float32 rounding alone moves a gradient by more than
-        1e-5, also between two ways of packing in one process.
+        The trained model gives its answers a probability near 1. Then float32 rounding alone changes a gradient by
+        more than 1e-5, even between two ways of packing in one process.
         """
         pretrained = Pretrained("demo")
         model = pretrained.load(dtype=torch.float32, attn_implementation="sdpa")
@@ -57,13 +57,13 @@ class ProofFiles:
         pretrained.tokenizer.save_pretrained(self.model)
 
     def data(self) -> ChatData:
-        """Return the chats in rows of 96 tokens, eight samples a step."""
+        """Return the conversations in packed rows of 96 tokens, eight samples in each step."""
         return ChatData(str(self.rows), max_seq_len=96, effective_batch_size=8, shuffle=False)
 
 
 @dataclass
 class RecordedRun:
-    """What a training has seen: per step the loss, the gradient norm and, if wanted, the gradients; final weights."""
+    """The record of a training: the loss, gradient norm and optional gradients of each step, and the final weights."""
 
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
@@ -72,11 +72,11 @@ class RecordedRun:
 
 
 class RecordingSFT(SFT):
-    """SFT that notes what it does.
+    """SFT that records its losses, gradient norms and gradients.
 
     Args:
-        model: The model's folder.
-        learning_rate: 0 keeps the weights, and all gradients.
+        model: The folder of the model.
+        learning_rate: With 0 the weights do not change and all gradients are recorded.
     """
 
     def __init__(self, model: str, learning_rate: float) -> None:
@@ -84,13 +84,13 @@ class RecordingSFT(SFT):
         self.seen = RecordedRun()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Note the gradients before they are clipped."""
+        """Record the gradients before they are clipped."""
         if self.learning_rate == 0:
             found = {name: parameter.grad for name, parameter in self.named_parameters()}
             self.seen.gradients.append({name: grad.clone() for name, grad in found.items() if grad is not None})
 
     def on_train_batch_end(self, outputs: object, batch: StepBatch, batch_idx: int) -> None:
-        """Note the loss of the whole step and the norm of its gradient."""
+        """Record the loss of the complete step and the norm of its gradient."""
         assert self.grad_norm is not None, "every step is logged"
         self.seen.losses.append(float(data_parallel(self.trainer.strategy).mean(self.step_loss)))
         self.seen.norms.append(float(self.grad_norm))
@@ -103,16 +103,16 @@ def train_recorded(
     environment: HubClusterEnvironment | None = None,
     learning_rate: float = 3e-4,
 ) -> tuple[RecordingSFT, ChatData]:
-    """Train one epoch in float32 and return the module, which has seen it, and its data.
+    """Train one epoch in float32 and return the module, which has the record, and its data.
 
-    Every rank must call this; only rank 0 sees the final weights.
+    Every rank must call this; only rank 0 gets the final weights.
 
     Args:
-        material: What to train on.
+        material: The model and the data.
         accelerator: ``cpu`` or ``cuda``.
-        strategy: How the processes work together.
-        environment: This process among the others; None if it is alone.
-        learning_rate: 0 keeps the weights.
+        strategy: The strategy of Lightning.
+        environment: The rank and world size of this process; None in a single process.
+        learning_rate: With 0 the weights do not change.
     """
     torch.set_float32_matmul_precision("highest")
     torch.manual_seed(0)
@@ -138,21 +138,21 @@ def train_recorded(
 
 
 def accelerator() -> str:
-    """Return what the ranks of a proof run on: two GPUs where there are as many, else the CPU."""
+    """Return the accelerator for the ranks of a proof: ``cuda`` with at least two GPUs, else ``cpu``."""
     return "cuda" if torch.cuda.device_count() >= 2 else "cpu"
 
 
 def distance(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Return how far two sets of tensors are apart as one vector, relative to the second."""
+    """Return the norm of the difference between two sets of tensors, relative to the norm of the second set."""
     difference = [one.float() - other.float() for one, other in zip(found, expected, strict=True)]
     return float(torch.nn.utils.get_total_norm(difference) / torch.nn.utils.get_total_norm(expected))
 
 
 def worst_distance(found: Sequence[float], expected: Sequence[float]) -> float:
-    """Return the largest relative difference of numbers in order."""
+    """Return the largest relative difference between two lists of numbers, element by element."""
     return max_distance([abs(one - other) / abs(other) for one, other in zip(found, expected, strict=True)])
 
 
 def max_distance(errors: Sequence[float]) -> float:
-    """Return the largest error; one that is no number is the largest, which ``max`` may pass over."""
+    """Return the largest error, or NaN if one is NaN. Python's ``max`` can ignore a NaN."""
     return float(torch.tensor(errors, dtype=torch.float64).max())

@@ -1,4 +1,4 @@
-"""Goes on with a stopped run and compares it with the one that was never stopped.
+"""Resumes a stopped run and compares it with a run that was not stopped.
 
 usage: python -m lightning_hub.doctor.resumed FOLDER
 """
@@ -22,7 +22,7 @@ RESUMED_BOUND = 0.0
 
 
 def main(folder: Path) -> int:
-    """Resume as a person would, and compare."""
+    """Resume the run with the command that a user gives, and compare."""
     die_with_parent()
     straight, stopped = RunFolder(folder / "straight"), RunFolder(folder / "stopped")
     assert not stopped.export.exists(), "the run was stopped before its end"
@@ -31,12 +31,14 @@ def main(folder: Path) -> int:
     if code != ExitCode.DONE:
         return code
     ours, theirs = _losses(stopped), _losses(straight)
-    assert 0 < before < len(theirs), "the run was stopped on its way"
+    assert 0 < before < len(theirs), "the run was stopped between its first and last step"
     of = f"{len(theirs)} steps with noise, stopped after step {before}"
     weights = [load_file(made.export / "model.safetensors") for made in (stopped, straight)]
     apart = [float((weights[0][name] - tensor).abs().max()) for name, tensor in weights[1].items()]
     findings = [
-        equality("resumed = straight: losses", _apart(ours, theirs), RESUMED_BOUND, f"{of}; largest difference"),
+        equality(
+            "resumed = straight: losses", _largest_difference(ours, theirs), RESUMED_BOUND, f"{of}; largest difference"
+        ),
         equality("resumed = straight: weights", max_distance(apart), RESUMED_BOUND, f"{of}; largest difference"),
     ]
     write_findings(findings, folder / "resumed.json")
@@ -49,8 +51,8 @@ def _losses(made: RunFolder) -> dict[int, float]:
     return {step: loss for step, loss in found.items() if loss is not None}
 
 
-def _apart(ours: dict[int, float], theirs: dict[int, float]) -> float:
-    """Return the largest difference; infinite where one run has steps that the other lacks."""
+def _largest_difference(ours: dict[int, float], theirs: dict[int, float]) -> float:
+    """Return the largest difference; infinity if the runs do not have the same steps."""
     if ours.keys() != theirs.keys():
         return float("inf")
     return max_distance([abs(ours[step] - theirs[step]) for step in theirs])

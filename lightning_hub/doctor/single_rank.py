@@ -1,4 +1,4 @@
-"""The proofs that one process can give, and what one process sees for the ranks to be compared with.
+"""The proofs that need one process, and the reference training for the proof with two ranks.
 
 usage: python -m lightning_hub.doctor.single_rank FOLDER CHECK...
 """
@@ -35,7 +35,7 @@ LOGITS, GRADIENTS = 1e-5, 1e-6
 
 
 def main(folder: Path, wanted: list[str]) -> None:
-    """Make the model and give the proofs that are wanted."""
+    """Write the model and run the requested proofs."""
     die_with_parent()
     material = ProofFiles(folder)
     material.make_model()
@@ -47,7 +47,7 @@ def main(folder: Path, wanted: list[str]) -> None:
 
 
 def packed(material: ProofFiles) -> list[Finding]:
-    """Compare a packed row with its documents alone in the model as transformers makes it."""
+    """Compare a packed row with its documents, one forward each, in the unchanged model of transformers."""
     data = material.data()
     data.open(Pretrained(str(material.model)))
     row = max(data.plan.step(0, 0).rows, key=lambda row: len(row.lengths))
@@ -72,7 +72,7 @@ def packed(material: ProofFiles) -> list[Finding]:
 
 
 def accumulated(material: ProofFiles) -> list[Finding]:
-    """Compare the training step over several rows with one padded batch in the model as transformers makes it."""
+    """Compare the training step over several packed rows with one padded batch in the unchanged transformers model."""
     module, data = train_recorded(material, "cpu", learning_rate=0.0)
     rows = [len(data.plan.rows(0, index)) for index in range(len(data.plan))]
     assert max(rows) > 1, "steps have several rows"
@@ -91,7 +91,7 @@ def accumulated(material: ProofFiles) -> list[Finding]:
 
 
 def exported(material: ProofFiles) -> list[Finding]:
-    """Compare the trained module with the folder that it was exported to."""
+    """Compare the trained module with its exported folder."""
     module, data = train_recorded(material, "cpu")
     model, weights = module.export_state()
     folder = material.folder / "export"
@@ -107,7 +107,7 @@ def exported(material: ProofFiles) -> list[Finding]:
 
 
 def _plain(folder: Path) -> PreTrainedModel:
-    """Return the model with nothing of ours in it."""
+    """Return the unchanged model of transformers."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="sdpa"
     )
@@ -115,12 +115,12 @@ def _plain(folder: Path) -> PreTrainedModel:
 
 
 def _loss(logits: Tensor, document: PackedSequence) -> Tensor:
-    """Return the summed cross-entropy of a lone document; ``logits`` has shape ``(tokens, vocabulary)``."""
+    """Return the summed cross-entropy of one document; ``logits`` has shape ``(tokens, vocabulary)``."""
     return F.cross_entropy(logits[:-1], document.labels[0, 1:], ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 def _padded_loss(plain: PreTrainedModel, rows: tuple[PackedSequence, ...]) -> float:
-    """Run all documents as one padded batch and return the mean loss of its trained tokens, gradients made."""
+    """Run all documents as one padded batch, compute the gradients, and return the mean loss of the trained tokens."""
     documents = [document for row in rows for document in row.documents()]
     pad = torch.nn.utils.rnn.pad_sequence
     ids = pad([document.input_ids[0] for document in documents], batch_first=True)

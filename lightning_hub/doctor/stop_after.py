@@ -1,4 +1,4 @@
-"""A callback that stops a run as a person would."""
+"""A callback that stops a run with SIGTERM."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class StopAfter(Callback):
-    """Sends this process the signal of a polite end once, after a given step.
+    """Sends SIGTERM to this process once, after a given step.
 
     Args:
-        step: Finished optimizer steps after which the run is asked to save and stop.
+        step: Number of finished optimizer steps after which the run saves a checkpoint and stops.
     """
 
     def __init__(self, step: int) -> None:
@@ -21,6 +21,6 @@ class StopAfter(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
-        """Ask after the step; a run that goes on from it is left alone."""
+        """Send the signal after the step; a run that resumes from this step gets no signal."""
         if trainer.global_step == self.step:
             os.kill(os.getpid(), signal.SIGTERM)

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from lightning_hub.config.command import Command, explain_flag, parse_command
 from lightning_hub.errors import ConfigError
+from lightning_hub.launch.arguments import TRUST_HELP
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,6 @@ class _Parser(ArgumentParser):
         raise ConfigError(message, remedy=f"see {self.prog} --help")
 
 
-RUNS_ROOT_HELP = "where runs are kept (LIGHTNING_HUB_RUNS, else runs/)"
-TRUST_HELP = "let Python files of the model run"
-
 _OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("--run-dir", "use exactly this run folder; it is made if absent", {}),
     ("--runs-root", "make run folders here (default: runs, or LIGHTNING_HUB_RUNS)", {}),
@@ -85,16 +83,6 @@ VALUED = tuple(flag for flag, _, how in _OPTIONS if how is not _SWITCH)
 
 FLAGS = (*((flag, text) for flag, text, _ in _OPTIONS), ("--debug", "show the traceback of an error"))
 """Flags with their help; ``--debug`` is taken by the command line itself."""
-
-
-def add_runs_root(parser: ArgumentParser) -> None:
-    """Add ``--runs-root`` to a verb that finds runs."""
-    parser.add_argument("--runs-root", metavar="DIR", help=RUNS_ROOT_HELP)
-
-
-def add_trust_remote_code(parser: ArgumentParser) -> None:
-    """Add ``--trust-remote-code`` to a verb that loads a model."""
-    parser.add_argument("--trust-remote-code", action="store_true", help=TRUST_HELP)
 
 
 def parse(verb: str, argv: Sequence[str], extra: Sequence[str] = ()) -> tuple[Command, RunOptions, Namespace]:

@@ -1,1 +1,1 @@
-"""Pretrained models: opening a folder or hub id, checking it, and letting it speak."""
+"""Pretrained models: open a folder or hub id, check it, and generate text with it."""

@@ -11,7 +11,7 @@ from lightning_hub.models.pretrained import Pretrained
 
 
 class Chat:
-    """Keeps a conversation and prints answers as they come.
+    """Keeps a conversation and prints answers token by token.
 
     Args:
         source: A model folder or hub id.
@@ -36,12 +36,12 @@ class Chat:
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
 
     def reply(self, text: str, *, max_new_tokens: int, temperature: float) -> str:
-        """Answer a message, printing tokens as they come, and remember both.
+        """Answer a message: print the tokens one by one, and add both turns to the conversation.
 
         Args:
-            text: What the person says.
-            max_new_tokens: The longest answer, in tokens.
-            temperature: 0 takes the likeliest token each time.
+            text: The message of the user.
+            max_new_tokens: Maximum length of the answer, in tokens.
+            temperature: 0 takes the most likely token each time.
         """
         self.messages.append({"role": "user", "content": text})
         streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)

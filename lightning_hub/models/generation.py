@@ -1,4 +1,4 @@
-"""Let a model answer prompts: for samples during training, `predict`, `chat` and the demo."""
+"""Generate answers to prompts: for samples during training, `predict`, `chat` and the demo."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def complete(
 ) -> list[str]:
     """Answer prompts, all in one batch.
 
-    The model's mode, its attention and the random state are as before afterwards, so that looking at a model never
-    changes its training.
+    Afterwards the mode of the model, its attention implementation and the random state are as before, so generation
+    does not change the training.
 
     Args:
         model: A causal language model.
         tokenizer: Its tokenizer, with a chat template.
         prompts: Conversations to answer.
-        max_new_tokens: The longest answer, in tokens.
-        temperature: 0 takes the likeliest token each time; above 0 samples.
-        streamer: Receives tokens as they come (one prompt only).
+        max_new_tokens: Maximum length of an answer, in tokens.
+        temperature: 0 takes the most likely token each time; above 0 samples.
+        streamer: Receives each token when it is generated (one prompt only).
 
     Returns:
         The answers, without special tokens.
@@ -47,7 +47,7 @@ def complete(
     ids = torch.tensor([[filler] * (longest - len(row)) + row for row in encoded], device=device)
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in encoded], device=device)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    with _ready_to_speak(model):
+    with _generation_mode(model):
         output = model.generate(  # type: ignore[operator]  # typed as a tensor by nn.Module.__getattr__
             input_ids=ids,
             attention_mask=mask,
@@ -65,8 +65,8 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Messages) -> list[int]:
 
 
 @contextmanager
-def _ready_to_speak(model: PreTrainedModel) -> Iterator[None]:
-    """Generation needs a cache and a mask, which packed attention refuses: use PyTorch's own meanwhile."""
+def _generation_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Use PyTorch's attention and eval mode during generation: packed attention has no cache and no padding mask."""
     attention, training = model.config._attn_implementation, model.training
     is_changed = attention not in ("sdpa", "eager")
     sampling = {name: getattr(model.generation_config, name) for name in ("temperature", "top_p", "top_k")}

@@ -1,4 +1,4 @@
-"""Open a pretrained model: its configuration, tokenizer and weights, with every fault said in one sentence."""
+"""Open a pretrained model: its configuration, tokenizer and weights. Every fault is reported as one message."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from lightning_hub.runs.folder import EMBEDDED_MODEL
 
 _T = TypeVar("_T")
 
-transformers_logging.disable_progress_bar()  # it draws one bar for each read, over ours
+transformers_logging.disable_progress_bar()  # it would draw a bar for each read, over our own bar
 
 EMBEDDED_FOLDER = Path(__file__).with_name("embedded")
 
@@ -39,18 +39,18 @@ ROOM_FOLDER = Path(__file__).with_name("embedded_room")
 """A second embedded model, for ``lightning-hub demo --method``: its weights have directions that it does not use."""
 
 ADAPTER_CONFIG = "adapter_config.json"
-"""The file that makes a folder an adapter's."""
+"""A folder with this file is an adapter."""
 
 MODEL_OPTION = "model.init_args.model"
-"""Where a recipe names its model; errors point there."""
+"""The recipe key of the model, for error messages."""
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A pretrained causal language model, opened piece by piece so that cheap checks come first.
+    """A pretrained causal language model. It is opened in steps, so that cheap checks come first.
 
     Args:
-        source: A local folder, a hub id, or ``demo`` for the model that the package brings along.
+        source: A local folder, a hub id, or ``demo`` for the model that is part of the package.
         trust_remote_code: Whether Python files of the model may run. Only a command-line flag sets it.
     """
 
@@ -60,20 +60,18 @@ class Pretrained:
     def __post_init__(self) -> None:
         looks_local = self.source.startswith((".", "/", "~")) or self.source.count("/") > 1
         if self.source.startswith(("http://", "https://")):
-            raise ConfigError(
-                f"{self.source} is an address", where=MODEL_OPTION, remedy="give a hub id or a local folder"
-            )
+            raise ConfigError(f"{self.source} is a URL", where=MODEL_OPTION, remedy="give a hub id or a local folder")
         if looks_local and not self.path.is_dir():
             raise ConfigError(
                 f"no such folder: {self.source}", where=MODEL_OPTION, remedy="give a local folder or a hub id"
             )
         if self.path.is_dir() and not (self.path / "config.json").is_file() and self.base is None:
             remedy = "give a folder that AutoModelForCausalLM can load"
-            raise ConfigError(f"{self.source} holds no config.json", where=MODEL_OPTION, remedy=remedy)
+            raise ConfigError(f"{self.source} has no config.json", where=MODEL_OPTION, remedy=remedy)
 
     @property
     def path(self) -> Path:
-        """The source as a local path (which need not exist for a hub id)."""
+        """The source as a local path; for a hub id this path may not exist."""
         path = Path(self.source).expanduser()
         return EMBEDDED_FOLDER if self.source == EMBEDDED_MODEL and not path.is_dir() else path
 
@@ -92,43 +90,43 @@ class Pretrained:
 
     @property
     def name(self) -> str:
-        """What transformers calls it: a local path or a hub id."""
+        """The name for ``from_pretrained``: a local path or a hub id."""
         return str(self.path) if self.path.is_dir() else self.source
 
     @cached_property
     def config(self) -> PretrainedConfig:
-        """The model's configuration; no weight is read."""
+        """The model's configuration; weights are not read."""
         if self.base is not None:
             return self.base.config
         config: PretrainedConfig = self._open("configuration", AutoConfig.from_pretrained)
         remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
         if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not (remote and self.trust_remote_code):
-            message = f"{self.source} is of type {config.model_type!r}, which is no causal language model"
+            message = f"{self.source} is of type {config.model_type!r}, which is not a causal language model"
             remedy = "pass --trust-remote-code if you trust its code" if remote else "give a causal language model"
             raise ConfigError(message, where=MODEL_OPTION, remedy=remedy)
         return config
 
     def check_part(self, opened: PretrainedConfig) -> None:
-        """Refuse a model of which only a part is opened that could not be opened again by itself.
+        """Refuse a model of which only a part would be trained, if that part cannot be loaded again alone.
 
         Args:
-            opened: The configuration of what is opened.
+            opened: The configuration of the part that transformers opens.
 
         Raises:
-            ConfigError: What trains could not be read by anything but its own class.
+            ConfigError: AutoModelForCausalLM could not load the trained part.
         """
         if opened.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or getattr(opened, "auto_map", None):
             return
         raise ConfigError(
-            f"of {self.source} (type {self.config.model_type!r}) transformers opens the part of type "
-            f"{opened.model_type!r}, which AutoModelForCausalLM could not open again after training",
+            f"{self.source} has the type {self.config.model_type!r}; transformers opens only its part of type "
+            f"{opened.model_type!r}, which AutoModelForCausalLM cannot open after training",
             where=MODEL_OPTION,
-            remedy="give a causal language model that is whole by itself",
+            remedy="give a model that is a complete causal language model",
         )
 
     @property
     def stored_dtype(self) -> torch.dtype:
-        """The dtype of its weights on disk; float32 where its configuration says none."""
+        """The dtype of its weights on disk; float32 if its configuration has none."""
         found = self.config.dtype
         return found if isinstance(found, torch.dtype) else torch.float32
 
@@ -143,7 +141,7 @@ class Pretrained:
 
     @cached_property
     def generation_config(self) -> GenerationConfig:
-        """What ends a generation and how it is sampled; derived from the configuration where there is no file."""
+        """The generation config of the model; made from its configuration if it has no ``generation_config.json``."""
         if self.base is not None:
             return self.base.generation_config
         try:
@@ -153,7 +151,7 @@ class Pretrained:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Token ids at which the model stops: those of its generation config, and the tokenizer's eos."""
+        """Token ids at which generation stops: those of the generation config, and the eos token of the tokenizer."""
         found = self.generation_config.eos_token_id
         ids = [found] if isinstance(found, int) else list(found or [])
         if self.tokenizer.eos_token_id is not None:
@@ -168,13 +166,13 @@ class Pretrained:
         quantization_config: BitsAndBytesConfig | None = None,
         device: torch.device | None = None,
     ) -> PreTrainedModel:
-        """Read the weights; an adapter is merged into its base in float32, and cast then.
+        """Read the weights. An adapter is merged into its base model in float32; then the weights are cast.
 
         Args:
             dtype: The dtype of the weights in memory.
-            attn_implementation: A name that transformers knows, ours included.
+            attn_implementation: A name that transformers knows; our own names are registered there.
             quantization_config: How linear layers are quantized; not for an adapter.
-            device: Where quantized layers lie.
+            device: The device of quantized layers.
         """
         if self.base is not None:
             return self._merged(self.base.load(dtype=torch.float32, attn_implementation=attn_implementation), dtype)
@@ -199,7 +197,7 @@ class Pretrained:
         return model
 
     def skeleton(self, *, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel:
-        """Build the model without reading its weights (with memory or without: as the default device says)."""
+        """Build the model without its weights, on the default device; on ``meta`` it uses no memory."""
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             self.config,
             dtype=dtype,
@@ -210,20 +208,20 @@ class Pretrained:
         return model
 
     def _open(self, what: str, reader: Callable[..., _T]) -> _T:
-        """Call a reader of transformers and say its failure in one sentence."""
+        """Call a reader of transformers and turn its failure into one message."""
         try:
             return reader(self.name, trust_remote_code=self.trust_remote_code)
         except (pickle.UnpicklingError, EOFError) as error:  # pytorch_model.bin, of which torch reads tensors alone
             raise ConfigError(
                 f"cannot read the {what} of {self.source} (its pickle file is damaged, or would run code)",
                 where=MODEL_OPTION,
-                remedy="save the model again as safetensors, where it comes from",
+                remedy="save the model as safetensors on the machine that it comes from",
             ) from error
         except (OSError, ValueError, ImportError, SafetensorError) as error:
             reason = " ".join(str(error).split())
             remedy = "check the folder or hub id, and that this machine can reach the hub"
             if "trust_remote_code" in reason:
-                reason, remedy = "it runs code of its own", "pass --trust-remote-code if you trust that code"
+                reason, remedy = "it runs its own code", "pass --trust-remote-code if you trust that code"
             raise ConfigError(
                 f"cannot read the {what} of {self.source} ({reason[:300]})", where=MODEL_OPTION, remedy=remedy
             ) from error

@@ -1,4 +1,4 @@
-"""What a node looks like: versions, addresses and the environment variables that matter, and no other variable."""
+"""Describes a node: versions, addresses, and the environment variables of an allow list."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def describe_environment(devices: Sequence[str] = ()) -> dict[str, Json]:
     """Return the content of ``env.json``.
 
     Args:
-        devices: Names of the accelerators, from a caller that can ask for them.
+        devices: Names of the accelerators, from a caller that has imported torch.
     """
     listed: list[Json] = list(devices)
     return {
@@ -116,6 +116,6 @@ def git_state() -> dict[str, Json] | None:
 def _git(*arguments: str) -> str | None:
     try:
         done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=5, check=False)
-    except (OSError, subprocess.TimeoutExpired):  # no git here, or a file system too slow to ask
+    except (OSError, subprocess.TimeoutExpired):  # git is not installed, or the file system is too slow
         return None
     return done.stdout.strip() if done.returncode == 0 else None

@@ -1,4 +1,4 @@
-"""Small files that are whole or absent, and lines that are whole or ignored; private whatever the umask says."""
+"""Atomic writes of small files, and files of complete lines. Only the owner can read them, with any umask."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | Non
 
 
 def make_private_folder(path: Path) -> None:
-    """Make a folder and its missing parents; what is made is for its owner only."""
+    """Make a folder and its missing parents; new folders are private to the owner."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     for folder in reversed(missing):
         folder.mkdir(exist_ok=True)
@@ -24,15 +24,15 @@ def make_private_folder(path: Path) -> None:
 
 
 def write_atomic(path: Path, data: bytes, *, fsync: bool = False) -> None:
-    """Replace a file by way of a neighbour, so that a reader sees the old content or the new, never a part.
+    """Replace a file through a temporary file, so that a reader sees the old content or the new, never a part.
 
     Args:
         path: The file; a symbolic link of that name is replaced, not followed.
-        data: Its whole content.
-        fsync: Wait until the content is on the disk, for files that must outlive a crash of the machine.
+        data: Its complete content.
+        fsync: Wait until the content is on the disk, for files that must survive a crash of the machine.
 
     Raises:
-        OSError: The disk is full, or the folder is gone; the old content stays.
+        OSError: The disk is full, or the folder does not exist any more; the old content stays.
     """
     temp = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     descriptor = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, FILE_MODE)
@@ -55,7 +55,7 @@ def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
-    except OSError:  # some network file systems refuse to sync a folder; the rename itself has happened
+    except OSError:  # some network file systems cannot sync a folder; the rename itself is done
         pass
     finally:
         os.close(descriptor)
@@ -68,7 +68,7 @@ def write_json(path: Path, value: Mapping[str, object], *, fsync: bool = False, 
 
 
 def read_json(path: Path) -> dict[str, Json] | None:
-    """Return the object in a file, or None when it is absent, cannot be read or is no JSON object."""
+    """Return the object in a file, or None if it is absent, cannot be read or is not a JSON object."""
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError):  # UnicodeDecodeError and JSONDecodeError are ValueErrors
@@ -77,7 +77,7 @@ def read_json(path: Path) -> dict[str, Json] | None:
 
 
 def touch(path: Path) -> None:
-    """Create an empty file, if it is not there (a wish in ``control/``)."""
+    """Create an empty file if it does not exist (a request in ``control/``)."""
     os.close(open_append(path))
 
 
@@ -89,10 +89,10 @@ def open_append(path: Path) -> int:
 
 
 class LineFile:
-    """A file to which whole lines are appended, each in one write.
+    """A file to which complete lines are appended, each in one write.
 
-    After a write that a full disk cut short, or when an earlier process left half a line, the next line starts on
-    a line of its own: the torn one spoils nothing but itself.
+    A full disk or a killed process can leave an incomplete line at the end. Then a newline is written first, so that
+    only the incomplete line is lost.
     """
 
     def __init__(self, path: Path) -> None:
@@ -104,7 +104,7 @@ class LineFile:
         """Append one line (without its newline).
 
         Raises:
-            OSError: It could not be written whole.
+            OSError: The line could not be written completely.
         """
         if self._descriptor is None:
             self._descriptor = open_append(self.path)

@@ -1,4 +1,4 @@
-"""The run folder: every path of a run has its name here, once; runs are made and found here."""
+"""The run folder: defines every path of a run, creates runs and finds them."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 ROOT_VARIABLE = "LIGHTNING_HUB_RUNS"
 DEFAULT_ROOT = "runs"
 
-_RESUME = "give --resume auto to go on with it, or another folder"
+_RESUME = "give --resume auto to continue this run, or give another folder"
 
 
 def now() -> str:
-    """Return the time as files hold it: UTC, with its zone."""
+    """Return the current time as it is written to files: UTC, with its zone."""
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
@@ -46,17 +46,17 @@ class RankFolder:
 
     @property
     def heartbeat(self) -> Path:
-        """Sign of life, every 2 s."""
+        """The heartbeat, written every 2 s."""
         return self.path / "heartbeat.json"
 
     @property
     def error(self) -> Path:
-        """What ended the rank."""
+        """The error that ended the rank."""
         return self.path / "error.json"
 
     @property
     def stacks(self) -> Path:
-        """Python stacks of a rank that stalls."""
+        """Python stacks of a stalled rank."""
         return self.path / "stacks.txt"
 
 
@@ -73,12 +73,12 @@ class NodeFolder:
 
     @property
     def gauges(self) -> Path:
-        """Load and temperatures."""
+        """Load, memory and temperatures."""
         return self.path / "gauges.json"
 
     @property
     def lease(self) -> Path:
-        """Sign of life of the node's supervisor."""
+        """The lease of the supervisor of this node."""
         return self.path / "lease.json"
 
 
@@ -90,32 +90,32 @@ class RunFolder:
 
     @property
     def id(self) -> str:
-        """The folder's own name."""
+        """The name of the folder."""
         return self.path.name
 
     @property
     def run_json(self) -> Path:
-        """What the run is."""
+        """Name, method, model and launcher of the run."""
         return self.path / "run.json"
 
     @property
     def config(self) -> Path:
-        """The full recipe; repeats the run."""
+        """The complete recipe; with it the run can be repeated."""
         return self.path / "config.yaml"
 
     @property
     def config_input(self) -> Path:
-        """What the person gave."""
+        """The recipe files and flags that the user gave."""
         return self.path / "config.input.yaml"
 
     @property
     def plan(self) -> Path:
-        """Exact argv and env of every node."""
+        """The exact argv and environment of every node."""
         return self.path / "plan.json"
 
     @property
     def status(self) -> Path:
-        """How the run goes."""
+        """The current state of the run."""
         return self.path / "status.json"
 
     @property
@@ -130,22 +130,22 @@ class RunFolder:
 
     @property
     def data_report(self) -> Path:
-        """What became of every row of the input."""
+        """How many examples of the input were used, and why others were not."""
         return self.path / "data_report.json"
 
     @property
     def events(self) -> Path:
-        """Launches, stops, restarts, verdicts."""
+        """Launches, stops, restarts and changes of state."""
         return self.path / "events.jsonl"
 
     @property
     def lock(self) -> Path:
-        """Who may write this run."""
+        """The process that may write this run."""
         return self.path / "lock"
 
     @property
     def checkpoints(self) -> Path:
-        """Where checkpoints are."""
+        """Folder of the checkpoints."""
         return self.path / "checkpoints"
 
     @property
@@ -164,27 +164,27 @@ class RunFolder:
 
     @property
     def export_merged(self) -> Path:
-        """An adapter and its base as a plain model folder."""
+        """An adapter merged into its base model, as a plain model folder."""
         return self.path / "export-merged"
 
     @property
     def control(self) -> Path:
-        """Where wishes are left."""
+        """Folder of the request files."""
         return self.path / "control"
 
     @property
     def control_stop(self) -> Path:
-        """The wish to save and stop."""
+        """The request to save a checkpoint and stop."""
         return self.control / "stop"
 
     @property
     def control_stop_now(self) -> Path:
-        """The wish to end all ranks at once; the supervisor hears it."""
+        """The request to end all ranks at once; the supervisor reads it."""
         return self.control / "stop-now"
 
     @property
     def control_checkpoint(self) -> Path:
-        """The wish to save and go on."""
+        """The request to save a checkpoint and continue."""
         return self.control / "checkpoint"
 
     def node(self, number: int) -> NodeFolder:
@@ -196,11 +196,11 @@ class RunFolder:
         return self.path / "attempts" / str(number)
 
     def attempt_json(self, number: int) -> Path:
-        """Why an attempt was made."""
+        """Reason and first step of an attempt."""
         return self.attempt(number) / "attempt.json"
 
     def attempt_config(self, number: int) -> Path:
-        """The recipe of an attempt that is not the run's first."""
+        """The recipe of an attempt after the first."""
         return self.attempt(number) / "config.yaml"
 
     def rank(self, attempt: int, rank: int) -> RankFolder:
@@ -233,28 +233,28 @@ def _numbers(folder: Path, prefix: str) -> list[int]:
 
 
 EMBEDDED_MODEL = "demo"
-"""The name of the model that the package brings along."""
+"""The name of the model that is part of the package."""
 
 
 def runs_root(given: str | Path | None = None) -> Path:
-    """Return where runs are kept: ``--runs-root``, else LIGHTNING_HUB_RUNS, else ``runs`` in the working folder."""
+    """Return the folder of the runs: ``--runs-root``, else LIGHTNING_HUB_RUNS, else ``runs`` in the working folder."""
     return Path(given or os.environ.get(ROOT_VARIABLE) or DEFAULT_ROOT)
 
 
 def default_cache_dir() -> Path:
-    """Return where what can be made again is kept: ``LIGHTNING_HUB_CACHE``, else ``~/.cache/lightning-hub``."""
+    """Return the folder of the cache: ``LIGHTNING_HUB_CACHE``, else ``~/.cache/lightning-hub``."""
     return Path(os.environ.get("LIGHTNING_HUB_CACHE") or Path.home() / ".cache" / "lightning-hub")
 
 
 def create_run(name: str, root: Path) -> RunFolder:
-    """Make a new run folder ``<name>-<UTC time>[-k]`` that was never used before.
+    """Make a new run folder ``<name>-<UTC time>[-k]``.
 
     Raises:
-        ConfigError: The name breaks the rule, or the folder cannot be made.
+        ConfigError: The name is not allowed, or the folder cannot be made.
     """
     if not NAME.fullmatch(name):
         remedy = "use at most 64 of a-z, 0-9, '.', '_' and '-', starting with a letter or digit"
-        raise ConfigError(f"{name!r:.80} cannot name a run", where="--run-name", remedy=remedy)
+        raise ConfigError(f"{name!r:.80} cannot be the name of a run", where="--run-name", remedy=remedy)
     stamp = f"{name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     try:
         make_private_folder(root)
@@ -276,10 +276,10 @@ def _make_first_free(root: Path, stamp: str) -> Path:
 
 
 def open_run_dir(path: Path, *, resume: bool) -> RunFolder:
-    """Return exactly this folder for a run; it is made if absent.
+    """Return exactly this folder for a run; it is made if it does not exist.
 
     Raises:
-        ConfigError: It holds files already and nobody asked to resume, or it cannot be made.
+        ConfigError: It is not empty and no resume was requested, or it cannot be made.
     """
     try:
         if path.is_dir() and any(path.iterdir()) and not resume:
@@ -302,7 +302,9 @@ def list_runs(root: Path) -> list[RunFolder]:
     except OSError:
         return []
     runs = [RunFolder(Path(entry.path)) for entry in entries if _is_run(Path(entry.path))]
-    return sorted(runs, key=lambda run: (run.info().created, run.id))  # one time zone, one form: as text
+    return sorted(
+        runs, key=lambda run: (run.info().created, run.id)
+    )  # all times are UTC in one format, so text order is time order
 
 
 def _is_run(path: Path) -> bool:
@@ -310,12 +312,12 @@ def _is_run(path: Path) -> bool:
 
 
 def find_run(name: str, root: Path) -> RunFolder:
-    """Return the run of an id, a unique beginning of one, or a path.
+    """Return the run with this id, with an id that begins with this text, or at this path.
 
-    The name of the embedded model is never taken for the beginning of a run: it means the same in every verb.
+    The name of the embedded model is never the beginning of an id, so that it means the model in every command.
 
     Raises:
-        ConfigError: There is none, or several begin so.
+        ConfigError: No run matches, or several runs match.
     """
     if name and _is_run(Path(name)):
         return RunFolder(Path(name))
@@ -329,22 +331,24 @@ def find_run(name: str, root: Path) -> RunFolder:
         return found[0]
     if found:
         ids = ", ".join(run.id for run in found[:5])
-        raise ConfigError(f"{name!r} fits {len(found)} runs ({ids})", where="RUN", remedy="give more of its id")
+        raise ConfigError(f"{name!r} matches {len(found)} runs ({ids})", where="RUN", remedy="give more of the id")
     known = f"the newest is {runs[-1].id}" if runs else f"there are none in {root}"
     raise ConfigError(f"no run {name!r}; {known}", where="RUN", remedy="see lightning-hub runs list, or --runs-root")
 
 
 def lock_run(folder: RunFolder) -> None:
-    """Claim the right to write a run until this process ends or ``unlock_run``.
+    """Lock a run for writing until this process ends or calls ``unlock_run``.
 
-    The lock names its owner by pid, start time and boot id, so that one left by a dead process is taken over.
+    The lock has the pid, start time and boot id of its owner, so that the lock of an ended process can be replaced.
 
     Raises:
-        ConfigError: A living process, or one of another machine, holds it.
+        ConfigError: A running process, or a process on another machine, has the lock.
     """
     descriptor = open_append(folder.lock)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)  # held for this check only: two starts at once see each other's entry
+        fcntl.flock(
+            descriptor, fcntl.LOCK_EX
+        )  # for this check only, so that of two processes one sees the other's entry
         owner = ProcessIdentity.from_json(read_json(folder.lock) or {})
         if owner is not None and owner != ProcessIdentity.own() and owner.is_alive() is not False:
             _refuse_locked(folder, owner)
@@ -355,15 +359,15 @@ def lock_run(folder: RunFolder) -> None:
 
 
 def _refuse_locked(folder: RunFolder, owner: ProcessIdentity) -> None:
-    remedy = "stop it, or wait for it"
+    remedy = "stop it, or wait until it ends"
     if owner.is_alive() is None:
-        remedy = f"if that process is gone, remove {folder.lock}"
+        remedy = f"if that process has ended, remove {folder.lock}"
     message = f"the run is in use by process {owner.pid} on {owner.host}"
     raise ConfigError(message, where=str(folder.path), remedy=remedy)
 
 
 def unlock_run(folder: RunFolder) -> None:
-    """Give the run free; without effect when another process holds it."""
+    """Unlock the run; no effect if another process has the lock."""
     owner = ProcessIdentity.from_json(read_json(folder.lock) or {})
     if owner == ProcessIdentity.own():
         write_atomic(folder.lock, b"{}\n")

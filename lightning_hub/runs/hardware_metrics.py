@@ -1,4 +1,4 @@
-"""``gauges.json``: how loaded a node is, every few seconds."""
+"""``gauges.json``: the load of a node, every few seconds."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class HardwareMetrics:
     """Reads the load of this machine and its GPUs; rates are means since the last reading.
 
     Args:
-        path: Where the readings are written.
-        disk: A path on the disk whose free space counts.
+        path: The file of the readings.
+        disk: A path on the disk whose free space is read.
     """
 
     def __init__(self, path: Path, disk: Path) -> None:
@@ -29,7 +29,7 @@ class HardwareMetrics:
         self._gpus = _Gpus()
         self._since = time.monotonic()
         self._counters = _counters()
-        psutil.cpu_percent()  # the first call has nothing to compare with
+        psutil.cpu_percent()  # the first call returns 0, it only starts the measurement
 
     def write(self) -> None:
         """Write one reading.
@@ -70,27 +70,27 @@ def _counters() -> dict[str, int]:
 
 
 class _Gpus:
-    """NVIDIA's own readings; none where its library (the extra ``gpu``) or a driver is missing."""
+    """Readings of NVML; empty if its library (the extra ``gpu``) or a driver is missing."""
 
     def __init__(self) -> None:
         self._handles = []
         try:
-            import pynvml  # optional
+            import pynvml  # in the function, because it is optional
         except ImportError:
             return
         self._nvml = pynvml
         with suppress(pynvml.NVMLError):  # no driver, no GPU
             pynvml.nvmlInit()
-            self._handles = [pynvml.nvmlDeviceGetHandleByIndex(place) for place in range(pynvml.nvmlDeviceGetCount())]
+            self._handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
 
     def read(self) -> list[Json]:
         """Return load, memory and temperature of each GPU."""
         found: list[Json] = []
-        for place, handle in enumerate(self._handles):
+        for index, handle in enumerate(self._handles):
             memory = self._nvml.nvmlDeviceGetMemoryInfo(handle)
             found.append(
                 {
-                    "index": place,
+                    "index": index,
                     "percent": self._nvml.nvmlDeviceGetUtilizationRates(handle).gpu,
                     "memory_gb": round(memory.used / GIGABYTE, 2),
                     "memory_total_gb": round(memory.total / GIGABYTE, 2),

@@ -1,4 +1,4 @@
-"""The heartbeat of a rank: what the main thread is at, told to the outside by a thread of its own."""
+"""The heartbeat of a rank: a separate thread writes to a file what the main thread is doing."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _MANY_RANKS = 64
 
 
 class RankActivity:
-    """What a rank is doing now. Setting an attribute or calling ``begin`` costs well under a microsecond.
+    """What a rank is doing now. Setting an attribute or calling ``begin`` takes less than a microsecond.
 
-    One thread sets, another reads: each attribute is replaced whole, so no lock is needed.
+    One thread sets the attributes, another reads them. Each assignment is atomic, so no lock is needed.
 
     Attributes:
-        step: Optimizer steps finished.
+        step: Number of finished optimizer steps.
         epoch: The current epoch.
         phase: init, train, eval, save or exit.
-        loss: The last loss known.
-        doing: What the main thread was last seen to begin.
-        doing_since: When that was, by the monotonic clock.
+        loss: The last known loss.
+        doing: What the main thread began last.
+        doing_since: When it began, by the monotonic clock.
     """
 
     __slots__ = ("doing", "doing_since", "epoch", "loss", "phase", "step")
@@ -45,13 +45,13 @@ class RankActivity:
         self.doing_since = time.monotonic()
 
     def begin(self, what: str) -> None:
-        """Say what begins now: ``forward 2/4``, ``optimizer``, ``save shard``."""
+        """Set what begins now: ``forward 2/4``, ``optimizer``, ``save shard``."""
         self.doing_since = time.monotonic()
         self.doing = what
 
 
 def heartbeat_period(world_size: int) -> float:
-    """Return the seconds between heartbeats: fewer writes when many ranks share a file system."""
+    """Return the seconds between heartbeats; longer with many ranks, which share a file system."""
     return 2.0 if world_size <= _MANY_RANKS else 10.0
 
 
@@ -66,20 +66,20 @@ class PeriodicThread(threading.Thread):
         self._stopping = threading.Event()
 
     def run(self) -> None:
-        """Beat until stopped."""
+        """Call the function until ``stop``."""
         self.once()
         while not self._stopping.wait(self._period):
             self.once()
 
     def once(self) -> None:
-        """Beat now."""
+        """Call the function now."""
         try:
             self._beat()
         except OSError as error:
             self._trouble(error)
 
     def stop(self) -> None:
-        """Stop, with a last beat so that the files hold the end."""
+        """Stop, with a last call so that the files have the final state."""
         self._stopping.set()
         if self.is_alive():
             self.join()
@@ -87,26 +87,26 @@ class PeriodicThread(threading.Thread):
 
 
 class HeartbeatFile:
-    """Writes ``heartbeat.json`` from a pulse."""
+    """Writes ``heartbeat.json`` from the activity of a rank."""
 
     def __init__(self, path: Path, activity: RankActivity) -> None:
         self._path = path
-        self._pulse = activity
+        self._activity = activity
         self._identity = ProcessIdentity.own()
         self._seq = 0
 
     def write(self) -> None:
-        """Write the next beat.
+        """Write the next heartbeat.
 
         Raises:
-            OSError: It could not be written.
+            OSError: The file could not be written.
         """
         self._seq += 1
         write_atomic(self._path, self.content())
 
     def content(self) -> bytes:
-        """Return the JSON of this beat, at most 512 bytes."""
-        activity, identity = self._pulse, self._identity
+        """Return the JSON of this heartbeat, at most 512 bytes."""
+        activity, identity = self._activity, self._identity
         record = {
             "seq": self._seq,
             "time": now(),

@@ -1,7 +1,7 @@
-"""The log of a rank on disk: whole lines, its first megabyte for ever and the newest part.
+"""The log of a rank on disk, in complete lines: the first megabyte and the newest parts are kept.
 
-Parts are only ever appended to, never renamed, so that a reader's byte offsets stay true: ``stdout.log`` holds the
-beginning, ``stdout.log.1``, ``.2`` ... what follows; of the numbered parts the newest two are kept.
+Parts are appended to and never renamed, so that the byte offsets of a reader stay valid. ``stdout.log`` has the
+beginning of the log, ``stdout.log.1``, ``.2`` ... have the rest. The newest two of the numbered parts are kept.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def log_parts(first: Path) -> list[Path]:
 
 
 class LogFile:
-    """Appends text to a log, a line at a time; a full disk is reported, not raised.
+    """Appends text to a log, line by line. An error of writing is reported, not raised.
 
     Args:
         first: Path of the first part.
@@ -62,9 +62,9 @@ class LogFile:
         self._size = os.fstat(self._descriptor).st_size
 
     def write(self, text: str) -> None:
-        """Append text; what follows the last newline waits for its line to end.
+        """Append text. The text after the last newline is kept until its line is complete.
 
-        A progress bar redraws its line with carriage returns: only what it showed last is kept.
+        A progress bar draws its line again after a carriage return; only the last state of the line is kept.
         """
         with self._lock:
             *lines, partial = (self._partial + text).split("\n")
@@ -75,7 +75,7 @@ class LogFile:
                 self._append("".join(f"{_last_drawn(line)}\n" for line in lines).encode("utf-8", "backslashreplace"))
 
     def _append(self, data: bytes) -> None:
-        if self._torn:  # the disk was full inside a line: what follows starts on a line of its own
+        if self._torn:  # the disk was full inside a line: the next line needs a newline before it
             data = b"\n" + data
         try:
             while data:
@@ -87,9 +87,9 @@ class LogFile:
             self._trouble(error)
 
     def _next_piece(self, data: bytes) -> bytes:
-        """Return the whole lines that fit into this part, at least one; open the next part when none fits."""
-        room = (LATER_PART if self._number else FIRST_PART) - self._size
-        end = data.rfind(b"\n", 0, max(room, 0)) + 1
+        """Return the complete lines that fit into this part, at least one; if none fits, open the next part."""
+        free = (LATER_PART if self._number else FIRST_PART) - self._size
+        end = data.rfind(b"\n", 0, max(free, 0)) + 1
         if not end and self._size and not self._torn:
             self._rotate()
             end = data.rfind(b"\n", 0, LATER_PART) + 1
@@ -110,25 +110,25 @@ class LogFile:
 
     @property
     def descriptor(self) -> int:
-        """The open file, for what writes past Python (a crash's stack)."""
+        """The open file, for writers that do not use Python's streams (``faulthandler``)."""
         return self._descriptor
 
 
 def _last_drawn(line: str) -> str:
-    """Return what a finished line shows: the text after the last carriage return that has any."""
+    """Return the visible text of a finished line: the text after its last carriage return inside the line."""
     return line.rstrip("\r").rpartition("\r")[2]
 
 
 def _still_drawn(partial: str) -> str:
-    """Return what must be kept of an unfinished line: a carriage return at its end may belong to a newline."""
+    """Return the part of an unfinished line to keep; a carriage return at its end can belong to a newline."""
     body = partial.rstrip("\r")
     return body.rpartition("\r")[2] + ("\r" if len(body) < len(partial) else "")
 
 
 class Tee:
-    """A text stream that writes to a stream and to a log; everything else is the stream's own.
+    """A text stream that writes to a stream and to a log; other attributes are those of the stream.
 
-    A stream that cannot be written is let go; the log goes on.
+    If the stream cannot be written any more, only the log is written.
     """
 
     def __init__(self, stream: TextIO, log: LogFile) -> None:
@@ -136,7 +136,7 @@ class Tee:
         self._log = log
 
     def write(self, text: str) -> int:
-        """Write to both; neither raises, what the log cannot take is reported once."""
+        """Write to both. Neither raises; an error of the log is reported once."""
         self._log.write(text)
         return self.stream.write(text)
 
@@ -150,7 +150,7 @@ class Tee:
 
 
 class Redirect(Tee):
-    """A text stream that writes to a log only: what lies below the stream is that very file."""
+    """A text stream that writes to a log only, because the descriptor of the stream is already this log."""
 
     def write(self, text: str) -> int:
         """Write to the log."""

@@ -1,7 +1,7 @@
-"""Read logs of any size: an index of byte offsets, the last lines, what is new, errors only, ranks merged by time.
+"""Read logs of any size: an index of lines, the last lines, new lines, only errors, or several ranks merged by time.
 
-Nothing here holds a log's text: offsets are kept, and the lines that are asked for are read. Text of a log is
-data: escape sequences, markup and broken characters are shown, never obeyed.
+The text of a log is not kept in memory: only offsets are kept, and the requested lines are read. Escape sequences,
+markup and invalid characters of a log are shown as text and have no effect on the terminal.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _INDENTED = re.compile(r"^(\s+\S|$)")
 
 
 def printable(line: bytes, limit: int = SHOWN_CHARACTERS) -> str:
-    """Return a line of a log as text that a terminal shows and does not obey.
+    """Return a line of a log as text without escape sequences that a terminal would execute.
 
     Args:
         line: The bytes of one line, with or without its newline.
-        limit: Characters shown; the rest is counted.
+        limit: Maximum number of characters; the number of the other characters is shown.
     """
     body = line.rstrip(b"\r\n")
     text = body[body.rfind(b"\r") + 1 :].decode("utf-8", "backslashreplace")
@@ -51,9 +51,9 @@ def _escaped(char: str) -> str:
 
 
 class LineIndex:
-    """Where the lines of a growing file end. A line counts once its newline is written.
+    """The byte offsets of the line ends of a growing file. A line counts when its newline is written.
 
-    A file that shrank or was replaced is indexed anew.
+    A file that became shorter or was replaced is indexed again.
     """
 
     def __init__(self, path: Path) -> None:
@@ -67,11 +67,11 @@ class LineIndex:
 
     @property
     def size(self) -> int:
-        """Bytes in the lines that count."""
+        """Number of bytes in complete lines."""
         return self._ends[-1] if self._ends else 0
 
     def refresh(self, max_bytes: int = _MAX_STEP) -> int:
-        """Index what was added, at most ``max_bytes`` in this call; return the number of new lines."""
+        """Index the added text, at most ``max_bytes`` in this call; return the number of new lines."""
         before = len(self._ends)
         try:
             with self.path.open("rb") as file:
@@ -95,7 +95,7 @@ class LineIndex:
             self._scanned += len(data)
 
     def read(self, start: int, stop: int, limit: int = 4 * SHOWN_CHARACTERS) -> list[bytes]:
-        """Return the lines ``load_and_shard`` to ``stop`` (not included), each cut to ``limit`` bytes."""
+        """Return the lines ``start`` to ``stop`` (not included), at most ``limit`` bytes of each."""
         lines = []
         with self.path.open("rb") as file:
             for number in range(max(start, 0), min(stop, len(self._ends))):
@@ -107,11 +107,11 @@ class LineIndex:
 
 @dataclass
 class LogTail:
-    """Follows a log over its parts; ``read`` returns the whole lines that were added since the last call.
+    """Follows a log over its parts; ``read`` returns the complete lines that were added since the last call.
 
     Attributes:
-        first: Path of the log's first part.
-        lost: Parts that were rotated away before they were read.
+        first: Path of the first part of the log.
+        lost: Number of parts that were deleted before they were read.
     """
 
     first: Path
@@ -121,7 +121,7 @@ class LogTail:
 
     @classmethod
     def at_end(cls, first: Path) -> LogTail:
-        """Return a tail that has read what is there now."""
+        """Return a tail at the current end of the log."""
         tail = cls(first)
         parts = log_parts(first)
         if parts:
@@ -130,7 +130,7 @@ class LogTail:
         return tail
 
     def parts_read(self) -> list[tuple[Path, int]]:
-        """Return the parts before this position, each with the number of bytes that count."""
+        """Return the parts before this position, each with the number of bytes before it."""
         parts = [part for part in log_parts(self.first) if _number(part) <= self._part]
         return [(part, self._offset if _number(part) == self._part else _end_of_lines(part)) for part in parts]
 
@@ -167,7 +167,7 @@ def _number(part: Path) -> int:
 
 
 def _end_of_lines(path: Path) -> int:
-    """Return where the last whole line of a file ends, looking from its end."""
+    """Return the end of the last complete line of a file; the file is read backwards from its end."""
     try:
         with path.open("rb") as file:
             end = file.seek(0, os.SEEK_END)
@@ -177,20 +177,20 @@ def _end_of_lines(path: Path) -> int:
                 if found >= 0:
                     return begin + found + 1
                 end = begin
-    except OSError:  # rotated away while we looked
+    except OSError:  # the part was deleted meanwhile
         pass
     return 0
 
 
 def last_lines(until: LogTail, count: int) -> list[bytes]:
-    """Return the last lines before a tail's position, reading backwards only as far as needed."""
+    """Return the last lines before the position of a tail; only the end of the log is read."""
     found: list[bytes] = []
     for part, end in reversed(until.parts_read()):
         if len(found) >= count:
             break
         try:
             found = _last_of_file(part, end, count - len(found)) + found
-        except OSError:  # rotated away while we looked
+        except OSError:  # the part was deleted meanwhile
             continue
     return found
 
@@ -209,18 +209,18 @@ def _last_of_file(path: Path, end: int, count: int) -> list[bytes]:
 
 
 def all_lines(until: LogTail) -> Iterator[bytes]:
-    """Yield every line before a tail's position, the oldest first, holding one at a time."""
+    """Yield every line before the position of a tail, the oldest first, with one line in memory."""
     for part, end in until.parts_read():
         try:
             with part.open("rb") as file:
                 while file.tell() < end:
                     yield file.readline().removesuffix(b"\n")
-        except OSError:  # rotated away while we looked
+        except OSError:  # the part was deleted meanwhile
             continue
 
 
 def errors_only(lines: Iterable[str]) -> Iterator[str]:
-    """Yield the lines that tell of errors: each traceback whole, and lines that name an error."""
+    """Yield the lines about errors: each complete traceback, and lines with the name of an error."""
     in_traceback = False
     for line in lines:
         if line.startswith("Traceback (most recent call last)"):
@@ -229,37 +229,37 @@ def errors_only(lines: Iterable[str]) -> Iterator[str]:
         elif in_traceback and _INDENTED.match(line):
             yield line
         elif in_traceback or _ERROR.match(line):
-            in_traceback = False  # the line that ends a traceback names the exception
+            in_traceback = False  # the last line of a traceback has the name of the exception
             yield line
 
 
 @dataclass(frozen=True)
 class SourceLine:
-    """A line with the log it came from."""
+    """A line with the name of its log."""
 
     source: str
     text: str
 
 
 def merge_by_time(logs: Sequence[tuple[str, Iterable[str]]]) -> Iterator[SourceLine]:
-    """Merge the lines of several logs by the time that they begin with.
+    """Merge the lines of several logs by the time at the beginning of each line.
 
-    A line without a time belongs to the one before it; lines of equal time keep the order of the logs.
+    A line without a time has the time of the line before it. Lines of equal time keep the order of the logs.
 
     Args:
         logs: (name, lines) of each log, its lines in their own order.
     """
-    streams = (_timed(place, name, lines) for place, (name, lines) in enumerate(logs))
+    streams = (_timed(index, name, lines) for index, (name, lines) in enumerate(logs))
     for _, _, _, line in heapq.merge(*streams, key=lambda item: item[:3]):
         yield line
 
 
-def _timed(place: int, name: str, lines: Iterable[str]) -> Iterator[tuple[float, int, int, SourceLine]]:
+def _timed(index: int, name: str, lines: Iterable[str]) -> Iterator[tuple[float, int, int, SourceLine]]:
     time = 0.0
     for number, line in enumerate(lines):
         found = line_time(line)
-        time = time if found is None else max(time, found)  # a log never goes back: its own order holds
-        yield time, place, number, SourceLine(name, line)
+        time = time if found is None else max(time, found)  # a log keeps its own order
+        yield time, index, number, SourceLine(name, line)
 
 
 def line_time(line: str) -> float | None:
@@ -269,5 +269,5 @@ def line_time(line: str) -> float | None:
         return None
     try:
         return datetime.fromisoformat(match.group().replace(",", ".")).timestamp()
-    except ValueError:  # digits that are no date
+    except ValueError:  # digits that are not a date
         return None

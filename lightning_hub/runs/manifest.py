@@ -1,7 +1,7 @@
-"""Which checkpoints of a run are whole: manifests, sizes and hashes, read without loading anything heavy.
+"""Finds the valid checkpoints of a run, from manifests, sizes and hashes, without heavy imports.
 
-A folder without a valid manifest does not exist; a folder with one can be trusted byte by byte, because the manifest
-knows the size and the hash of every file.
+A folder without a readable manifest is not a checkpoint. The manifest has the size and the hash of every file, so a
+checkpoint can be verified byte by byte.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from lightning_hub.errors import ConfigError, ExitCode, HubError
 
 MANIFEST = "manifest.json"
 FORMAT = 2
-"""Version of what a checkpoint folder holds: 2 keeps tensors by name, in as many parts as there were writers."""
+"""Version of the format of a checkpoint folder. Version 2 stores tensors by name, one file for each writer."""
 
 _NAME = re.compile(r"step-(\d+)")
 
 
 class DamagedError(HubError):
-    """A checkpoint is not what its manifest says."""
+    """A checkpoint does not match its manifest."""
 
     exit_code = ExitCode.NO_CHECKPOINT
     kind = "disk"
@@ -31,14 +31,14 @@ class DamagedError(HubError):
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a committed checkpoint holds.
+    """The content of a checkpoint.
 
     Attributes:
-        step: Finished optimizer steps.
-        world_size: Processes that wrote it.
-        strategy: The strategy's word.
+        step: Number of finished optimizer steps.
+        world_size: Number of ranks that wrote it.
+        strategy: Short name of the strategy.
         files: Size in bytes and sha256 of each file, by its name in the folder.
-        facts: What a resume compares with: the hash of the data, batch settings and the like.
+        facts: Values that a resume compares: the hash of the data, batch settings and others.
         schema: Version of this format.
     """
 
@@ -51,10 +51,10 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Return a checkpoint's manifest; its files are not looked at.
+    """Return the manifest of a checkpoint; the files are not checked.
 
     Raises:
-        DamagedError: There is none, or it cannot be read.
+        DamagedError: There is no manifest, or it cannot be read.
     """
     try:
         given = json.loads((folder / MANIFEST).read_bytes())
@@ -66,30 +66,31 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def verify(folder: Path, share: int = 0, shares: int = 1) -> Manifest:
-    """Read a checkpoint's manifest and compare every file with it.
+    """Read the manifest of a checkpoint and compare every file with it.
 
     Args:
         folder: The checkpoint.
-        share: Which share of the files this process hashes; their sizes are always compared.
-        shares: How many processes share them out.
+        share: The number of this process; it hashes every file whose index modulo ``shares`` is this number. The
+            sizes of all files are compared in each process.
+        shares: The number of processes that split the files.
 
     Raises:
-        DamagedError: What is wrong, and with which file.
+        DamagedError: A file does not match; the message names the file and the difference.
     """
     manifest = read_manifest(folder)
-    for place, (name, (size, digest)) in enumerate(manifest.files.items()):
+    for index, (name, (size, digest)) in enumerate(manifest.files.items()):
         path = folder / name
         if Path(name).name != name or not path.is_file():
             raise DamagedError(f"{name} is missing", where=str(folder))
         if path.stat().st_size != size:
             raise DamagedError(f"{name} has {path.stat().st_size} bytes instead of {size}", where=str(folder))
-        if place % shares == share and _hash(path, folder) != digest:
-            raise DamagedError(f"{name} has another sha256 than its manifest", where=str(folder))
+        if index % shares == share and _hash(path, folder) != digest:
+            raise DamagedError(f"the sha256 of {name} is not the one in the manifest", where=str(folder))
     return manifest
 
 
 def step_of(folder: Path) -> int:
-    """Return how many steps a checkpoint has finished: as its manifest says, or its name where it has none."""
+    """Return the number of finished steps of a checkpoint: from its manifest, or from its name without a manifest."""
     if (folder / MANIFEST).is_file():
         return read_manifest(folder).step
     match = _NAME.fullmatch(folder.name)
@@ -97,41 +98,42 @@ def step_of(folder: Path) -> int:
 
 
 def resolve_checkpoint(text: str, *, trusted: bool = False) -> Path:
-    """Return the checkpoint that somebody named.
+    """Return the checkpoint folder of a value of ``--resume``.
 
     Args:
-        text: What was given.
-        trusted: Whether a folder without a manifest of ours will do.
+        text: The value.
+        trusted: Whether a folder without a manifest is accepted.
 
     Raises:
-        ConfigError: It is an address, or no folder of ours.
+        ConfigError: The value is a URL, not a folder, or a folder without a manifest.
     """
     if "://" in text:
         raise ConfigError(
-            f"{text} is an address", where="--resume", remedy="copy the checkpoint here and give its path"
+            f"{text} is a URL", where="--resume", remedy="copy the checkpoint to this machine and give its path"
         )
     path = Path(text).resolve()
     if not path.is_dir():
-        raise ConfigError(f"{text} is no checkpoint folder", where="--resume", remedy="give a step-<n> folder of a run")
+        message = f"{text} is not a checkpoint folder"
+        raise ConfigError(message, where="--resume", remedy="give a step-<n> folder of a run")
     if not trusted and not (path / MANIFEST).is_file():
         raise check_untrusted(path)
     return path
 
 
 def check_untrusted(folder: Path) -> ConfigError:
-    """Return what to say of a folder whose origin nothing vouches for."""
-    remedy = "give another, or pass --trust-checkpoint if you know where it comes from; no code in it is run either way"
-    return ConfigError("this folder has no manifest of ours", where=str(folder), remedy=remedy)
+    """Return the error for a checkpoint folder without a manifest, whose origin is unknown."""
+    remedy = "give another folder, or pass --trust-checkpoint if you trust its origin; code in it is never run"
+    return ConfigError("this folder has no manifest of Lightning Hub", where=str(folder), remedy=remedy)
 
 
 def list_checkpoints(folder: Path) -> Iterator[tuple[int, Path]]:
-    """Yield step and path of what lies under a final name, newest first, unverified."""
+    """Yield step and path of each folder with the name of a checkpoint, newest first, not verified."""
     found = [(int(match[1]), path) for path in folder.glob("step-*") if (match := _NAME.fullmatch(path.name))]
     yield from sorted(found, reverse=True)
 
 
 def newest_valid(folder: Path) -> tuple[Path | None, list[DamagedError]]:
-    """Return the newest checkpoint that verifies, and what was wrong with the newer ones."""
+    """Return the newest valid checkpoint (or None), and the errors of the newer ones."""
     damaged = []
     for _, path in list_checkpoints(folder):
         try:

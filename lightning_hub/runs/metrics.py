@@ -1,4 +1,4 @@
-"""``metrics.jsonl``: one object per logged step; written by rank 0, followed by anyone."""
+"""``metrics.jsonl``: one JSON object for each logged step; written by rank 0, read by any process."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _FIXED = ("step", "time", "attempt")
 
 
 def to_json_number(value: float | int | None) -> Metric:
-    """Return a number that strict JSON can hold: NaN and the infinities as text."""
+    """Return a number as a value of strict JSON: NaN and the infinities as text."""
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value
 
 
 def as_number(value: Metric) -> float | None:
-    """Return a metric as a number, or None when it is none."""
+    """Return a metric as a number, or None if it is not a number."""
     if isinstance(value, str):
         return _SPECIAL.get(value)
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
@@ -46,7 +46,7 @@ class MetricsWriter:
         """Append one line.
 
         Raises:
-            OSError: It could not be written; the next line is not spoilt by it.
+            OSError: The line could not be written; the next line is not affected.
         """
         line = {"step": step, "time": now(), "attempt": self._attempt}
         self._file.append(json.dumps(line | {name: to_json_number(value) for name, value in values.items()}))
@@ -57,11 +57,11 @@ class MetricsWriter:
 
 
 def valid_lines(lines: Iterable[Line], started: Mapping[int, int]) -> list[Line]:
-    """Return the lines that count: a resumed attempt makes void what earlier ones logged after its first step.
+    """Return the valid lines: a resumed attempt replaces the lines of earlier attempts after its first step.
 
     Args:
         lines: In the order of the file.
-        started: Step from which each attempt resumed; one that is not known is taken from its first line.
+        started: Step from which each attempt resumed; if it is unknown, it comes from the attempt's first line.
     """
     kept: list[Line] = []
     newest = 0
@@ -78,12 +78,12 @@ def valid_lines(lines: Iterable[Line], started: Mapping[int, int]) -> list[Line]
 
 @dataclass
 class MetricsReader:
-    """Follows a metrics file by its byte offset: each call of ``read`` costs what was added since the last.
+    """Follows a metrics file by its byte offset: each call of ``read`` reads only what was added since the last call.
 
     Attributes:
         path: The file; it may not exist yet.
-        started: Step from which each attempt resumed, where known (``Attempt.step``).
-        lines: The lines that count; replaced as a whole by ``read``.
+        started: Step from which each attempt resumed, if known (``Attempt.step``).
+        lines: The valid lines; ``read`` updates them.
     """
 
     path: Path
@@ -92,7 +92,7 @@ class MetricsReader:
     _offset: int = 0
 
     def read(self) -> bool:
-        """Read what was added; return whether there was anything."""
+        """Read the added lines; return whether there were any."""
         fresh = [line for line in map(parse_line, self._new_lines()) if line is not None]
         newest = max((_number(line, "attempt") for line in self.lines[-1:]), default=0)
         if all(_number(line, "attempt") == newest for line in fresh):
@@ -116,7 +116,7 @@ class MetricsReader:
 
 
 def parse_line(text: bytes) -> Line | None:
-    """Return the object of one line, or None when it is torn or no metrics line."""
+    """Return the object of one line, or None if the line is incomplete or not a line of metrics."""
     try:
         value = json.loads(text)
     except ValueError:
@@ -130,7 +130,7 @@ def _number(line: Line, key: str) -> int:
 
 
 def read_metrics(folder: RunFolder) -> list[Line]:
-    """Return all lines of a run that count."""
+    """Return all valid lines of a run."""
     reader = MetricsReader(folder.metrics, resumed_steps(folder))
     reader.read()
     return reader.lines
@@ -143,7 +143,7 @@ def resumed_steps(folder: RunFolder) -> dict[int, int]:
 
 
 def last_values(lines: Iterable[Line], *names: str) -> dict[str, Metric]:
-    """Return the newest value of each named metric, None where it never was logged."""
+    """Return the newest value of each named metric, or None if it was never logged."""
     found: dict[str, Metric] = dict.fromkeys(names)
     for line in lines:
         found.update({name: line[name] for name in names if name in line})
@@ -151,5 +151,5 @@ def last_values(lines: Iterable[Line], *names: str) -> dict[str, Metric]:
 
 
 def metric_names(lines: Iterable[Line]) -> list[str]:
-    """Return the names that occur, in the order of first appearance."""
+    """Return the names of all metrics, in the order of their first line."""
     return [name for name in dict.fromkeys(name for line in lines for name in line) if name not in _FIXED]

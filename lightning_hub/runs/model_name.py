@@ -1,4 +1,4 @@
-"""Which model a person means by a name."""
+"""Finds the model for a name that a user gave."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from lightning_hub.runs.folder import EMBEDDED_MODEL, find_run, runs_root
 
 
 def model_of(name: str, root: str | None) -> str:
-    """Return the model that a name means: a model folder, the embedded model, a run's export, or a hub id.
+    """Return the model of a name: a model folder, the embedded model, the export of a run, or a hub id.
 
-    A run is named by its path, its id or a unique beginning of that; what a beginning was taken for is said.
+    A run is given by its path, its id or a unique beginning of its id. For a beginning, the complete id is printed.
 
     Raises:
-        ConfigError: The name means nothing, or a run without an export.
+        ConfigError: The name matches nothing, or the run has no export.
     """
     if any((Path(name) / file).is_file() for file in ("config.json", "adapter_config.json")):
         return name

@@ -1,4 +1,4 @@
-"""Who a process is: its number alone may belong to another one tomorrow, or after a reboot."""
+"""Identifies a process by more than its pid, because a later process can have the same pid."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _START_FIELD = 19  # of /proc/<pid>/stat, counted after the bracketed name: cloc
 
 @cache
 def boot_id() -> str:
-    """Return a name for this start of this machine."""
+    """Return an id that is different after each boot of this machine."""
     try:
         return _BOOT_ID.read_text().strip()
     except OSError:
@@ -26,11 +26,11 @@ def boot_id() -> str:
 
 @dataclass(frozen=True)
 class ProcessIdentity:
-    """A process, told apart from every other one.
+    """The identity of one process on any machine.
 
     Attributes:
-        pid: Its number.
-        start: When it started: clock ticks since boot where the system tells, else seconds.
+        pid: Its process id.
+        start: When it started: clock ticks since boot on systems with ``/proc``, else seconds since 1970.
         boot: The boot id of its machine.
         host: The name of its machine.
     """
@@ -42,7 +42,7 @@ class ProcessIdentity:
 
     @classmethod
     def of(cls, pid: int) -> ProcessIdentity | None:
-        """Return the identity of a living process of this machine, or None."""
+        """Return the identity of a running process of this machine, or None."""
         start = _start_of(pid)
         return None if start is None else cls(pid, start, boot_id(), socket.gethostname())
 
@@ -50,7 +50,7 @@ class ProcessIdentity:
     def own(cls) -> ProcessIdentity:
         """Return the identity of this process."""
         found = cls.of(os.getpid())
-        assert found is not None, "this process lives"
+        assert found is not None, "this process is running"
         return found
 
     @classmethod
@@ -62,20 +62,20 @@ class ProcessIdentity:
         return cls(pid, start, boot, host if isinstance(host, str) else "")
 
     def to_json(self) -> dict[str, int | float | str]:
-        """Return the form that stands in the files of a run."""
+        """Return the form that is written to the files of a run."""
         return {"pid": self.pid, "pid_start": self.start, "boot_id": self.boot, "host": self.host}
 
     def is_alive(self) -> bool | None:
-        """Say whether this very process still runs; None for a process of another machine."""
+        """Return whether exactly this process still runs; None for a process of another machine."""
         if self.boot != boot_id():
             return None if self.host != socket.gethostname() else False
         if self.host and self.host != socket.gethostname():
-            return None  # a container of this machine: its process numbers are its own
+            return None  # a container of this machine, which has its own pids
         return _start_of(self.pid) == self.start
 
 
 def _start_of(pid: int) -> float | None:
-    """Return when a living process started, or None when there is none (a zombie has ended)."""
+    """Return when a running process started, or None if there is no such process (a zombie has ended)."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
     except OSError:
@@ -84,7 +84,7 @@ def _start_of(pid: int) -> float | None:
 
 
 def _start_elsewhere(pid: int) -> float | None:
-    """Ask psutil, on systems without /proc."""
+    """Return the same from psutil, on systems without ``/proc``."""
     try:
         process = psutil.Process(pid)
         return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()

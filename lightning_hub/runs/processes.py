@@ -1,4 +1,4 @@
-"""Ending a process of this machine that is known by more than its number."""
+"""Ends a process of this machine, after a check of its identity."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from lightning_hub.runs.folder import RunFolder
 from lightning_hub.runs.process_identity import ProcessIdentity
 
 _LIMIT = 10.0
-"""Seconds in which a killed process is gone; only one that waits for a broken disk takes longer."""
+"""Seconds in which a killed process must end; a process that waits for a broken disk can take longer."""
 _PERIOD = 0.02
 
 
 def end_process(identity: ProcessIdentity, what: str, folder: RunFolder) -> None:
-    """Kill exactly this process and wait until it is gone.
+    """Kill exactly this process and wait until it has ended.
 
     Raises:
-        ConfigError: It cannot be ended.
+        ConfigError: The process cannot be ended.
     """
     try:
         if identity.is_alive():
@@ -27,13 +27,14 @@ def end_process(identity: ProcessIdentity, what: str, folder: RunFolder) -> None
     except ProcessLookupError:
         return
     except PermissionError:
-        remedy = f"it belongs to another user: have it ended, or kill {identity.pid} as that user"
+        remedy = f"it belongs to another user: run kill {identity.pid} as that user"
         raise ConfigError(
             f"{what} still runs as process {identity.pid}", where=str(folder.path), remedy=remedy
         ) from None
     end = time.monotonic() + _LIMIT
     while identity.is_alive():
         if time.monotonic() > end:
-            message = f"{what} (process {identity.pid}) was killed and does not end"
-            raise ConfigError(message, where=str(folder.path), remedy="it may wait for a disk that does not answer")
+            message = f"{what} (process {identity.pid}) was killed but does not end"
+            remedy = "it may wait for a disk that does not respond: check the disk and try again"
+            raise ConfigError(message, where=str(folder.path), remedy=remedy)
         time.sleep(_PERIOD)

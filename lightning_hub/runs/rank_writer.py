@@ -1,4 +1,4 @@
-"""What each rank writes: its heartbeat, its logs, its metrics, and the error that ends it."""
+"""Writes the files of a rank: its heartbeat, logs, metrics, and the error that ends it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lightning_hub.runs.timings import PhaseTimer
 from lightning_hub.runs.writer import WriteErrors
 
 STACKS_SIGNAL = signal.SIGUSR2
-"""Asks a rank for the Python stacks of all its threads (``stacks.txt``); it goes on afterwards."""
+"""The signal that makes a rank write the Python stacks of all its threads (``stacks.txt``); then it continues."""
 
 _LOST_PEER = re.compile(r"gloo/transport|NCCL error|Connection (closed|reset) by peer|Broken pipe")
 _NO_MEMORY = re.compile(r"can't allocate memory|CUDA out of memory|std::bad_alloc")
@@ -32,15 +32,15 @@ _COMMUNICATION = ("DistBackendError", "DistNetworkError", "DistStoreError", "Con
 class RankWriter:
     """The files of one rank in one attempt.
 
-    The training thread sets ``update_check`` and calls ``log``; everything else happens on the side.
+    The training thread sets ``activity`` and calls ``log``. Other threads write the heartbeat.
 
     Args:
         folder: The run.
         attempt: Number of the attempt.
         rank: This rank.
-        world_size: Number of ranks; many of them beat more slowly.
-        node: The node this rank runs on.
-        trouble: Told what cannot be written; share the run writer's on rank 0.
+        world_size: Number of ranks; with many ranks the heartbeat is less frequent.
+        node: The node of this rank.
+        trouble: Called with each error of writing; rank 0 uses the one of the ``RunWriter``.
     """
 
     def __init__(
@@ -68,14 +68,14 @@ class RankWriter:
         self._stacks = -1
 
     def start(self, *, shown: bool = True) -> None:
-        """Begin to beat and to log.
+        """Start the heartbeat and the logs.
 
         Args:
-            shown: Whether what is printed is shown as well as logged; false when the process was started with its
-                output in these files.
+            shown: Whether output goes to the terminal and the log; false if the output of the process already goes to
+                these files.
 
         Raises:
-            OSError: The files cannot be made; nothing was trained yet.
+            OSError: The files cannot be made; the training has not started.
         """
         for name, path in (("stdout", self.files.stdout), ("stderr", self.files.stderr)):
             self._log(name, path, Tee if shown else Redirect)
@@ -92,26 +92,26 @@ class RankWriter:
             faulthandler.enable(file=log.descriptor)  # a native crash leaves its Python stack in the log
 
     def log(self, step: int, values: Mapping[str, float | int | None]) -> None:
-        """Append a line to ``metrics.jsonl`` (rank 0); a full disk is told once and does not stop the run."""
+        """Append a line to ``metrics.jsonl`` (rank 0); a full disk is reported once and does not stop the run."""
         try:
             self._metrics.write(step, values)
         except OSError as error:
             self.trouble(error)
 
     def stop_requested(self) -> bool:
-        """Say whether someone asked the run to save and stop; for rank 0, between steps."""
+        """Return whether there is a request to save and stop; for rank 0, between steps."""
         return self.folder.control_stop.exists()
 
     def checkpoint_requested(self) -> bool:
-        """Say whether someone asked for a checkpoint now; the wish is taken back, as it is being granted."""
+        """Return whether there is a request for a checkpoint; the request is removed, because it is done now."""
         try:
             self.folder.control_checkpoint.unlink()
-        except OSError:  # most often: there is no wish
+        except OSError:  # usually there is no request
             return False
         return True
 
     def record_error(self, error: BaseException) -> Path:
-        """Write ``error.json`` for what ends this rank; return its path."""
+        """Write ``error.json`` with the error that ends this rank; return its path."""
         hub = error if isinstance(error, HubError) else None
         record = ErrorRecord(
             time=now(),
@@ -132,7 +132,7 @@ class RankWriter:
         return self.files.error
 
     def close(self) -> None:
-        """Beat for the last time and give the streams back."""
+        """Write the last heartbeat and restore the standard streams."""
         self.activity.phase = "exit"
         self.activity.begin("")
         self._heartbeat.stop()
@@ -150,19 +150,19 @@ class RankWriter:
 def _has_descriptor(stream: TextIO) -> bool:
     try:
         return stream.fileno() >= 0
-    except OSError:  # a stream of a test or a notebook has none
+    except OSError:  # a stream of a test or a notebook has no descriptor
         return False
 
 
 def classify(error: BaseException) -> str:
-    """Return the class of an error as ``error.json`` names it."""
+    """Return the ``class`` of an error in ``error.json``."""
     names = {base.__name__ for base in type(error).__mro__}
     if isinstance(error, HubError):
         return error.kind
     if isinstance(error, MemoryError) or "OutOfMemoryError" in names or _NO_MEMORY.search(str(error)):
         return "oom"
     if names.intersection(_COMMUNICATION) or (type(error) is RuntimeError and _LOST_PEER.search(str(error))):
-        return "comm"  # gloo tells of a lost peer by a plain RuntimeError
+        return "comm"  # gloo raises a plain RuntimeError for a lost rank
     if is_disk_trouble(error):
         return "disk"
     if isinstance(error, FloatingPointError):

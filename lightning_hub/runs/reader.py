@@ -1,4 +1,4 @@
-"""Read a run as a person sees it: its state, each rank, how far it is, and what went wrong."""
+"""Reads a run for the user: its state, its ranks, its progress and its errors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _STEPS_FOR_MEDIAN = 50
 
 @dataclass(frozen=True)
 class RankView:
-    """One rank as shown."""
+    """One rank, as ``runs show`` prints it."""
 
     rank: int
     node: int
@@ -57,19 +57,19 @@ class RankView:
 
 @dataclass(frozen=True)
 class RunView:
-    """A run as shown.
+    """A run, as ``runs list`` and ``runs show`` print it.
 
     Attributes:
-        folder: Where it is.
-        info: What it is.
-        status: What its supervisor says.
-        verdict: What a reader sees.
-        step: Steps finished.
+        folder: The run folder.
+        info: The content of ``run.json``.
+        status: The state that the supervisor wrote.
+        verdict: The state that the reader found.
+        step: Number of finished steps.
         loss: The newest loss.
         tokens_per_second: The newest rate.
-        age: Seconds since the last sign of life.
+        age: Seconds since the last heartbeat or write.
         ranks: Each rank of the newest attempt.
-        note: What the reader cannot understand, if anything.
+        note: A sentence about what the reader cannot understand, or None.
     """
 
     folder: RunFolder
@@ -85,7 +85,7 @@ class RunView:
 
     @property
     def is_live(self) -> bool:
-        """Whether something of it runs, or may run where this reader cannot look."""
+        """Whether a process of the run is running, or may be running on another machine."""
         return self.verdict.state not in {*ENDED, "lost"}
 
     def to_json(self) -> dict[str, Json]:
@@ -111,12 +111,12 @@ class RunView:
 
 @dataclass
 class _Watch:
-    """When a value was first seen as it is now, by the reader's own clock."""
+    """The time at which each value had its last change, by the clock of the reader."""
 
     seen: dict[str, tuple[int, float]] = field(default_factory=dict)
 
-    def still(self, key: str, value: int, now: float) -> float | None:
-        """Return for how long a value has stood; None at the first look, which cannot tell."""
+    def unchanged_for(self, key: str, value: int, now: float) -> float | None:
+        """Return the seconds for which a value has not changed; None at the first look, when this is unknown."""
         before = self.seen.get(key)
         if before is None or before[0] != value:
             self.seen[key] = (value, now)
@@ -125,7 +125,7 @@ class _Watch:
 
 
 class RunReader:
-    """Looks at one run, again and again; the second look knows what moved since the first."""
+    """Reads one run repeatedly; from the second look on it knows what has changed."""
 
     def __init__(self, folder: RunFolder, limits: Limits | None = None) -> None:
         self.folder = folder
@@ -133,10 +133,10 @@ class RunReader:
         self._watch = _Watch()
 
     def look(self, now: float | None = None) -> RunView:
-        """Return the run as it is now.
+        """Return the current state of the run.
 
         Args:
-            now: The reader's monotonic clock; the real one by default.
+            now: The time of the reader's monotonic clock; by default the real time.
         """
         clock = time.monotonic() if now is None else now
         data = read_json(self.folder.status)
@@ -188,7 +188,7 @@ class RunReader:
         still = stuck = None
         if beat is not None:
             still = self._still(f"rank {attempt}/{rank}", beat.seq, beat.mono, beat.boot_id, now)
-            stood = self._watch.still(f"step {attempt}/{rank}", beat.step, now) or 0.0
+            stood = self._watch.unchanged_for(f"step {attempt}/{rank}", beat.step, now) or 0.0
             stuck = max(stood, beat.mono - beat.doing_since + (still or 0.0))
         return RankSnapshot(
             rank=rank,
@@ -202,8 +202,11 @@ class RunReader:
         )
 
     def _still(self, key: str, seq: int, mono: float, boot: str, now: float) -> float | None:
-        """Return how long a sequence number has stood: by its machine's clock where we share it, else between looks."""
-        between = self._watch.still(key, seq, now)
+        """Return the seconds since the last change of a sequence number.
+
+        On the same machine this is exact, by the monotonic clock; else it is the time between two looks.
+        """
+        between = self._watch.unchanged_for(key, seq, now)
         if boot == boot_id():
             return max(time.monotonic() - mono, 0.0)
         return between
@@ -219,7 +222,7 @@ class RunReader:
             yield LeaseSnapshot(node, still, identity.is_alive() if identity else None)
 
     def _children(self, attempt: int) -> dict[int, dict[str, Json]]:
-        """Return what supervisors say of the ranks of an attempt."""
+        """Return the records of the supervisors about the ranks of an attempt."""
         found: dict[int, dict[str, Json]] = {}
         for node in self.folder.nodes():
             data = read_json(self.folder.node(node).lease)
@@ -244,7 +247,7 @@ class RunReader:
         return RankView(look.rank, look.node, beat.step, beat.phase, state, shown, beat.doing, beat.loss)
 
     def _age(self, ranks: tuple[RankView, ...]) -> float | None:
-        """Return the seconds since the last sign of life: exact on the run's own machine, else by file times."""
+        """Return the seconds since the last heartbeat, or without heartbeats since the last write of a file."""
         exact = [rank.age for rank in ranks if rank.age is not None]
         if exact:
             return min(exact)
@@ -257,7 +260,7 @@ class RunReader:
         return round(max(time.time() - max(times), 0.0), 1) if times else None
 
     def _newest_lines(self) -> list[Line]:
-        """Return the valid lines at the end of the metrics, without reading all of a long file."""
+        """Return the valid lines at the end of the metrics; only the end of the file is read."""
         lines = [line for line in map(parse_line, _tail(self.folder.metrics)) if line is not None]
         return valid_lines(lines, resumed_steps(self.folder))
 
@@ -297,7 +300,7 @@ def attempts_of(folder: RunFolder) -> list[Attempt]:
 
 
 def first_error(folder: RunFolder) -> ErrorRecord | None:
-    """Return the earliest error of the newest attempt that left any; the root cause comes first in time."""
+    """Return the earliest error of the newest attempt that has errors; the first error is the root cause."""
     for attempt in reversed(folder.attempts()):
         found = [read_json(folder.rank(attempt, rank).error) for rank in folder.ranks(attempt)]
         errors = [ErrorRecord.from_json(data) for data in found if data is not None]

@@ -1,4 +1,4 @@
-"""The small JSON files of a run as typed records; unknown keys are kept out, missing ones have defaults."""
+"""The small JSON files of a run as typed records; unknown keys are ignored, missing keys have defaults."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Literal, Self
 from lightning_hub.runs.files import Json
 
 SCHEMA = 1
-"""The version of the run folder that this package writes; a change of meaning raises it."""
+"""The version of the run folder that this package writes; it increases when the meaning of a file changes."""
 
 State = Literal["queued", "starting", "running", "stopping", "finished", "failed", "stopped", "preempted"]
 Phase = Literal["init", "train", "eval", "save", "exit"]
 
 ENDED: frozenset[str] = frozenset({"finished", "failed", "stopped", "preempted"})
-"""States of a run in which nothing of it runs any more."""
+"""States of a run whose processes have all ended."""
 
 
 @cache
@@ -27,7 +27,7 @@ def _hints(cls: type) -> dict[str, object]:
 
 
 def _fits(value: object, hint: object) -> bool:
-    """Say whether a value of a file has the declared type (a whole number is a float too)."""
+    """Return whether a value of a file has the declared type (an integer is a float too)."""
     if isinstance(hint, types.UnionType):
         return any(_fits(value, member) for member in hint.__args__)
     origin = typing.get_origin(hint)
@@ -45,7 +45,7 @@ def _fits(value: object, hint: object) -> bool:
 
 
 class Record:
-    """Base of the records: reading forgives what a newer or broken writer put there, writing is exact."""
+    """Base of the records. Reading accepts files of a newer or faulty writer; writing is exact."""
 
     @classmethod
     def from_json(cls, data: Mapping[str, Json] | None) -> Self:
@@ -60,7 +60,7 @@ class Record:
         return cls(**known)
 
     def to_json(self) -> dict[str, Json]:
-        """Return the record as it stands in its file."""
+        """Return the record in the form of its file."""
         return {
             item.metadata.get("key", item.name): getattr(self, item.name)
             for item in fields(self)  # type: ignore[arg-type]  # every subclass is a dataclass
@@ -69,7 +69,7 @@ class Record:
 
 @dataclass(frozen=True)
 class RunInfo(Record):
-    """``run.json``: what a run is, written once."""
+    """``run.json``: the description of a run, written once."""
 
     schema: int = SCHEMA
     id: str = ""
@@ -88,9 +88,9 @@ class RunInfo(Record):
 
 @dataclass(frozen=True)
 class Status(Record):
-    """``status.json``: how a run goes, by the one who supervises it.
+    """``status.json``: the state of a run, written by its supervisor or by rank 0.
 
-    ``max_steps`` is null while it is not known; ``warning`` tells what could not be written.
+    ``max_steps`` is null while it is unknown; ``warning`` says what could not be written.
     """
 
     state: State = "queued"
@@ -124,7 +124,7 @@ class Heartbeat(Record):
 
 @dataclass(frozen=True)
 class Lease(Record):
-    """``lease.json`` of a node: its supervisor is alive.
+    """``lease.json`` of a node: it says that its supervisor is alive.
 
     ``children`` holds ``rank``, ``pid``, ``pid_start`` and ``exit_code`` (null while it runs) of each process.
     """
@@ -142,7 +142,7 @@ class Lease(Record):
 
 @dataclass(frozen=True)
 class Attempt(Record):
-    """``attempt.json``: why an attempt was made and where it began."""
+    """``attempt.json``: the reason of an attempt and its first step."""
 
     attempt: int = 1
     reason: str = ""
@@ -155,7 +155,7 @@ class Attempt(Record):
 
 @dataclass(frozen=True)
 class ErrorRecord(Record):
-    """``error.json`` of a rank: what ended it."""
+    """``error.json`` of a rank: the error that ended it."""
 
     time: str = ""
     type: str = ""
@@ -173,4 +173,6 @@ def newer_schema(info: RunInfo) -> str | None:
     """Return a sentence when a run was written by a newer package, else None."""
     if info.schema <= SCHEMA:
         return None
-    return f"written by a newer version (schema {info.schema}, this one reads {SCHEMA}): shown as far as understood"
+    return (
+        f"written by a newer version (schema {info.schema}, this version reads {SCHEMA}): unknown parts are not shown"
+    )

@@ -1,7 +1,7 @@
-"""What is the matter with a run: pure rules over one look at its files.
+"""Decides the state of a run and of its ranks, with pure functions of one snapshot of its files.
 
-A look holds durations, never times of day: they come from one monotonic clock (the reader's own between two looks,
-or that of the machine on which reader and run both live), so that clocks that disagree change no verdict.
+A snapshot has durations and no times of day. The durations come from one monotonic clock: that of the reader between
+two looks, or that of the machine if reader and run are on the same one. So different clocks do not change a verdict.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ RANK_STATES = ("init", "train", "eval", "save", "exited", "failed", "silent", "s
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds after which stillness means something.
+    """Seconds without a change after which the state of a rank or run changes.
 
     Attributes:
-        silent: A rank's heartbeat has not moved.
-        lost: Lease and heartbeats have not moved.
-        stalled: The step has not moved while training; at least ``step_times`` median steps.
+        silent: The heartbeat of a rank has not changed.
+        lost: Lease and heartbeats have not changed.
+        stalled: The step has not changed in training; at least ``step_times`` median steps.
         step_times: See ``stalled``.
-        other_phase: The step has not moved in ``init``, ``eval`` or ``save``.
+        other_phase: The step has not changed in ``init``, ``eval`` or ``save``.
     """
 
     silent: float = 10.0
@@ -32,7 +32,7 @@ class Limits:
     other_phase: float = 1800.0
 
     def stall(self, phase: str, median_step_time: float | None) -> float:
-        """Return how long the step may stand in a phase."""
+        """Return the seconds for which the step may stay the same in a phase."""
         if phase != "train":
             return self.other_phase
         return max(self.stalled, self.step_times * (median_step_time or 0.0))
@@ -44,13 +44,13 @@ class RankSnapshot:
 
     Attributes:
         rank: Its number.
-        node: The node it runs on.
-        heartbeat: What it last said, if anything.
-        still: Seconds since its heartbeat moved; None when one look cannot tell.
-        stuck: Seconds for which its main thread or its step has not moved; None likewise.
-        alive: Whether its very process runs; None when another machine hides it.
-        exit_code: How it ended, if its supervisor saw that.
-        has_error: Whether it left an error.json.
+        node: Its node.
+        heartbeat: Its last heartbeat, if there is one.
+        seconds_without_heartbeat: Seconds since the last change of its heartbeat; None if unknown after one look.
+        seconds_without_progress: Seconds since the last progress of its main thread or step; None if unknown.
+        alive: Whether exactly its process runs; None if it is on another machine.
+        exit_code: Its exit code, if its supervisor wrote one.
+        has_error: Whether it wrote an ``error.json``.
     """
 
     rank: int
@@ -74,7 +74,7 @@ class LeaseSnapshot:
 
 @dataclass(frozen=True)
 class RunSnapshot:
-    """A run at one moment; ``status`` is None when it cannot be read."""
+    """A run at one moment; ``status`` is None if it cannot be read."""
 
     status: Status | None
     ranks: tuple[RankSnapshot, ...] = ()
@@ -85,7 +85,7 @@ class RunSnapshot:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The state of a run for a reader, and whether one more look could change it."""
+    """The state of a run for a reader; ``sure`` is false if one more look could change it."""
 
     state: str
     reason: str | None = None
@@ -119,36 +119,36 @@ def run_verdict(look: RunSnapshot, limits: Limits | None = None) -> Verdict:
             return Verdict("failed", f"rank {failed.rank} ended with {failed.exit_code or 'an error'}")
         return Verdict(look.status.state, look.status.reason)
     if failed is not None:
-        return Verdict("failed", f"rank {failed.rank} left an error or a non-zero exit")
-    return _living(look, look.status, limits)
+        return Verdict("failed", f"rank {failed.rank} left an error or a non-zero exit code")
+    return _active_verdict(look, look.status, limits)
 
 
-def _living(look: RunSnapshot, status: Status, limits: Limits) -> Verdict:
-    """Judge a run whose status says that it goes on."""
-    ranks_gone = [_gone(rank.alive, rank.seconds_without_heartbeat, limits) for rank in look.ranks]
-    leases_gone = [_gone(lease.alive, lease.seconds_without_heartbeat, limits) for lease in look.leases]
-    if not ranks_gone and not leases_gone:
+def _active_verdict(look: RunSnapshot, status: Status, limits: Limits) -> Verdict:
+    """Return the verdict on a run whose status says that it has not ended."""
+    ranks_ended = [_has_ended(rank.alive, rank.seconds_without_heartbeat, limits) for rank in look.ranks]
+    leases_ended = [_has_ended(lease.alive, lease.seconds_without_heartbeat, limits) for lease in look.leases]
+    if not ranks_ended and not leases_ended:
         if look.owner_alive is False:
-            return Verdict("lost", "the process that made it is gone")
+            return Verdict("lost", "the process that made it has ended")
         return Verdict(status.state, status.reason, sure=look.owner_alive is True)
-    gone = [*ranks_gone, *leases_gone]
-    if all(gone):
-        return Verdict("lost", "its processes are gone without a word")
-    if leases_gone and all(leases_gone) and False in ranks_gone:
-        return Verdict("orphan", "ranks run on without their supervisor")
+    ended = [*ranks_ended, *leases_ended]
+    if all(ended):
+        return Verdict("lost", "its processes ended without writing a status")
+    if leases_ended and all(leases_ended) and False in ranks_ended:
+        return Verdict("orphan", "its ranks are still running, but their supervisor has ended")
     if stalled := _stalled(look, limits):
         return stalled
-    return Verdict(status.state, _silent_reason(look, limits) or status.reason, sure=None not in gone)
+    return Verdict(status.state, _silent_reason(look, limits) or status.reason, sure=None not in ended)
 
 
-def _gone(alive: bool | None, still: float | None, limits: Limits) -> bool | None:
-    """Say whether something has ended without a word; None when one look cannot tell.
+def _has_ended(alive: bool | None, seconds_without_heartbeat: float | None, limits: Limits) -> bool | None:
+    """Return whether a process has ended without writing a status; None if this is unknown after one look.
 
-    A process of this machine is asked itself: one that is stopped stands still and is not gone.
+    On this machine the process table counts, because a process that is stopped by a signal has not ended.
     """
     if alive is not None:
         return not alive
-    return None if still is None else still > limits.lost
+    return None if seconds_without_heartbeat is None else seconds_without_heartbeat > limits.lost
 
 
 def _stalled(look: RunSnapshot, limits: Limits) -> Verdict | None:
@@ -163,9 +163,7 @@ def _stalled(look: RunSnapshot, limits: Limits) -> Verdict | None:
     behind = min(stuck, key=lambda rank: rank.heartbeat.step if rank.heartbeat else 0)
     beat = behind.heartbeat
     what = f", in {beat.doing}" if beat and beat.doing else ""
-    return Verdict(
-        "stalled", f"no step is finished any more; rank {behind.rank} stands at {beat.step if beat else 0}{what}"
-    )
+    return Verdict("stalled", f"no progress; rank {behind.rank} stays at step {beat.step if beat else 0}{what}")
 
 
 def _silent_reason(look: RunSnapshot, limits: Limits) -> str | None:

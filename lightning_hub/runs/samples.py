@@ -1,4 +1,4 @@
-"""``samples.jsonl``: what the model answered during a run."""
+"""``samples.jsonl``: answers of the model during a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning_hub.runs.files import LineFile
 
 
 class SamplesWriter:
-    """Appends one line per answer."""
+    """Appends one line for each answer."""
 
     def __init__(self, path: Path) -> None:
         self._file = LineFile(path)
@@ -20,7 +20,7 @@ class SamplesWriter:
         """Append an answer.
 
         Raises:
-            OSError: It could not be written.
+            OSError: The line could not be written.
         """
         line = {"step": step, "prompt": prompt, "completion": completion}
         self._file.append(json.dumps(line, ensure_ascii=False))

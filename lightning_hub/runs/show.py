@@ -1,4 +1,4 @@
-"""Text forms of runs: tables that align, ages and numbers as people read them. No markup, so nothing can inject any."""
+"""Prints runs as text: aligned tables, durations and numbers. There is no markup, so file content cannot inject any."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _AGE_UNITS = ((86400.0, "d"), (3600.0, "h"), (60.0, "m"))
 
 
 def clean(text: object) -> str:
-    """Return any value of a file as one line that a terminal does not obey."""
+    """Return any value of a file as one line without terminal escape sequences."""
     return printable(str(text).replace("\n", " ").encode("utf-8", "surrogateescape"), limit=400)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return rows in aligned columns; numbers stand at the right of theirs."""
+    """Return rows in aligned columns; columns of numbers are aligned right."""
     lines = [list(head), *(list(row) for row in rows)]
     widths = [max(_width(line[column]) for line in lines) for column in range(len(head))]
     right = [all(_is_number(line[column]) for line in lines[1:]) and len(lines) > 1 for column in range(len(head))]
@@ -46,7 +46,7 @@ def _is_number(cell: str) -> bool:
 
 
 def number(value: Metric) -> str:
-    """Return a metric in at most about six characters."""
+    """Return a metric with four significant digits."""
     if value is None:
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else clean(value)
@@ -63,17 +63,17 @@ def age(seconds: float | None) -> str:
 
 
 def state(view: RunView) -> str:
-    """Return the state, with a question mark where one look cannot be sure."""
+    """Return the state, with a question mark if one more look could change it."""
     return view.verdict.state if view.verdict.sure else f"{view.verdict.state}?"
 
 
 def progress(view: RunView) -> str:
-    """Return the steps done, of how many."""
+    """Return the finished steps and, if known, the number of all steps: ``5/100``."""
     return f"{view.step}/{view.status.max_steps}" if view.status.max_steps else str(view.step)
 
 
 def topology(nodes: int, processes: int) -> str:
-    """Return on how many machines a run has how many processes each."""
+    """Return the number of nodes and of processes on each node as text."""
     each = "1 process" if processes == 1 else f"{processes} processes"
     return each if nodes == 1 else f"{nodes} nodes x {each}"
 
@@ -135,7 +135,7 @@ def run_page(view: RunView, attempts: Sequence[Attempt], error: ErrorRecord | No
 
 
 def local_time(text: str) -> str:
-    """Return a UTC time of a file in local time, or the text itself when it is none."""
+    """Return a UTC time of a file in local time, or the text itself if it is not a time."""
     try:
         return f"{datetime.fromisoformat(text).astimezone():%Y-%m-%d %H:%M:%S}"
     except ValueError:

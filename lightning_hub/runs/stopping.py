@@ -1,4 +1,4 @@
-"""``lightning-hub runs stop``: a wish that ranks hear of after their current step, or the end at once."""
+"""``lightning-hub runs stop``: requests a stop after the current step, or ends the run at once."""
 
 from __future__ import annotations
 
@@ -16,31 +16,32 @@ from lightning_hub.runs.show import age
 from lightning_hub.runs.writer import StatusWriter
 
 AT_ONCE = "stopped at once; the newest checkpoint is untouched"
-"""The reason of a run that was ended so."""
+"""The reason in the status of a run that was ended by ``--now``."""
 
-_SUPERVISOR_HEARS = 10.0
+_SUPERVISOR_SECONDS = 10.0
+"""How long a supervisor has to end its run after the request."""
 _PERIOD = 0.05
 
 
 def request_stop(folder: RunFolder, view: RunView) -> str:
-    """Leave the wish to save and stop, and return what there is to say."""
+    """Write the request to save and stop, and return the text to print."""
     make_private_folder(folder.control)
     touch(folder.control_stop)
-    lines = [f"{folder.id} is asked to save a checkpoint and stop; it does so after its current step"]
+    lines = [f"{folder.id} will save a checkpoint and stop after its current step"]
     for rank in view.ranks:
         if rank.state in ("silent", "stalled"):
             since = f" for {age(rank.age)}" if rank.state == "silent" else ""
             doing = f", in {rank.doing}" if rank.doing else ""
-            lines.append(f"rank {rank.rank} is {rank.state}{since} at step {rank.step}{doing}: it may not hear of that")
+            lines.append(f"rank {rank.rank} is {rank.state}{since} at step {rank.step}{doing}: it may not stop")
     if len(lines) > 1:
         lines.append(f"lightning-hub runs stop {folder.id} --now ends the run at once, without a new checkpoint")
     return "\n".join(lines)
 
 
 def stop_now(folder: RunFolder) -> str:
-    """End the processes of a run on this machine at once, and return what there is to say.
+    """End the processes of a run on this machine at once, and return the text to print.
 
-    A supervisor is asked first, so that it can say how its run ended; one that does not answer is killed as well.
+    The supervisor gets a request first, so that it can write how the run ended. If it does not end, it is killed too.
 
     Raises:
         ConfigError: A process cannot be ended from here.
@@ -50,7 +51,7 @@ def stop_now(folder: RunFolder) -> str:
     make_private_folder(folder.control)
     touch(folder.control_stop_now)
     if supervisor is not None and any(child.get("pid") != lease.pid for child in lease.children):
-        end = time.monotonic() + _SUPERVISOR_HEARS
+        end = time.monotonic() + _SUPERVISOR_SECONDS
         while supervisor.is_alive() and time.monotonic() < end:
             time.sleep(_PERIOD)
     for what, identity in _processes(folder):
@@ -69,7 +70,7 @@ def _state(folder: RunFolder) -> str:
 
 
 def _processes(folder: RunFolder) -> Iterator[tuple[str, ProcessIdentity]]:
-    """Yield the living processes of the newest attempt, the supervisor first.
+    """Yield the running processes of the newest attempt, the supervisor first.
 
     Raises:
         ConfigError: One of them is on another machine.
@@ -77,8 +78,8 @@ def _processes(folder: RunFolder) -> Iterator[tuple[str, ProcessIdentity]]:
     data = read_json(folder.node(0).lease) or {}
     candidates = [("its supervisor", data)]
     for child in Lease.from_json(data).children:
-        place = {"boot_id": data.get("boot_id"), "host": data.get("host")}
-        candidates.append((f"rank {child.get('rank')}", {**child, **place}))
+        machine = {"boot_id": data.get("boot_id"), "host": data.get("host")}
+        candidates.append((f"rank {child.get('rank')}", {**child, **machine}))
     for attempt in folder.attempts()[-1:]:
         for rank in folder.ranks(attempt):
             candidates.append((f"rank {rank}", read_json(folder.rank(attempt, rank).heartbeat) or {}))
@@ -88,7 +89,7 @@ def _processes(folder: RunFolder) -> Iterator[tuple[str, ProcessIdentity]]:
         if identity is None or values.get("exit_code") is not None or values.get("phase") == "exit":
             continue
         if identity.boot != boot_id():
-            remedy = "give the command there"
+            remedy = "run the command on that machine"
             raise ConfigError(f"{what} runs on another machine ({identity.host})", where="--now", remedy=remedy)
         if identity.pid not in known and identity.is_alive():
             known.add(identity.pid)

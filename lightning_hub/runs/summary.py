@@ -1,4 +1,4 @@
-"""The last lines of a run: what was done, what it came to, where the time went, where the result is."""
+"""The last lines of a run: steps, losses, memory, time of each phase, and the path of the result."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from lightning_hub.runs.metrics import Line, as_number, read_metrics
 
 
 def run_summary(folder: RunFolder, seconds: Mapping[str, float], *, memory_gb: float | None = None) -> list[str]:
-    """Return the lines that end a finished run.
+    """Return the lines that a finished run prints last.
 
     Args:
         folder: The run, with its metrics written.
-        seconds: What each phase of this attempt took, by its name.
-        memory_gb: Peak memory of the process in GB, used where no device has measured its own.
+        seconds: The seconds of each phase of this attempt, by name.
+        memory_gb: Peak memory of the process in GB; used if no memory of a device was measured.
     """
     lines = read_metrics(folder)
     rates = _series(lines, "tokens_per_second")
@@ -24,7 +24,7 @@ def run_summary(folder: RunFolder, seconds: Mapping[str, float], *, memory_gb: f
     steps = lines[-1]["step"] if lines else 0
     found = [f"done   {steps:,} steps, {_duration(sum(seconds.values()))} in all{rate}"]
     for name in ("loss", "val_loss"):
-        found += _course(lines, name)
+        found += _trend(lines, name)
     peak = max(_series(lines, "memory_gb"), default=None)
     if peak is not None or memory_gb is not None:
         where = "of a device" if peak is not None else "of the process"
@@ -42,8 +42,8 @@ def run_summary(folder: RunFolder, seconds: Mapping[str, float], *, memory_gb: f
     return found
 
 
-def _course(lines: Sequence[Line], name: str) -> list[str]:
-    """Return a line about a metric: first and last value, and the best where that is another."""
+def _trend(lines: Sequence[Line], name: str) -> list[str]:
+    """Return a line about a metric: the first and last value, and the best value if it is different."""
     values = [(line["step"], value) for line in lines if (value := as_number(line.get(name))) is not None]
     if not values:
         return []
@@ -59,7 +59,7 @@ def _series(lines: Sequence[Line], name: str) -> list[float]:
 
 
 def _duration(seconds: float) -> str:
-    """Return a duration as people read it: ``0.4 s``, ``12 s``, ``3 min 05 s``, ``2 h 10 min``."""
+    """Return a duration as text: ``0.4 s``, ``12 s``, ``3 min 05 s``, ``2 h 10 min``."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     whole = round(seconds)

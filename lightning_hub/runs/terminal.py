@@ -1,4 +1,4 @@
-"""The terminal of a process that trains. It may be closed at any time, and the training goes on."""
+"""The terminal of a training process. It can be closed at any time, and the training continues."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import TextIO, cast
 
 from lightning_hub.errors import HubError
 
-_NOBODY_READS = {errno.EPIPE, errno.EIO, errno.EBADF}
-"""What is raised where the reader or the terminal is gone: there is nobody to be told."""
+_CLOSED_ERRORS = {errno.EPIPE, errno.EIO, errno.EBADF}
+"""Errors of a closed pipe or terminal. They are not reported, because there is no reader."""
 
 
 class ConnectionLostError(HubError):
@@ -25,9 +25,9 @@ class ConnectionLostError(HubError):
 
 
 class TerminalStream:
-    """A text stream that never raises. Once it cannot be written, what is written to it goes nowhere.
+    """A text stream that never raises. After an error of writing, all later text is dropped.
 
-    Everything else is the stream's own.
+    Other attributes are those of the stream.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -35,14 +35,14 @@ class TerminalStream:
         self._is_open = True
 
     def write(self, text: str) -> int:
-        """Write, as long as that is possible."""
+        """Write, if the stream can still be written."""
         if self._is_open:
             try:
                 self._stream.write(text)
-            except UnicodeEncodeError:  # the terminal knows fewer characters than the text has
+            except UnicodeEncodeError:  # the encoding of the terminal does not have a character
                 self.write(text.encode("ascii", "backslashreplace").decode())
-            except (OSError, ValueError) as error:  # ValueError: somebody has closed the stream
-                self._let_go(error)
+            except (OSError, ValueError) as error:  # ValueError: the stream is closed
+                self._redirect_to_devnull(error)
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
@@ -51,36 +51,36 @@ class TerminalStream:
             self.write(line)
 
     def flush(self) -> None:
-        """Flush, as long as that is possible."""
+        """Flush, if the stream can still be written."""
         if self._is_open:
             try:
                 self._stream.flush()
             except (OSError, ValueError) as error:
-                self._let_go(error)
+                self._redirect_to_devnull(error)
 
-    def _let_go(self, error: Exception) -> None:
-        """Lead what is still to come, at the end of the process too, to nowhere."""
+    def _redirect_to_devnull(self, error: Exception) -> None:
+        """Send all later output to ``/dev/null``, also the last flush at the end of the process."""
         self._is_open = False
         with suppress(OSError, ValueError):
-            nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
-        if isinstance(error, OSError) and error.errno not in _NOBODY_READS:
+            devnull = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+            os.dup2(devnull, self._stream.fileno())
+            os.close(devnull)
+        if isinstance(error, OSError) and error.errno not in _CLOSED_ERRORS:
             name = getattr(self._stream, "name", "a stream")
-            print_to_terminal(f"warning: {name} cannot be written ({error.strerror}); the logs of the run go on\n")
+            print_to_terminal(f"warning: {name} cannot be written ({error.strerror}); the logs of the run continue\n")
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._stream, name)
 
 
 def terminal() -> TextIO:
-    """Return standard error past any log, for what is drawn; it never raises."""
+    """Return standard error without the log, for progress bars; it never raises."""
     stream = sys.__stderr__ if sys.__stderr__ is not None else io.StringIO()
     return cast(TextIO, TerminalStream(stream))
 
 
 def print_to_terminal(text: str) -> None:
-    """Write to standard error past any log, if there is anybody."""
+    """Write to standard error without the log, if it is open."""
     if sys.__stderr__ is not None:
         with suppress(OSError, ValueError):
             sys.__stderr__.write(text)
@@ -89,11 +89,11 @@ def print_to_terminal(text: str) -> None:
 
 @contextmanager
 def independent_of_terminal() -> Iterator[None]:
-    """Let the terminal go while it lasts: no broken stream and no hangup ends the work.
+    """Inside this context, a closed terminal does not end the work: stream errors and SIGHUP are ignored.
 
     Raises:
-        ConnectionLostError: A pipe broke that is none of the terminal's; the command line takes a BrokenPipeError
-            for a reader who has seen enough.
+        ConnectionLostError: Another pipe broke. It replaces the BrokenPipeError, which the command line would take for
+            a closed reader of its output.
     """
     streams = sys.stdout, sys.stderr
     shown = TerminalStream(streams[0]), TerminalStream(streams[1])
@@ -106,20 +106,20 @@ def independent_of_terminal() -> Iterator[None]:
         raise ConnectionLostError(f"another process of this run has closed a connection ({error})") from error
     finally:
         for stream in shown:
-            stream.flush()  # what fails later, at the end of the process, would change its exit code
+            stream.flush()  # an error at the end of the process would change its exit code
         sys.stdout, sys.stderr = streams
         if is_main:
             signal.signal(signal.SIGHUP, hangup)
 
 
 def open_missing_streams() -> None:
-    """Open standard streams that were closed by whoever started this process.
+    """Open standard streams that the parent process has closed.
 
-    Else the next files that are opened would take their numbers, and what libraries print would go into them.
+    Otherwise the next opened files get their descriptors, and the output of libraries goes into these files.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # in a locale that knows few characters
+            stream.reconfigure(errors="backslashreplace")  # for a locale with few characters
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)

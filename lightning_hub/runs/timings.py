@@ -1,4 +1,4 @@
-"""Where the time of a process went, phase by phase."""
+"""Measures the time of a process, phase by phase."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ PhaseName: TypeAlias = Literal[
 
 
 class PhaseTimer:
-    """Adds up the seconds of each phase; exactly one phase runs at any time.
+    """Adds up the seconds of each phase; exactly one phase is active at any time.
 
-    The first phase, ``imports``, begins with the process itself: what Python, torch and the other libraries take to
-    load is part of what a person waits for.
+    The first phase, ``imports``, begins with the process, because the user also waits for the imports of torch and
+    other libraries.
     """
 
     def __init__(self) -> None:
@@ -26,18 +26,18 @@ class PhaseTimer:
 
     @property
     def phase(self) -> PhaseName:
-        """The phase that runs now."""
+        """The active phase."""
         return self._phase
 
     def enter(self, phase: PhaseName) -> PhaseName:
-        """End the phase that runs, begin another, and return the one that has ended."""
+        """End the active phase, begin another, and return the phase that has ended."""
         now, ended = time.monotonic(), self._phase
         self._seconds[ended] = self._seconds.get(ended, 0.0) + now - self._since
         self._phase, self._since = phase, now
         return ended
 
     def seconds(self) -> dict[str, float]:
-        """Return the seconds of each phase so far, in the order in which the phases first began."""
+        """Return the seconds of each phase until now, in the order in which the phases first began."""
         running = time.monotonic() - self._since
         found = {**self._seconds, self._phase: self._seconds.get(self._phase, 0.0) + running}
         return {phase: round(seconds, 3) for phase, seconds in found.items()}

@@ -1,4 +1,4 @@
-"""Runs in which no step was finished: a refused command leaves one, and the next command may take its folder."""
+"""Finds runs without a finished step. A refused command leaves such a run; the next command can use its folder."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from lightning_hub.runs.manifest import list_checkpoints
 from lightning_hub.runs.reader import RunView, read_run
 
 _BEFORE_RUN_JSON = {"lock", "control", "checkpoints", "nodes"}
-"""What stands in a run folder before it has a `run.json`."""
+"""Files and folders of a run folder before it has a `run.json`."""
 
 
 def is_unused(view: RunView) -> bool:
-    """Say whether a run has ended without having finished a step."""
+    """Return whether a run has ended without a finished step."""
     return view.step == 0 and not view.is_live and view.verdict.state != "finished"
 
 
 def holds_unused_run(folder: RunFolder) -> bool:
-    """Say whether a folder holds such a run and nothing that a training has made."""
+    """Return whether a folder has such a run and no checkpoint."""
     try:
         names = {path.name for path in folder.path.iterdir()}
     except OSError:
@@ -32,7 +32,7 @@ def holds_unused_run(folder: RunFolder) -> bool:
 
 
 def clear_run(folder: RunFolder) -> None:
-    """Remove the files of a run but its lock, which the caller holds; files that are none of a run's stay."""
+    """Remove the files of a run except its lock, which the caller has; files that are not of a run stay."""
     files = ("run_json", "config", "config_input", "plan", "status", "metrics", "samples", "data_report", "events")
     folders = (folder.checkpoints, folder.control, folder.path / "attempts", folder.path / "nodes")
     for path in (*(getattr(folder, name) for name in files), *folders, folder.path / "loggers"):

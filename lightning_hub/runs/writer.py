@@ -1,4 +1,4 @@
-"""Write a run: what a plain ``fit`` leaves behind, as a supervisor would."""
+"""Writes the files of a run, for the supervisor or, in a single-process ``fit``, for rank 0."""
 
 from __future__ import annotations
 
@@ -24,34 +24,34 @@ LEASE_PERIOD = 5.0
 
 
 class WriteErrors:
-    """Remembers what could not be written and tells it once: a full disk must not stop the training."""
+    """Keeps the first error of writing and prints it once, because a full disk must not stop the training."""
 
     def __init__(self) -> None:
         self.message: str | None = None
 
     def __call__(self, error: OSError) -> None:
-        """Report an error; only the first is told."""
+        """Report an error; only the first one is printed."""
         if self.message is None:
             self.message = f"the run folder cannot be written: {error.strerror} ({error.filename or 'open file'})"
-            print_to_terminal(f"warning: {self.message}; training goes on without these files\n")
+            print_to_terminal(f"warning: {self.message}; the training continues without these files\n")
 
 
 @dataclass(frozen=True)
 class NewRun:
-    """What is known of a run before it starts.
+    """The description of a run before it starts.
 
     Attributes:
         name: Beginning of its id.
         method: The short name of the model's class, in small letters: ``sft``.
-        model: What is trained: a folder or a hub id.
+        model: The model to train: a folder or a hub id.
         config: Text of ``config.yaml``.
-        inputs: What the person gave, verbatim: (file or flag, text) in order.
+        inputs: The unchanged inputs of the user: (file or flag, text) in order.
         plan: Content of ``plan.json``.
-        launcher: Who starts the processes: ``fit`` for a plain one.
+        launcher: The launcher; ``fit`` if ``fit`` starts the ranks itself.
         nnodes: Number of nodes.
         nproc_per_node: Processes on each node.
-        preset: The shipped recipe it began with.
-        trust_remote_code: Whether the person allowed the model's own code to run.
+        preset: The shipped recipe of the run, if it uses one.
+        trust_remote_code: Whether the user allowed the model's own code to run.
     """
 
     name: str
@@ -68,9 +68,10 @@ class NewRun:
 
 
 class StatusWriter:
-    """How a run goes, in ``status.json`` and ``events.jsonl``: for whoever has the word at the time.
+    """Writes the state of a run to ``status.json`` and ``events.jsonl``.
 
-    The one who supervises a run has it before its ranks start and after they have ended; rank 0 in between.
+    Only one process writes at a time: the supervisor before the ranks start and after they have ended, rank 0 in
+    between.
     """
 
     def __init__(self, folder: RunFolder) -> None:
@@ -90,7 +91,7 @@ class StatusWriter:
         exit_code: int | None = None,
         error: Path | None = None,
     ) -> None:
-        """Change the state; step and max_steps stay as they were when not given."""
+        """Change the state; ``step`` and ``max_steps`` stay the same if they are not given."""
         changed = replace(
             self.status,
             state=state,
@@ -109,7 +110,7 @@ class StatusWriter:
         self._guarded(lambda: write_json(self.folder.status, changed.to_json(), fsync=True))
 
     def refresh(self) -> None:
-        """Take the status as it stands, after another had the word."""
+        """Read the status again, after another process has written it."""
         self.status = Status.from_json(read_json(self.folder.status))
 
     def event(self, kind: str, **details: Json) -> None:
@@ -129,10 +130,10 @@ class StatusWriter:
 
 
 class RunWriter(StatusWriter):
-    """The files of a run that are written once or by its supervisor; in a plain ``fit``, by rank 0.
+    """Writes the files of a run that exist once for all ranks: by the supervisor, or by rank 0 in a single process.
 
-    ``create`` starts a new run; the constructor opens an existing one for a further attempt. Call ``close`` in the
-    end: it ends the lease and gives the lock free.
+    ``create`` starts a new run; the constructor opens an existing run for another attempt. Call ``close`` at the end:
+    it ends the lease and unlocks the run.
 
     Raises:
         ConfigError: Another process writes this run.
@@ -149,7 +150,7 @@ class RunWriter(StatusWriter):
 
     @classmethod
     def create(cls, folder: RunFolder, run: NewRun) -> Self:
-        """Write the files that say what a new run is, and claim it.
+        """Lock a new run and write the files that describe it.
 
         Raises:
             ConfigError: Another process writes this run.
@@ -193,12 +194,12 @@ class RunWriter(StatusWriter):
         """Begin the next attempt and return its number, counted from 1.
 
         Args:
-            reason: Why it is made: ``first start``, ``resumed by hand`` ...
-            step: The step from which it goes on.
-            checkpoint: What it resumes from.
+            reason: The reason of the attempt: ``first start``, ``resumed by hand`` ...
+            step: The step from which it continues.
+            checkpoint: The checkpoint from which it resumes.
             world_size: Number of ranks.
-            master_port: Where rank 0 listens, if there are several.
-            devices: Names of this node's devices, as the heavy side knows them.
+            master_port: The port of rank 0, if there are several ranks.
+            devices: Names of the devices of this node, from a caller that has imported torch.
         """
         self.attempt += 1
         name = checkpoint.name if checkpoint else None
@@ -207,8 +208,8 @@ class RunWriter(StatusWriter):
         write_json(self.folder.attempt_json(self.attempt), record.to_json(), fsync=True, indent=1)
         make_private_folder(self.folder.node(0).path)
         write_json(self.folder.node(0).env, describe_environment(devices), fsync=True, indent=1)
-        for wish in (self.folder.control_stop, self.folder.control_stop_now, self.folder.control_checkpoint):
-            wish.unlink(missing_ok=True)  # a wish left for an earlier attempt is not meant for this one
+        for request in (self.folder.control_stop, self.folder.control_stop_now, self.folder.control_checkpoint):
+            request.unlink(missing_ok=True)  # a request to an earlier attempt is not for this one
         own = ProcessIdentity.own()
         self.children = [{"rank": 0, "pid": own.pid, "pid_start": own.start, "exit_code": None}]
         self.event("attempt", attempt=self.attempt, reason=reason, checkpoint=name)
@@ -217,7 +218,7 @@ class RunWriter(StatusWriter):
         return self.attempt
 
     def tell_children(self, children: list[dict[str, Json]]) -> None:
-        """Write at once which processes there are, so that they can be found if this one is killed."""
+        """Write the processes of this node to the lease now, so that they can be found if this process is killed."""
         self.children = children
         self._guarded(self._write_lease)
 
@@ -244,7 +245,7 @@ class RunWriter(StatusWriter):
         write_json(self.folder.node(0).lease, lease.to_json())
 
     def close(self, exit_code: int = 0) -> None:
-        """End the lease, with the exit code in it, and give the lock free."""
+        """Write the exit code to the lease, end it, and unlock the run."""
         self.children = [
             child if child["exit_code"] is not None else child | {"exit_code": exit_code} for child in self.children
         ]
@@ -255,7 +256,7 @@ class RunWriter(StatusWriter):
 
 
 def input_text(inputs: Sequence[tuple[str, str]]) -> str:
-    """Return what the person gave as one text: a single file as it is, else each part below its name."""
+    """Return the inputs of the user as one text: a single file unchanged, else each input with its name above it."""
     if len(inputs) == 1 and not inputs[0][0].startswith("--"):
         return inputs[0][1]
     files = [f"# {name}\n{text}" for name, text in inputs if not name.startswith("--")]

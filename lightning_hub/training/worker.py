@@ -55,7 +55,7 @@ def run_worker(process: ProcessInfo, recipe: Recipe, config: ResolvedConfig, opt
         if classify(error) == "comm":
             print(f"error: lost another rank: {first_line(error)}", file=sys.stderr)
         elif is_disk_trouble(error):
-            print(f"error: the disk does not take what is written: {error}; free some space", file=sys.stderr)
+            print(f"error: cannot write to the disk: {error}; free some space", file=sys.stderr)
         else:
             traceback.print_exc()
         code = int(ExitCode.FAILED)

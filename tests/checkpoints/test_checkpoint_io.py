@@ -191,8 +191,8 @@ def test_only_folders_of_ours_are_read(tmp_path: Path) -> None:
     (tmp_path / "foreign").mkdir()
     reader = FolderCheckpointIO()
     for path, words in (
-        (tmp_path / "model.ckpt", "no checkpoint folder"),
-        ("https://example.com/step-1", "is an address"),
+        (tmp_path / "model.ckpt", "not a checkpoint folder"),
+        ("https://example.com/step-1", "is a URL"),
         (tmp_path / "foreign", "pass --trust-checkpoint"),
     ):
         with pytest.raises(ConfigError, match=words):

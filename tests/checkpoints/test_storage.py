@@ -43,7 +43,7 @@ def flip(path: Path) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "flipped byte": (lambda folder: flip(folder / "a.bin"), "another sha256"),
+    "flipped byte": (lambda folder: flip(folder / "a.bin"), "sha256 of a.bin is not"),
     "cut": (lambda folder: os.truncate(folder / "a.bin", 100), "100 bytes instead of 5000"),
     "empty": (lambda folder: os.truncate(folder / "b.bin", 0), "0 bytes instead of 100"),
     "missing file": (lambda folder: (folder / "b.bin").unlink(), r"b\.bin is missing"),

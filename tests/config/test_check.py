@@ -137,26 +137,26 @@ def test_a_wrong_recipe_is_refused_without_torch(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     said, modules = done.stdout.strip().split("\n")
-    assert said == f"{path}:7: model.init_args.learning_rat: no option of SFT; did you mean learning_rate?"
+    assert said == f"{path}:7: model.init_args.learning_rat: not an option of SFT; did you mean learning_rate?"
     assert modules == "[]"
 
 
 @pytest.mark.parametrize(
     ("section", "line", "said"),
     [
-        ("trainer", "devices: two", "'two' is no number of devices"),
-        ("trainer", "devices: 0", "0 is no number of devices"),
+        ("trainer", "devices: two", "'two' is not a number of devices"),
+        ("trainer", "devices: 0", "0 is not a number of devices"),
         ("trainer", "devices: true", "true is not"),
         ("trainer", "max_epochs: 1.5", "1.5 is not a whole number"),
         ("trainer", 'max_epochs: "3"', '"3" is not a whole number'),
         ("trainer", "max_epochs: -5", "out of range; give a number >= -1"),
         ("trainer", "max_time: soon", "DD:HH:MM:SS"),
         ("trainer", "accumulate_grad_batches: 4", "set data.init_args.effective_batch_size"),
-        ("trainer", "use_distributed_sampler: true", "train only a part"),
+        ("trainer", "use_distributed_sampler: true", "each rank would train only some"),
         ("trainer", "plugins: []", "[] is not null"),
         ("trainer", "callbacks: 3", "3 is not"),
         ("trainer", "callbacks: [CSVLogger]", "it is a logger class"),
-        ("trainer", "callbacks: [LambdaCallback]", "LambdaCallback is not used here"),
+        ("trainer", "callbacks: [LambdaCallback]", "LambdaCallback cannot be used"),
         ("trainer", "callbacks: [lightning.pytorch.callbacks.BatchSizeFinder]", "max_tokens_per_gpu"),
         ("trainer", "callbacks: [{class_path: EarlyStopping}]", "EarlyStopping needs monitor"),
         (
@@ -199,7 +199,7 @@ def test_wrong_values_are_named(section: str, line: str, said: str) -> None:
     assert said in faults_of(recipe_with(section, line))
 
 
-def test_all_faults_are_told_each_in_its_line() -> None:
+def test_all_faults_are_reported_each_with_its_line() -> None:
     text = GOOD.replace("max_epochs", "max_epoch").replace("betas", "beta").replace("metric", "metrc")
     with pytest.raises(RecipeError) as error:
         check_recipe(recipe_from_text(text, "r.yaml"))
@@ -207,7 +207,7 @@ def test_all_faults_are_told_each_in_its_line() -> None:
     assert len(str(error.value).splitlines()) == 3
 
 
-def test_missing_sections_and_options_are_told() -> None:
+def test_missing_sections_and_options_are_reported() -> None:
     assert "model is missing" in faults_of("data: {class_path: ChatData, init_args: {train: x}}\n")
     assert "SFT needs model" in faults_of("model: SFT\ndata: {class_path: ChatData, init_args: {train: x}}\n")
     assert "data is missing" in faults_of("model: {class_path: SFT, init_args: {model: x}}\n")
@@ -249,7 +249,7 @@ def test_options_are_those_of_the_chosen_class(with_lora: Schema) -> None:
     text = recipe_with("model", "r: 0").replace("SFT", "SampleLoRA")
     faults = find_faults(recipe_from_text(text, "r.yaml", with_lora), schema=with_lora)
     assert [fault.message for fault in faults] == ["model.init_args.r: 0 is out of range"]
-    assert "no option of SFT" in faults_of(recipe_with("model", "r: 4"))
+    assert "not an option of SFT" in faults_of(recipe_with("model", "r: 4"))
 
 
 @pytest.mark.security("S7")

@@ -29,7 +29,7 @@ def test_help_without_a_name_lists_the_classes() -> None:
     assert class_help(["--config", "x.yaml"]) is None
 
 
-def test_wrong_names_are_mended() -> None:
+def test_wrong_names_get_the_right_suggestion() -> None:
     with pytest.raises(ConfigError, match=r"no model 'STF'.*did you mean SFT"):
         class_help(["--model.help=STF"])
     with pytest.raises(ConfigError, match=r"no section 'modle'.*did you mean --model\.help"):

@@ -96,7 +96,7 @@ def test_overrides(read: Read, base: Path, words: list[str], path: str, value: o
     assert any(str(place).startswith("--") for place in places_below(recipe, path))
 
 
-def test_overrides_win_wherever_they_stand(read: Read, base: Path) -> None:
+def test_overrides_win_at_every_position(read: Read, base: Path) -> None:
     assert read("--trainer.max_epochs", "9", "--config", base).get("trainer.max_epochs") == 9
 
 

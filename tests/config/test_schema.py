@@ -149,7 +149,7 @@ def test_types_accept_what_they_say(text: str, accepted: list[YamlValue], refuse
 
 
 @pytest.mark.parametrize("text", ["", "integer", "list[", "list[int", "int |", "tuple[int,]", "int int", "class[]"])
-def test_what_is_no_type_is_refused(text: str) -> None:
+def test_what_is_not_a_type_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="not a type"):
         parse_type(text)
 

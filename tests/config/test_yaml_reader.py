@@ -17,7 +17,7 @@ REFUSED = {
     "duplicate": ("a: 1\nb: 2\na: 3\n", "r.yaml:3", "given twice (first on line 1)"),
     "nested duplicate": ("m:\n  x: 1\n  x: 2\n", "r.yaml:3", "'x' is given twice"),
     "tab": ("a:\n\tb: 1\n", "r.yaml:2", "tab"),
-    "list": ("- a\n", "r.yaml:1", "holds a list, not a mapping"),
+    "list": ("- a\n", "r.yaml:1", "contains a list, not a mapping"),
     "single value": ("hello\n", "r.yaml:1", "the single value 'hello'"),
     "unclosed": ("a: [1, 2\nb: 3\n", "r.yaml:2", "not valid YAML"),
     "two documents": ("a: 1\n---\nb: 2\n", "r.yaml:2", "second document"),
@@ -59,7 +59,7 @@ def test_refused_bytes(data: bytes, where: str, message: str, tmp_path: Path) ->
     assert error.value.where == f"{path}{where}"
 
 
-def test_what_is_no_file(tmp_path: Path) -> None:
+def test_a_folder_or_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such file"):
         read_file(tmp_path / "absent.yaml")
     with pytest.raises(ConfigError, match="is a folder"):
@@ -82,7 +82,7 @@ def test_anchors_and_merge_keys_mean_what_yaml_says() -> None:
     assert parse_yaml(text, "r").plain() == yaml.safe_load(text)
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_not_part_of_the_first_key(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_bytes(b"\xef\xbb\xbftrainer: {}\n")
     assert read_file(path)[0].plain() == {"trainer": {}}
@@ -138,7 +138,7 @@ def test_any_text_is_read_or_refused(text: str) -> None:
     ],
     ids=["values", "keys", "brackets", "braces", "prose", "quote", "bytes"],
 )
-def test_a_file_that_is_no_recipe_is_refused_within_seconds(text: str, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_recipe_is_refused_within_seconds(text: str, tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(text)
     started = time.process_time()

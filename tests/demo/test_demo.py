@@ -81,7 +81,7 @@ def test_the_tasks_of_the_model_with_room_share_no_letter() -> None:
     assert not letters[0] & letters[1]
 
 
-def test_what_a_method_is_taught_is_what_it_is_asked(tmp_path: Path) -> None:
+def test_a_method_is_asked_what_it_was_trained_on(tmp_path: Path) -> None:
     train, val = (
         [json.loads(line) for line in path.read_text().splitlines()] for path in write_facts(tmp_path, seed=3)
     )

@@ -76,12 +76,12 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert found(tmp_path)["datasets"].detail == "not installed"
 
 
-def test_looking_makes_nothing(tmp_path: Path) -> None:
+def test_a_check_creates_nothing(tmp_path: Path) -> None:
     found(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_json_is_one_list_and_the_exit_code_tells(
+def test_json_is_one_list_and_the_exit_code_says_whether_all_passed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrong = Finding("disk", False, "full", "free space")

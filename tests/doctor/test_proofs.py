@@ -90,7 +90,7 @@ def test_each_proof_fails_when_what_it_proves_is_broken(
     assert {check for check, ok in found.items() if not ok} == fails
 
 
-def test_a_number_that_is_none_is_no_equality() -> None:
+def test_nan_is_not_an_equality() -> None:
     assert not equality("a = b", float("nan"), 1.0, "anything").ok
     assert equality("a = b", 0.0, 0.0, "anything").ok
     assert not equality("a = b", 1e-30, 0.0, "anything").ok
@@ -117,7 +117,7 @@ def test_a_child_that_hangs_is_ended(tmp_path: Path) -> None:
     assert psutil.Process().children(recursive=True) == before
 
 
-def test_children_hear_nothing_of_a_launcher_around_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_children_do_not_get_the_variables_of_a_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("SLURM_NTASKS", "8")
     said = f"import os, pathlib; pathlib.Path({str(tmp_path / 'said')!r}).write_text(str(dict(os.environ)))"

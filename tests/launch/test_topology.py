@@ -75,8 +75,8 @@ TWO_PARTS = "devices: 2, strategy: {class_path: ModelParallel, init_args: {mesh_
 @pytest.mark.parametrize(
     ("text", "model", "said"),
     [
-        (TWO_PARTS, "use_dora: true", r"recipe.yaml:2: use_dora does not go with tensor parallelism \(tp 2\)"),
-        ("devices: 2", "quantization: nf4", "recipe.yaml:2: nf4 weights are trained by one process only, .* has 2"),
+        (TWO_PARTS, "use_dora: true", r"recipe.yaml:2: use_dora does not work with tensor parallelism \(tp 2\)"),
+        ("devices: 2", "quantization: nf4", "recipe.yaml:2: nf4 weights can be trained by one process only, .* has 2"),
     ],
 )
 def test_what_a_method_cannot_do_on_several_processes_is_refused(text: str, model: str, said: str) -> None:

@@ -38,13 +38,13 @@ def test_the_embedded_model_goes_by_its_name_unless_a_folder_has_it(
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        ("https://example.com/model", "is an address"),
+        ("https://example.com/model", "is a URL"),
         ("./nowhere", "no such folder"),
         ("a/b/c", "no such folder"),
-        (str(Path(__file__).parent), "holds no config.json"),
+        (str(Path(__file__).parent), "has no config.json"),
     ],
 )
-def test_what_is_no_model_is_refused_before_anything_is_read(source: str, said: str) -> None:
+def test_what_is_not_a_model_is_refused_before_anything_is_read(source: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         Pretrained(source)
 

@@ -85,7 +85,7 @@ def assert_manifests(folder: Path) -> None:
 
 
 DAMAGE: dict[str, Callable[[Path], object]] = {
-    "another sha256": lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\1"),
+    "the sha256 of": lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\1"),
     "bytes instead of": lambda path: os.truncate(path, 1000),
     "is missing": Path.unlink,
 }

@@ -39,7 +39,7 @@ def test_names_follow_the_rule_and_are_never_used_twice(root: Path) -> None:
 
 @pytest.mark.parametrize("name", ["", "Upper", "-x", "../x", "a/b", "a b", "é", "x" * 65, "$(touch x)", "a\n"])
 def test_other_names_are_refused(name: str, root: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot name a run"):
+    with pytest.raises(ConfigError, match="cannot be the name of a run"):
         create_run(name, root)
     assert not root.exists()
 
@@ -93,13 +93,13 @@ def test_a_failed_write_leaves_the_old_content_and_nothing_else(
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff", b'{"a": 1'])
-def test_what_is_no_json_object_reads_as_absent(content: bytes, tmp_path: Path) -> None:
+def test_a_file_without_a_json_object_reads_as_absent(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(content)
     assert read_json(tmp_path / "a.json") is None
     assert read_json(tmp_path / "absent.json") is None
 
 
-def test_a_line_after_a_torn_one_stands_alone(tmp_path: Path) -> None:
+def test_a_line_after_an_incomplete_one_is_separate(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"a": 1}\n{"b":')
     file = LineFile(path)
@@ -127,7 +127,7 @@ def test_runs_are_found_by_id_beginning_and_path(root: Path, monkeypatch: pytest
     assert find_run("sft-2", root).id == "sft-2"
     assert find_run("o", root).id == "osft-1"
     assert find_run(str(root / "sft-1"), Path("elsewhere")).id == "sft-1"
-    for name, said in (("sft", "fits 3 runs"), ("x", "the newest is sft-22"), ("", "no run")):
+    for name, said in (("sft", "matches 3 runs"), ("x", "the newest is sft-22"), ("", "no run")):
         with pytest.raises(ConfigError, match=said):
             find_run(name, root)
     monkeypatch.setenv("LIGHTNING_HUB_RUNS", str(root))
@@ -179,7 +179,7 @@ def test_of_two_starts_in_one_folder_one_is_refused(folder: RunFolder) -> None:
 
 
 @pytest.mark.fault("F42")
-def test_two_starts_look_at_the_lock_one_after_the_other(folder: RunFolder) -> None:
+def test_two_starts_read_the_lock_one_after_the_other(folder: RunFolder) -> None:
     with folder.lock.open("a") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         other = start(folder)
@@ -204,7 +204,7 @@ def test_a_lock_of_a_reused_pid_is_taken_over_and_that_of_another_host_is_not(fo
 
 
 @pytest.mark.fault("F45")
-def test_a_process_is_known_by_more_than_its_number() -> None:
+def test_a_process_is_identified_by_more_than_its_pid() -> None:
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     identity = ProcessIdentity.of(child.pid)
     assert identity is not None
@@ -219,7 +219,7 @@ def test_a_process_is_known_by_more_than_its_number() -> None:
     assert ProcessIdentity.of(child.pid) is None
 
 
-def test_records_forgive_what_they_do_not_know() -> None:
+def test_records_ignore_unknown_keys() -> None:
     status = Status.from_json({"state": "dancing", "step": "3", "max_steps": 5, "new": 1})
     assert status == Status(max_steps=5)
     assert Status.from_json(None) == Status()

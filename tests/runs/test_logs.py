@@ -117,7 +117,7 @@ def test_rotation_keeps_the_beginning_and_the_newest_part(lengths: list[int]) ->
         assert len(kept) == len(lines) or len(kept) > len(head)
 
 
-def test_a_new_process_goes_on_in_the_newest_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_process_continues_in_the_newest_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(log_file, "FIRST_PART", 10)
     for word in ("one", "two", "three"):
         log = LogFile(tmp_path / "log", _fail)
@@ -189,7 +189,7 @@ def test_a_line_of_a_megabyte_is_cut_and_counted(tmp_path: Path) -> None:
     assert last_lines(LogTail.at_end(path), 1) == [b"end"]
 
 
-def test_a_truncated_or_replaced_file_is_indexed_anew(tmp_path: Path) -> None:
+def test_a_truncated_or_replaced_file_is_indexed_again(tmp_path: Path) -> None:
     path = tmp_path / "log"
     path.write_text("a\nb\nc\n")
     index = LineIndex(path)
@@ -202,7 +202,7 @@ def test_a_truncated_or_replaced_file_is_indexed_anew(tmp_path: Path) -> None:
     assert (index.refresh(), index.read(0, 9)) == (2, [b"e", b"f"])
 
 
-def test_the_last_page_of_a_large_log_needs_no_whole_reading(tmp_path: Path) -> None:
+def test_the_last_page_of_a_large_log_reads_only_its_end(tmp_path: Path) -> None:
     path = tmp_path / "log"
     with path.open("wb") as file:
         file.truncate(1 << 33)  # 8 GB of holes: reading them all would take many seconds
@@ -225,7 +225,7 @@ TRACE = [
 ]
 
 
-def test_errors_only_keeps_tracebacks_whole() -> None:
+def test_errors_only_keeps_complete_tracebacks() -> None:
     assert list(errors_only(TRACE)) == [*TRACE[1:5], TRACE[6]]
 
 
@@ -262,7 +262,7 @@ def test_times_at_the_beginning_of_lines(line: str, time: float | None) -> None:
 
 
 @pytest.mark.fault("F19")
-def test_a_full_disk_is_told_and_torn_lines_spoil_no_other(
+def test_a_full_disk_is_reported_and_incomplete_lines_do_not_affect_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_some: Callable[[int], Callable[[int, bytes], int]]
 ) -> None:
     told: list[OSError] = []

@@ -58,7 +58,7 @@ def naive(lines: list[Line], started: dict[int, int]) -> list[Line]:
 
 
 @given(attempts, st.integers(7, 90))
-def test_following_by_offset_equals_the_slow_reading_of_the_whole(runs: list[tuple[int, int]], piece: int) -> None:
+def test_following_by_offset_equals_reading_the_complete_file(runs: list[tuple[int, int]], piece: int) -> None:
     """Attempts that resume anywhere, read in pieces of any size, lines torn in the middle included."""
     lines: list[Line] = []
     for number, (begin, count) in enumerate(runs, 1):
@@ -75,7 +75,7 @@ def test_following_by_offset_equals_the_slow_reading_of_the_whole(runs: list[tup
         assert reader.lines == naive(lines, started)
 
 
-def test_only_whole_lines_count(tmp_path: Path) -> None:
+def test_only_complete_lines_count(tmp_path: Path) -> None:
     path = tmp_path / "m"
     path.write_bytes(b'{"step": 1, "attempt": 1}\nnonsense\n[1]\n{"loss": 1}\n\xff\n{"step": 2, "attempt": 1}')
     reader = MetricsReader(path)
@@ -108,5 +108,5 @@ def test_a_process_of_an_older_attempt_that_still_writes_does_not_count() -> Non
 
 
 @pytest.mark.parametrize("value", [None, True, "text"])
-def test_what_is_no_number(value: str | bool | None) -> None:
+def test_what_is_not_a_number(value: str | bool | None) -> None:
     assert as_number(value) is None

@@ -88,7 +88,7 @@ def test_a_killed_run_is_lost_at_the_first_look(trainer: subprocess.Popen[str], 
 
 
 @pytest.mark.fault("F45")
-def test_a_dead_run_whose_pid_is_another_process_now_is_lost(folder: RunFolder, run: RunWriter) -> None:
+def test_an_ended_run_whose_pid_is_now_another_process_is_lost(folder: RunFolder, run: RunWriter) -> None:
     rank = RankWriter(folder, run.start_attempt("test"))
     rank.start()
     rank.close()
@@ -132,7 +132,7 @@ def test_clock_skew_changes_no_verdict(
     assert (view.age or 0.0) >= 0.0
 
 
-def test_a_failed_run_tells_its_first_error(folder: RunFolder, run: RunWriter) -> None:
+def test_a_failed_run_shows_its_first_error(folder: RunFolder, run: RunWriter) -> None:
     attempt = run.start_attempt("test", world_size=2)
     ranks = [RankWriter(folder, attempt, rank=number) for number in (1, 0)]
     for rank in ranks:
@@ -177,7 +177,7 @@ def test_every_line_before_a_sudden_end_is_in_the_log(
         assert "Fatal Python error: Aborted" in folder.rank(1, 0).stderr.read_text()
 
 
-def test_stacks_are_given_when_asked_and_the_run_goes_on(trainer: subprocess.Popen[str], folder: RunFolder) -> None:
+def test_stacks_are_written_on_request_and_the_run_continues(trainer: subprocess.Popen[str], folder: RunFolder) -> None:
     os.kill(trainer.pid, STACKS_SIGNAL)
     wait_for(folder.rank(1, 0).stacks)
     out, _ = trainer.communicate("print('still here')\n")
@@ -186,7 +186,7 @@ def test_stacks_are_given_when_asked_and_the_run_goes_on(trainer: subprocess.Pop
 
 
 @pytest.mark.fault("F19")
-def test_a_full_disk_stops_no_training_and_is_told_once(
+def test_a_full_disk_stops_no_training_and_is_reported_once(
     folder: RunFolder, run: RunWriter, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     rank = RankWriter(folder, run.start_attempt("test"), trouble=run.trouble)
@@ -237,7 +237,7 @@ def test_the_environment_is_recorded_by_an_allow_list(
     assert [path for path in folder.path.rglob("*") if path.is_file() and b"canary123" in path.read_bytes()] == []
 
 
-def test_what_the_person_gave_is_kept_word_for_word(folder: RunFolder, run: RunWriter) -> None:
+def test_the_inputs_of_the_user_are_kept_unchanged(folder: RunFolder, run: RunWriter) -> None:
     assert folder.config_input.read_text() == "# mine\na: 1\n"
     assert folder.config.read_text() == "model: {class_path: SFT}\n"
     run.close()
@@ -246,7 +246,7 @@ def test_what_the_person_gave_is_kept_word_for_word(folder: RunFolder, run: RunW
     )
 
 
-def test_wishes_reach_the_training_loop_and_end_with_the_attempt(folder: RunFolder, run: RunWriter) -> None:
+def test_requests_reach_the_training_loop_and_end_with_the_attempt(folder: RunFolder, run: RunWriter) -> None:
     rank = RankWriter(folder, run.start_attempt("test"))
     assert (rank.stop_requested(), rank.checkpoint_requested()) == (False, False)
     folder.control_stop.touch()
@@ -259,7 +259,7 @@ def test_wishes_reach_the_training_loop_and_end_with_the_attempt(folder: RunFold
     again.close()
 
 
-def test_a_second_attempt_goes_on_where_the_status_was(folder: RunFolder, run: RunWriter) -> None:
+def test_a_second_attempt_continues_from_the_status(folder: RunFolder, run: RunWriter) -> None:
     run.start_attempt("first start")
     run.set_status("stopped", step=5, max_steps=10, exit_code=75)
     run.close(75)

@@ -110,5 +110,5 @@ def test_a_stall_names_the_rank_behind_and_what_it_does() -> None:
         rank(1, step=5, seconds_without_heartbeat=1, seconds_without_progress=70, doing="forward 2/4"),
     )
     assert run_verdict(RunSnapshot(RUNNING, ranks, (moving,))).reason == (
-        "no step is finished any more; rank 1 stands at 5, in forward 2/4"
+        "no progress; rank 1 stays at step 5, in forward 2/4"
     )

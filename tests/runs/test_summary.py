@@ -9,7 +9,7 @@ from lightning_hub.runs.summary import run_summary
 from lightning_hub.runs.timings import PhaseTimer
 
 
-def test_the_end_of_a_run_says_what_it_came_to(tmp_path: Path) -> None:
+def test_the_end_of_a_run_prints_its_result(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "sft-x")
     folder.path.mkdir()
     writer = MetricsWriter(folder.metrics, 1)

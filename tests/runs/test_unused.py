@@ -24,7 +24,7 @@ def ended(folder: RunFolder, state: str, step: int) -> RunFolder:
     return folder
 
 
-def test_they_are_listed_with_all_only(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unused_runs_are_listed_with_all_only(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ended(create_run("refused", root), "failed", 0)
     only = ["runs", "list", "--runs-root", str(root)]
     assert run(only) == 0

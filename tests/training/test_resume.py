@@ -253,8 +253,8 @@ def test_what_is_no_checkpoint_of_ours_is_refused(
     (foreign / "manifest.json").unlink()
     (foreign / ".metadata").write_bytes(b"never opened")
     path, sentence = {
-        "address": ("https://example.com/step-1", "is an address"),
-        "file": (str(foreign / "state.pt"), "is no checkpoint folder"),
+        "address": ("https://example.com/step-1", "is a URL"),
+        "file": (str(foreign / "state.pt"), "is not a checkpoint folder"),
         "no manifest": (str(foreign), "pass --trust-checkpoint"),
     }[name]
     code, _ = fit("--resume", path, "--trainer.max_steps", "2", folder="second")

@@ -111,7 +111,7 @@ def _note_unread(turn: Mapping[str, object], reasoning: str, thoughts: str, rema
 
 
 class _Parts:
-    """The parts of a content that is a list: texts, thoughts and tool calls."""
+    """The parts of a content that is a list: texts, reasoning and tool calls."""
 
     def __init__(self, place: str, remarks: list[str]) -> None:
         self.place = place
