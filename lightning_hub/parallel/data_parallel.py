@@ -73,7 +73,7 @@ class HubStrategy(ParallelStrategy):
         return DataParallel(self.global_rank, self.world_size)
 
     @property
-    def transfer_device(self) -> torch.device:
+    def weights_device(self) -> torch.device:
         """Where weights lie between steps."""
         return self.root_device
 

@@ -82,21 +82,21 @@ def _adopt_dtypes(model: PreTrainedModel, layout: _ModelLayout[_T]) -> None:
 def _fill(
     model: PreTrainedModel, source: PreTrainedModel | None, layout: _ModelLayout[_T], strategy: HubStrategy
 ) -> None:
-    device, carrier = strategy.transfer_device, strategy.root_device
+    device, transfer_device = strategy.weights_device, strategy.root_device
     _allocate(model, device)
     given = dict(source.named_parameters()) if source is not None else {}
     for name, target in model.named_parameters():
-        _fill_parameter(target, given.get(name), carrier)
+        _fill_parameter(target, given.get(name), transfer_device)
     held = dict(source.named_buffers()) if source is not None else {}
     for name, (shape, dtype) in layout.buffers.items():
-        _set_buffer(model, name, _broadcast(held.get(name), shape, dtype, carrier).to(device))
+        _set_buffer(model, name, _broadcast(held.get(name), shape, dtype, transfer_device).to(device))
     left = [name for name, _ in _on_meta(model)]
     assert not left, f"tensors without values: {left}"
 
 
-def _fill_parameter(target: nn.Parameter, source: nn.Parameter | None, carrier: torch.device) -> None:
+def _fill_parameter(target: nn.Parameter, source: nn.Parameter | None, transfer_device: torch.device) -> None:
     """Send one whole tensor, keep the part of it that is this rank's, and let go of the whole."""
-    whole = _broadcast(None if source is None else source.detach(), target.shape, target.dtype, carrier)
+    whole = _broadcast(None if source is None else source.detach(), target.shape, target.dtype, transfer_device)
     local_tensor(target.detach()).copy_(local_shard_of(whole, target))
     if source is not None:
         source.data = source.data.new_empty(0)

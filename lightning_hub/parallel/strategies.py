@@ -30,7 +30,7 @@ class DDP(HubStrategy, DDPStrategy):
     rows, and so of uses of a weight, differs from step to step.
     """
 
-    word = "ddp"
+    short_name = "ddp"
 
     def __init__(self) -> None:
         # Every rank has been filled by the start: weights need not be sent once more.
@@ -47,7 +47,7 @@ class MeshStrategy(HubStrategy, ModelParallelStrategy):
     def __init__(self, sharding: FSDPConfig) -> None:
         super().__init__(data_parallel_size=1, tensor_parallel_size=1, save_distributed_checkpoint=False)
         self.fsdp_config = sharding
-        self._placed: PreTrainedModel | None = None
+        self._parallelized: PreTrainedModel | None = None
 
     def axes(self, world_size: int) -> dict[str, int]:
         """Return the names and sizes of the mesh's axes, outermost first.
@@ -80,7 +80,7 @@ class MeshStrategy(HubStrategy, ModelParallelStrategy):
         """Where weights lie between steps."""
         return torch.device("cpu") if self.fsdp_config.cpu_offload else self.root_device
 
-    def place(self, model: PreTrainedModel) -> None:
+    def parallelize(self, model: PreTrainedModel) -> None:
         """Split the layers over ``tp``, then shard what that has left over the other axes."""
         names = self.device_mesh.mesh_dim_names or ()
         if "tp" in names and self.device_mesh["tp"].size() > 1:
@@ -88,7 +88,7 @@ class MeshStrategy(HubStrategy, ModelParallelStrategy):
         sharded = self._sharded_mesh(names)
         if sharded is not None:
             self.fsdp_config.apply(model, sharded, str(self.precision_plugin.precision))
-        self._placed = model
+        self._parallelized = model
 
     def _sharded_mesh(self, names: tuple[str, ...]) -> DeviceMesh | None:
         if "tp" not in names:
@@ -130,9 +130,9 @@ class MeshStrategy(HubStrategy, ModelParallelStrategy):
         """Load weights, or refuse a checkpoint that does not bring them, as every other strategy does."""
         Strategy.load_model_state_dict(self, checkpoint, strict)
 
-    def accumulation(self) -> AbstractContextManager[None]:
+    def no_gradient_sync(self) -> AbstractContextManager[None]:
         """Return a context in which gradients stay on this rank."""
-        return nullcontext() if self._placed is None else self.fsdp_config.no_gradient_sync(self._placed)
+        return nullcontext() if self._parallelized is None else self.fsdp_config.no_gradient_sync(self._parallelized)
 
 
 class FSDP(MeshStrategy):
@@ -149,7 +149,7 @@ class FSDP(MeshStrategy):
         replicas: Ranks form so many groups, each with a whole model between its members (hybrid sharding).
     """
 
-    word = "fsdp"
+    short_name = "fsdp"
 
     def __init__(
         self,
@@ -181,7 +181,7 @@ class ModelParallel(MeshStrategy):
         prefetch: As for FSDP.
     """
 
-    word = "model_parallel"
+    short_name = "model_parallel"
 
     def __init__(
         self,

@@ -161,16 +161,17 @@ class ExactDelta(SingleDelta):
             right = change - (change @ own["v_low"].mT) @ own["v_low"]
         return float(left.norm()) / norm, float(right.norm()) / norm
 
-    def cut(self, axis: int) -> dict[str, int]:
-        """Return which parameters are cut, and along which axis, when the weight is cut along ``axis``.
+    def sharded_params(self, dim: int) -> dict[str, int]:
+        """Return which parameters are sharded, and along which dim, when the weight is sharded along ``dim``.
 
-        Left bases and what is trained in the rows of the weight follow a cut of its rows, right ones one of columns.
+        If the rows of the weight are sharded, so are the left bases and what trains in its rows; the right ones if its
+        columns are.
         """
-        names = {0: ("u_low", "u_high"), 1: ("v_low", "v_high")}[axis]
-        cuts = {name: axis for name in self.basis_names if name in names}
-        if self.side in ("all", "left" if axis == 0 else "right"):
-            cuts["delta"] = axis
-        return cuts
+        names = {0: ("u_low", "u_high"), 1: ("v_low", "v_high")}[dim]
+        sharded = {name: dim for name in self.basis_names if name in names}
+        if self.side in ("all", "left" if dim == 0 else "right"):
+            sharded["delta"] = dim
+        return sharded
 
     def _kept(self, like: Tensor) -> Tensor | None:
         """Return the kept basis, in the form in which it goes with ``like``."""
