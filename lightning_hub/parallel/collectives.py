@@ -57,7 +57,7 @@ class Ranks:
         first = next((error for _, error in outcomes if error is not None), None)
         if first is not None:
             raise first from fault
-        return [outcome for outcome, _ in outcomes]  # type: ignore[misc]  # nobody failed
+        return [outcome for outcome, _ in outcomes]  # type: ignore[misc]  # no rank failed
 
     def run_on_rank_zero(self, work: Callable[[], _T]) -> _T:
         """Run a function on rank 0, and return its result on every rank."""

@@ -65,9 +65,9 @@ def test_every_topology_starts_at_the_same(tmp_path: Path, write_rows: WriteRows
     rows = write_rows(50)
     alone = starts(run_case(still("single", rows, tmp_path / "alone")).weights)
     stories = [still(name, rows, tmp_path / name) for name in ("ddp", "fsdp", "tp")]
-    for told in processes(2, partial(run_cases, stories), tmp_path)[0]:
-        assert starts(told.weights).keys() == alone.keys()
-        assert all(torch.equal(tensor, alone[name]) for name, tensor in starts(told.weights).items())
+    for result in processes(2, partial(run_cases, stories), tmp_path)[0]:
+        assert starts(result.weights).keys() == alone.keys()
+        assert all(torch.equal(tensor, alone[name]) for name, tensor in starts(result.weights).items())
 
 
 @pytest.mark.slow
