@@ -180,10 +180,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         with torch.autocast(device, enabled=False):
             for start in range(0, len(hidden), CHUNK):
-                states, targets = hidden[start : start + CHUNK].to(dtype), targets[start : start + CHUNK]
+                states, labels = hidden[start : start + CHUNK].to(dtype), targets[start : start + CHUNK]
                 logits = F.linear(states, cast_weight, cast_bias).float()
                 normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
-                target_logits = logits.gather(1, targets.unsqueeze(1))
+                target_logits = logits.gather(1, labels.unsqueeze(1))
                 total += (normaliser - (1 - label_smoothing) * target_logits).sum()
                 if label_smoothing:
                     total -= label_smoothing * logits.mean(dim=-1).sum()
@@ -192,7 +192,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_logits = logits.sub_(normaliser).exp_()  # softmax minus the target distribution, in place
                 if label_smoothing:
                     grad_logits -= label_smoothing / grad_logits.shape[-1]
-                grad_logits.scatter_add_(1, targets.unsqueeze(1), torch.full_like(target_logits, label_smoothing - 1))
+                grad_logits.scatter_add_(1, labels.unsqueeze(1), torch.full_like(target_logits, label_smoothing - 1))
                 if grad_bias is not None:
                     grad_bias += grad_logits.sum(dim=0)
                 grad_logits = grad_logits.to(dtype)
