@@ -32,7 +32,9 @@ def trainer(every: int) -> Any:
         callback_metrics={},
         loggers=[Logger()],
         fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(_is_training_done=False)),
-        datamodule=SimpleNamespace(plan=SimpleNamespace(members=lambda epoch, index: [10 * index, 10 * index + 1])),
+        datamodule=SimpleNamespace(
+            plan=SimpleNamespace(sample_indices=lambda epoch, index: [10 * index, 10 * index + 1])
+        ),
     )
 
 

@@ -61,7 +61,7 @@ def test_heads_that_tp_does_not_divide_are_named() -> None:
 def test_a_model_without_a_plan_says_what_it_can_use() -> None:
     with pytest.raises(ConfigError, match="gpt2 have no tensor-parallel plan; use the strategy fsdp or ddp"):
         check_plan(GPT2Config(), {"lm_head": "colwise_rep"})
-    with pytest.raises(ConfigError, match="asks for moe_tp_experts"):
+    with pytest.raises(ConfigError, match="uses moe_tp_experts"):
         check_plan(LlamaConfig(), {"layers.*.mlp.experts": "moe_tp_experts", "layers.*.q_proj": "colwise"})
 
 

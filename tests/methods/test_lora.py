@@ -138,7 +138,7 @@ def test_an_init_that_takes_its_start_out_of_other_layers_is_refused(
 def test_adapters_in_float64_are_refused() -> None:
     module = LoRA("demo", **SMALL)
     module.trainer = Trainer(accelerator="cpu", precision="64-true", logger=False, enable_checkpointing=False)
-    with pytest.raises(ConfigError, match=r"trainer\.precision: adapters are float32"):
+    with pytest.raises(ConfigError, match=r"trainer\.precision: adapters are always float32"):
         module.configure_model()
 
 
@@ -280,7 +280,7 @@ def test_an_adapter_whose_reading_changes_the_base_is_noticed(tmp_path: Path, mo
         adapter.config.init_lora_weights = "pissa"  # peft then takes a start out of the base that it reads it into
         return adapter
 
-    monkeypatch.setattr("lightning_hub.methods.lora.module.finished", with_another_start)
+    monkeypatch.setattr("lightning_hub.methods.lora.module.export_adapter", with_another_start)
     with pytest.raises(HubError, match="loading the adapter changes"):
         train("demo", tmp_path)
     assert not (tmp_path / "adapter").exists()

@@ -365,7 +365,7 @@ def test_merged_weights_are_rounded_once_and_read_again_as_they_are(
         ({"previous": ["nowhere.safetensors"]}, "nowhere.safetensors cannot be read"),
         ({"targets": ["q_proj", "typo"]}, "'typo' matches no weight"),
         ({"parametrization": "usv", "complement": "thin"}, "thin cannot be used with parametrization usv"),
-        ({"rank_bounds": (0.1, 0.5)}, "rank_bounds holds for adaptive ranks only"),
+        ({"rank_bounds": (0.1, 0.5)}, "rank_bounds is for adaptive ranks only"),
         ({"ranks": "adaptive", "rank_bounds": (0.3, 0.5)}, "do not contain unfreeze_rank_ratio 0.25"),
         ({"ranks": "adaptive"}, "adaptive ranks need the training data"),
     ],

@@ -129,7 +129,7 @@ def test_a_checkpoint_of_other_ranks_is_refused(
     other = replace(
         whole, folder=tmp_path / "again", resume=tmp_path / "run" / "step-2", method={"unfreeze_rank_ratio": 0.5}
     )
-    with pytest.raises(HubError, match=r"is stored in the shape \(32, 32\)"):
+    with pytest.raises(HubError, match=r"is stored with the shape \(32, 32\)"):
         run_cases([other])
 
 
