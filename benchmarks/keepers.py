@@ -23,7 +23,7 @@ from lightning_hub.methods.osft import OSFT
 from lightning_hub.methods.osft.bases import BasesCache, compute_bases
 from lightning_hub.methods.osft.delta_exact import Complement
 from lightning_hub.methods.osft.export import merge_delta as merged_changes
-from lightning_hub.methods.osft.export import write_changes
+from lightning_hub.methods.osft.export import write_deltas
 from lightning_hub.methods.osft.inject import Parametrization
 from lightning_hub.methods.osft.subspace import split_subspace, trained_rank
 from lightning_hub.methods.targets import ALL_LINEAR, WeightMatrix, resolve_targets
@@ -166,19 +166,19 @@ def _osft(
     def merged() -> PreTrainedModel:
         if chain:
             changes = merged_changes(found, model.state_dict())
-            write_changes(chain.folder / f"{len(previous_tasks)}.safetensors", changes, {})
-        for site in found:
-            holder = model.get_submodule(site.matrix.module)
-            parametrize.remove_parametrizations(holder, site.matrix.parameter, leave_parametrized=True)
+            write_deltas(chain.folder / f"{len(previous_tasks)}.safetensors", changes, {})
+        for parametrized in found:
+            holder = model.get_submodule(parametrized.matrix.module)
+            parametrize.remove_parametrizations(holder, parametrized.matrix.parameter, leave_parametrized=True)
         return model
 
     def gradients() -> None:
-        for site in found:
-            site.change.project_gradients()
+        for parametrized in found:
+            parametrized.delta.project_gradients()
 
     def parameters() -> None:
-        for site in found:
-            site.change.project()
+        for parametrized in found:
+            parametrized.delta.project()
 
     return Learner(model, merged, before_clipping=gradients, after_step=parameters)
 

@@ -1,4 +1,4 @@
-"""A progress bar that is drawn on the terminal directly, so that it is not in the logs."""
+"""A progress bar that is drawn on the terminal and not on stdout, so that it is not written to a log."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TimeRemainingColu
 from lightning_hub.runs.terminal import terminal
 
 SECONDS_BETWEEN_LINES = 10.0
-"""How often a line is printed where there is no terminal to draw on."""
+"""How often a line is printed when there is no terminal, in seconds."""
 
 
 class ProgressBar:
-    """A bar with a description, its columns and the time left; nothing is drawn where there is no terminal.
+    """A bar with a description, its columns and the remaining time; without a terminal nothing is drawn.
 
     Args:
         description: What is in progress.
         total: The amount at the end; None if it is not known.
-        columns: What is shown beside the bar; ``{task.fields[numbers]}`` is the text that each update gives.
-        completed: The amount at the beginning.
-        stays: Whether the bar stays on the terminal when it has ended.
+        columns: More columns beside the bar; ``{task.fields[numbers]}`` is the text of the last update.
+        completed: The amount at the start.
+        stays: Whether the bar stays on the terminal after the end.
     """
 
     def __init__(
@@ -43,10 +43,10 @@ class ProgressBar:
             self._bar.start()
 
     def update(self, completed: float, numbers: str = "") -> None:
-        """Draw an amount, and the text of the field ``numbers``."""
+        """Set the finished amount, and the text of the field ``numbers``."""
         self._bar.update(self._task, completed=completed, numbers=numbers)
 
     def stop(self) -> None:
-        """Draw the bar for the last time."""
+        """Stop drawing the bar."""
         if self.is_drawn:
             self._bar.stop()

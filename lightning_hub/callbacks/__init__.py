@@ -1,1 +1,1 @@
-"""What watches and keeps a run: the recorder, checkpoints, the progress bar, samples."""
+"""The callbacks of a run: recorder, checkpoint saver, progress bar, run summary, samples, forgetting."""

@@ -1,4 +1,4 @@
-"""When a run's state is saved, and in which form: one that always means "n steps are finished"."""
+"""Saves checkpoints: a checkpoint always means that n steps are finished."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from lightning_hub.runs.manifest import list_checkpoints
 SaveRequest: TypeAlias = Literal["checkpoint", "stop"] | None
 
 
-class StopRun(HubError):  # no fault: somebody asked for it
-    """The run was asked to stop, and has saved its state."""
+class StopRun(HubError):  # not a fault: a person or program asked for it
+    """The run has stopped on request, and has saved a checkpoint."""
 
     exit_code = ExitCode.STOPPED
     kind = "signal"
@@ -39,18 +39,17 @@ class StopRun(HubError):  # no fault: somebody asked for it
 
 
 class CheckpointSaver(Checkpoint):
-    """Saves at step boundaries only, and never between a step and the validation that belongs to it.
+    """Saves checkpoints after a step, and never between a step and a validation that follows it.
 
-    Lightning can stop and go on in the middle of a validation, with a different state for each place. Ours has one:
-    n steps are finished, and validated where that was due. A resumed run needs no other case, which is what makes
-    it exact.
+    Lightning can also save and resume in the middle of a validation, with other loop counters. Here there is one state
+    only: n steps are finished, and the validation after them too. A resume has no other case, so it can be exact.
 
     Args:
         settings: When to save and what to keep.
-        folder: The run's folder of checkpoints.
-        facts: What a resume compares with; those of the data are added when it is known.
-        wish: What somebody asks for now: a checkpoint, a stop after a checkpoint, or nothing.
-        saved: Told the step and path of every committed checkpoint (rank 0).
+        folder: The folder of the checkpoints of the run.
+        facts: Facts for the comparison at a resume; those of the data are added later.
+        request: Returns the current request: a checkpoint, a stop after a checkpoint, or None.
+        on_saved: Called with the step and path of every committed checkpoint (rank 0).
         allow_changed_data: Whether a resume may find other data or batch settings.
     """
 
@@ -84,7 +83,7 @@ class CheckpointSaver(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
-        """Save if it is time, unless a validation comes first."""
+        """Save if a checkpoint is due, unless a validation follows."""
         self._publish(wait=False)
         settings, step = self.settings, trainer.global_step
         minutes = (time.monotonic() - self._saved_at) / 60
@@ -100,7 +99,7 @@ class CheckpointSaver(Checkpoint):
             self.save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save what waited for the validation, and what the validation found to be among the best."""
+        """Save if a checkpoint is due, or if this step is one of the best by its metric."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         best = self.settings.best
@@ -112,7 +111,7 @@ class CheckpointSaver(Checkpoint):
             self.save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save at the end of the epoch, and at the end of the run."""
+        """Save at the end of the epoch if this is due, and always at the end of the run."""
         epochs = self.settings.every_n_epochs
         done, steps = trainer.current_epoch + 1, trainer.max_steps
         last = trainer.should_stop or done == trainer.max_epochs or 0 <= steps <= trainer.global_step
@@ -122,9 +121,9 @@ class CheckpointSaver(Checkpoint):
     # ---- what ------------------------------------------------------------------------------------------------------
 
     def save(self, trainer: Trainer) -> None:
-        """Commit a checkpoint of this step, make it the latest, and remove what need not be kept.
+        """Commit a checkpoint of this step, make it the latest, and delete old ones.
 
-        Where saves are asynchronous, all but the copy happens later; a stop and the next save wait for it.
+        With asynchronous saves only the copy to the host happens now; a stop and the next save wait for the rest.
         """
         step = trainer.global_step
         if step != self._saved_step:
@@ -136,12 +135,12 @@ class CheckpointSaver(Checkpoint):
             self._unpublished = step, target
             self._publish(wait=self._background is None or self._stopping)
             if self._stopping:
-                remedy = f"go on with: lightning-hub runs resume {self.folder.parent}"
+                remedy = f"resume with: lightning-hub runs resume {self.folder.parent}"
                 raise StopRun(f"on request, after step {step}; its checkpoint is {target}", remedy=remedy)
 
     @contextmanager
     def _in_background(self, checkpoint_io: CheckpointIO) -> Iterator[None]:
-        """Let a save be written in the background, if it is to be; those of others are not."""
+        """Set the asynchronous saver for the saves of this callback; saves of other callbacks stay synchronous."""
         if not isinstance(checkpoint_io, FolderCheckpointIO):
             yield
             return
@@ -152,10 +151,10 @@ class CheckpointSaver(Checkpoint):
             checkpoint_io.background = None
 
     def _publish(self, *, wait: bool) -> None:
-        """Once the last save is whole on every rank, make it known.
+        """When the last save is complete on every rank, make it the latest checkpoint.
 
         Raises:
-            Exception: What went wrong in it, the same on every rank.
+            Exception: The error of the save, the same on every rank.
         """
         if self._unpublished is None or not (self._background is None or self._background.ended(wait=wait)):
             return
@@ -168,10 +167,10 @@ class CheckpointSaver(Checkpoint):
         self._publish(wait=True)
 
     def _committed(self, step: int, target: Path) -> None:
-        """Make a committed checkpoint the latest, say so, and remove what need not be kept."""
+        """Make a committed checkpoint the latest, call ``on_saved``, and delete old checkpoints."""
         point_latest(target)
         self.on_saved(step, target)
-        # Later steps are of an attempt that this one did not go on from: they are given up, not counted as newest.
+        # Checkpoints of later steps are from an attempt from which this one did not resume: they are deleted.
         newest = [path for saved, path in list_checkpoints(self.folder) if saved <= step][: self.settings.keep]
         prune(self.folder, {*newest, *(self.folder / f"step-{best}" for best in self._best_steps())})
 
@@ -182,10 +181,10 @@ class CheckpointSaver(Checkpoint):
         return sorted(self._scores, key=lambda step: self._scores[step], reverse=best.mode == "max")[: best.keep]
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Bring everything into the form that any topology can go on from.
+        """Change the checkpoint to a form from which any topology can resume.
 
-        Tensors go by name, in the parts that this rank holds; loops have their one form; of the schedule only the
-        step is kept.
+        It has the shards of this rank by the names of the tensors, the progress of the loops in one form, and of the
+        schedule only the step.
         """
         checkpoint["loops"]["fit_loop"].update(progress_of_finished_steps(trainer, checkpoint["loops"]["fit_loop"]))
         checkpoint["state_dict"] = state_dict.weights(pl_module)
@@ -196,33 +195,33 @@ class CheckpointSaver(Checkpoint):
         checkpoint["world_size"], checkpoint["strategy"] = trainer.world_size, strategy_name(trainer.strategy)
         checkpoint["facts"] = dict(self.facts)
 
-    # ---- going on --------------------------------------------------------------------------------------------------
+    # ---- resume ----------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Tell Lightning that weights do not come to it: they are filled in place, each rank's part by itself."""
+        """Switch strict loading off: weights are loaded in place by this callback, not by Lightning."""
         pl_module.strict_loading = False
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Fill the weights, and keep the rest until there is an optimizer, and training starts."""
+        """Load the weights, and keep the rest until the optimizer exists and training starts."""
         if "facts" not in checkpoint:
             raise ConfigError(
-                "this checkpoint holds weights only", where="--resume", remedy="resume from one that holds everything"
+                "this checkpoint has weights only", where="--resume", remedy="resume from a full checkpoint"
             )
         state_dict.load_weights(pl_module, checkpoint["restored"].weights)
         self._resumed = checkpoint
         self._saved_step = checkpoint["global_step"]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note what a resume of this run must find unchanged, and fill the optimizer from the checkpoint."""
-        binding = trainer.datamodule.facts()  # type: ignore[attr-defined]  # Lightning types its trainer without one
-        self.facts.update(binding)
+        """Add the facts of the data, compare them with the checkpoint, and load the state of the optimizer."""
+        must_match = trainer.datamodule.facts()  # type: ignore[attr-defined]  # Lightning types its trainer without one
+        self.facts.update(must_match)
         self.facts["processes"] = f"{trainer.world_size} ({strategy_name(trainer.strategy)})"
         if self._resumed is None:
             return
         check_resume(
             self._resumed["facts"],
             self.facts,
-            binding,
+            must_match,
             allowed=self.allow_changed_data,
             speak=trainer.is_global_zero,
         )
@@ -233,7 +232,7 @@ class CheckpointSaver(Checkpoint):
             state_dict.set_scheduler_step(config.scheduler, step)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go on with the random numbers where the checkpoint left off: set-up draws random numbers of its own."""
+        """Restore the random state last, because the set-up draws random numbers too."""
         if self._resumed is not None:
             self._resumed["restored"].restore_random(data_parallel(trainer.strategy).rank)
             self._resumed = None

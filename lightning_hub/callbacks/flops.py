@@ -1,8 +1,9 @@
-"""Model FLOPs of a step, for MFU: the share of a device's peak that the arithmetic of the model itself takes.
+"""Model FLOPs of a step, for MFU: the share of the peak of a device that the operations of the model use.
 
-Counted as NeMo and others do, so that figures compare: a forward takes 2 operations for each weight and token, the
-backward 2 for the gradient of the input and 2 for that of a weight that trains. So full training takes 6 N a token and
-LoRA about 4 N. Causal attention takes the sum of the squares of the documents' lengths. Recomputation is not counted.
+The count is that of NeMo and others, so figures are comparable. For each weight and token, a forward has 2 operations,
+and a backward 2 for the gradient of the input and 2 for that of a trained weight. So full training has 6 N operations
+for each token, and LoRA about 4 N. Causal attention has the sum of the squares of the lengths of the documents.
+Recomputation is not counted.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ PEAK_FLOPS = {
     "MI300X": 1307e12,
     "RTX 4090": 165e12,
 }
-"""Dense bfloat16 operations per second by the data sheet, by a part of the device's name."""
+"""Dense bfloat16 operations per second from the data sheets, by a substring of the device name."""
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -42,12 +43,12 @@ def peak_flops(device: torch.device) -> float | None:
 
 @dataclass(frozen=True)
 class FlopsCounter:
-    """Operations of a step of a model.
+    """Number of operations of a step of a model, forward and backward.
 
     Attributes:
-        per_token: Of forward and backward through all layers but the output layer, for each token.
-        per_trained_token: Of the output layer, whose logits are made for trained tokens only.
-        per_squared_length: Of attention, for each document, times the square of its length.
+        per_token: Operations of all layers but the output layer, for each token.
+        per_trained_token: Operations of the output layer, for each trained token: only these have logits.
+        per_squared_length: Operations of attention for a document, divided by the square of its length.
     """
 
     per_token: float
@@ -56,7 +57,7 @@ class FlopsCounter:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Self:
-        """Count the weights of a model as it is trained: after its adapters are in place."""
+        """Count the weights of a model, after its adapters are injected."""
         head = model.get_output_embeddings()
         active = _active_share(model)
         inside = 0.0
@@ -75,11 +76,11 @@ class FlopsCounter:
         return cls(inside, _layer_flops(head) if isinstance(head, nn.Module) else 0.0, 3 * 2.0 * layers * width)
 
     def of_step(self, step: StepBatch, data_parallel_size: int) -> float:
-        """Return the operations of a step over all ranks; the lengths of other ranks' documents are taken to be alike.
+        """Return the operations of a step over all ranks; documents of other ranks are assumed to have equal lengths.
 
         Args:
-            step: This rank's share of the step, with the token counts of all ranks.
-            data_parallel_size: How many ranks share out the data.
+            step: The packed rows of this rank, with the token counts of all ranks.
+            data_parallel_size: The data-parallel size.
         """
         squares = sum((end - start) ** 2 for row in step.rows for start, end in pairwise(row.boundaries))
         attention = self.per_squared_length * squares * data_parallel_size
@@ -88,7 +89,7 @@ class FlopsCounter:
 
 def _layer_flops(module: nn.Module) -> float:
     """Return the operations of a linear layer for one token; 0 for anything else."""
-    if isinstance(module, nn.Linear):  # of its sizes: quantized and sharded weights have other shapes
+    if isinstance(module, nn.Linear):  # not the shape of the weight: quantized and sharded weights have other shapes
         size = module.in_features * module.out_features
     elif isinstance(module, Conv1D):
         size = module.nx * module.nf
@@ -102,7 +103,7 @@ def _flops(size: int, trains: bool) -> float:
 
 
 def _active_share(model: PreTrainedModel) -> float:
-    """Return the share of the experts that a token goes through."""
+    """Return the share of the experts that compute each token."""
     config = model.config.get_text_config()
     names = ("num_experts", "num_local_experts", "n_routed_experts")
     experts = next((getattr(config, name) for name in names if getattr(config, name, None)), None)

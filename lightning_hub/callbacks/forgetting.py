@@ -1,4 +1,4 @@
-"""Loss on other data while a model is trained: what it still knows of what it knew."""
+"""Measures the loss on other data during a training, to see what the model forgets."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from lightning_hub.parallel.data_parallel import data_parallel
 
 
 class HasEvalLoaders(Protocol):
-    """A data module that prepares other data as it prepares its own."""
+    """A data module that can prepare other data in the same way as its own."""
 
     def eval_loader_for(self, pretrained: Pretrained, paths: str | list[str], where: str) -> Iterable[StepBatch]:
-        """Return this rank's rows of other data, each as a step of its own."""
+        """Return the packed rows of other data of this rank, each as one step."""
 
 
 class HasLoss(Protocol):
-    """A module that turns a row into the summed loss of its trained tokens."""
+    """A module that computes the summed loss of the trained tokens of a packed row."""
 
     model: torch.nn.Module
     loss_head: Callable[[PackedSequence], Tensor]
@@ -33,32 +33,32 @@ class HasLoss(Protocol):
 class Forgetting(Callback):
     """Measures the loss on data of old tasks beside the validation loss, as ``forgetting/NAME``.
 
-    It is measured before the first step, whenever validation runs, and after the last step, over the whole of the
-    data: the sum over its trained tokens divided by their number. Tokenizer, template and row size are the run's.
+    It is measured before the first step, at each validation, and after the last step, over all of the data: the sum
+    over its trained tokens divided by their number. Tokenizer, template and length of packed rows are those of the run.
 
     Args:
-        eval_also: Data to measure on, by name: a file, folder or hub id, or a list of them.
+        eval_also: Other data by name: a file, folder or hub id, or a list of them.
     """
 
     def __init__(self, eval_also: dict[str, str | list[str]]) -> None:
         if not eval_also:
-            place = "trainer.callbacks.Forgetting.eval_also"
-            raise ConfigError("names no data", where=place, remedy="write NAME: FILE, or leave the callback out")
+            key = "trainer.callbacks.Forgetting.eval_also"
+            raise ConfigError("no data is named", where=key, remedy="write NAME: FILE, or remove the callback")
         self.eval_also = eval_also
         self.write: Callable[[int, Mapping[str, float]], None] = lambda step, values: None
         self._steps: dict[str, Iterable[StepBatch]] = {}
         self._last_step = -1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Prepare the data, before any weight is read."""
+        """Prepare the data before any weight is loaded."""
         data = cast("HasEvalLoaders", trainer.datamodule)  # type: ignore[attr-defined]  # typed without one
         pretrained = cast("HasLoss", pl_module).pretrained
         for name, paths in self.eval_also.items():
-            place = f"trainer.callbacks.Forgetting.eval_also.{name}"
-            self._steps[name] = data.eval_loader_for(pretrained, paths, place)
+            key = f"trainer.callbacks.Forgetting.eval_also.{name}"
+            self._steps[name] = data.eval_loader_for(pretrained, paths, key)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure what a run begins with, unless a validation has done so."""
+        """Measure before the first step, unless a validation has done so."""
         if trainer.global_step == 0 and self._last_step != 0:
             self._measure(trainer, pl_module)
 
@@ -67,18 +67,18 @@ class Forgetting(Callback):
         self._measure(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure what the run ends with, unless a validation has done so."""
+        """Measure after the last step, unless a validation has done so."""
         if trainer.global_step != self._last_step:
             self._measure(trainer, pl_module)
 
     @torch.no_grad()
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = cast("HasLoss", pl_module)
-        modes = {part: part.training for part in module.model.modules()}
+        modes = {submodule: submodule.training for submodule in module.model.modules()}
         module.model.eval()
         found = {f"forgetting/{name}": self._loss(trainer, pl_module, steps) for name, steps in self._steps.items()}
-        for part, training in modes.items():
-            part.training = training
+        for submodule, training in modes.items():
+            submodule.training = training
         self._last_step = trainer.global_step
         trainer.callback_metrics.update({name: torch.tensor(loss) for name, loss in found.items()})
         for logger in trainer.loggers:

@@ -1,4 +1,4 @@
-"""Answers to fixed prompts while a model is trained: the quickest way to see what it learns."""
+"""Generates answers to fixed prompts during a training, to see what the model learns."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_hub.models.generation import Messages
 
 
 class CanGenerate(Protocol):
-    """A module that answers prompts."""
+    """A module that can generate answers to prompts."""
 
     def generate(
         self,
@@ -26,13 +26,13 @@ class CanGenerate(Protocol):
 
 
 class GenerateSamples(Callback):
-    """Answers prompts every so many steps and writes them to the run's ``samples.jsonl``.
+    """Generates answers to prompts at regular steps, and writes them to ``samples.jsonl`` of the run.
 
     Args:
-        prompts: What is asked, each as one user turn.
-        every_n_steps: Steps between two rounds; a round also follows the last step.
-        max_new_tokens: The longest answer, in tokens.
-        temperature: 0 takes the likeliest token each time; above 0 samples.
+        prompts: The prompts, each as one user turn.
+        every_n_steps: Steps between two rounds of answers; there is also one after the last step.
+        max_new_tokens: The largest length of an answer, in tokens.
+        temperature: 0 always takes the most likely token; above 0 tokens are sampled.
     """
 
     def __init__(
@@ -52,12 +52,12 @@ class GenerateSamples(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
-        """Answer the prompts if it is time."""
+        """Generate answers if this step is due."""
         if trainer.global_step % self.every_n_steps == 0:
             self._generate(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Answer the prompts once more, after the last step."""
+        """Generate answers after the last step."""
         self._generate(trainer, pl_module)
 
     def _generate(self, trainer: Trainer, pl_module: LightningModule) -> None:

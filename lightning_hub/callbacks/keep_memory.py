@@ -1,4 +1,4 @@
-"""Host memory that a step has freed is kept for the next one."""
+"""Keeps host memory that a step has freed for the next step."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from lightning_hub.ops.malloc import keep_freed_memory
 
 
 class KeepMemory(Callback):
-    """Keeps freed memory from the first step on: a model that is read before it may give back what it needs no more."""
+    """Keeps freed memory from the first step on; memory that the loading of the model frees before is returned."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set it where the host does the work; tensors of a GPU have an allocator of their own."""
+        """Set the options of malloc if the model is on the CPU; a GPU has its own allocator."""
         if pl_module.device.type == "cpu":
             keep_freed_memory()

@@ -1,4 +1,4 @@
-"""The progress bar: step, loss, tokens per second, time left."""
+"""The progress bar: step, loss, tokens per second, remaining time."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from lightning_hub.ops.batch import StepBatch
 from lightning_hub.progress_bar import SECONDS_BETWEEN_LINES, ProgressBar
 
 SECONDS_BETWEEN_LOSSES = 0.5
-"""How often the loss is read from the device, which the host waits for."""
+"""How often the loss is read from the device, in seconds: the host waits for the device each time."""
 
 
 class ProgressLine(Callback):
-    """Draws a bar on a terminal and prints a line now and then elsewhere.
+    """Draws a bar on a terminal; without a terminal it prints a line every ten seconds.
 
     Args:
-        recorder: Where the speed is read.
+        recorder: It counts the tokens, from which the speed is computed.
     """
 
     def __init__(self, recorder: Recorder) -> None:
@@ -33,7 +33,7 @@ class ProgressLine(Callback):
         self._loss_at = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin the bar."""
+        """Start the bar."""
         if not trainer.is_global_zero:
             return
         self._printed = time.monotonic()
@@ -44,7 +44,7 @@ class ProgressLine(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: StepBatch, batch_idx: int
     ) -> None:
-        """Move the bar, or print a line if it is time."""
+        """Update the bar, or print a line if it is due."""
         if self._bar is None:
             return
         if self._bar.is_drawn:
@@ -55,11 +55,11 @@ class ProgressLine(Callback):
             print(f"step {trainer.global_step}{f'/{total}' if total else ''} {self._numbers(pl_module)}", flush=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Finish the bar."""
+        """Stop the bar."""
         self._finish()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Finish the bar, so that the error stands below it."""
+        """Stop the bar, so that the error is printed below it."""
         self._finish()
 
     def _finish(self) -> None:

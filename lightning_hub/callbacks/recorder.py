@@ -1,4 +1,4 @@
-"""The recorder: what a run tells while it trains, kept off the hot path."""
+"""The recorder: writes metrics, heartbeat and events of a training, without delaying the steps."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lightning_hub.runs.writer import StatusWriter
 
 
 class HasStepMetrics(Protocol):
-    """What the recorder reads of a module after a step."""
+    """The attributes of a module that the recorder reads after a step."""
 
     step_loss: Tensor
     grad_norm: Tensor
@@ -38,22 +38,22 @@ class OutOfMemoryError(HubError):
 
     def __init__(self, step: int, batch: StepBatch, cause: BaseException) -> None:
         lengths = ", ".join(str(row.input_ids.numel()) for row in batch.rows)
-        said = first_line(cause)
+        reason = first_line(cause)
         super().__init__(
-            f"no memory was left in step {step}, whose rows on this rank hold {lengths} tokens ({said[:200]})",
+            f"no memory was left in step {step}, whose packed rows on this rank have {lengths} tokens ({reason[:200]})",
             remedy="lower data.init_args.max_tokens_per_gpu, set model.init_args.gradient_checkpointing, or shard over "
             "more devices with strategy fsdp",
         )
 
 
 class Recorder(Callback):
-    """Keeps the heartbeat true, writes the metrics, and gives them to Lightning's loggers and callbacks.
+    """Updates the heartbeat, writes metrics, and gives them to the loggers and callbacks of Lightning.
 
-    Values stay on the device until a step is logged, so that the host never waits for it in between.
+    Values stay on the device until a step is logged, so the host does not wait for the device in between.
 
     Args:
         rank: The files of this rank.
-        run: Where the run's state is told (rank 0 only).
+        run: The writer of the status of the run (rank 0 only).
     """
 
     def __init__(self, rank: RankWriter, run: StatusWriter | None) -> None:
@@ -69,7 +69,7 @@ class Recorder(Callback):
         self.loss_tokens = 0
         self._lr = 0.0
         self._batch: StepBatch | None = None
-        self._places: dict[int, tuple[int, int]] = {}
+        self._positions_of_steps: dict[int, tuple[int, int]] = {}
         self.val_losses: dict[int, float] = {}
         self._interval_tokens = 0
         self._interval_steps = 0
@@ -78,14 +78,14 @@ class Recorder(Callback):
     # ---- begin and end -----------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the run's metrics to callbacks that measure something of their own (the data is prepared by now)."""
+        """Connect callbacks with their own metrics to the metrics file; the data is prepared by now."""
         self.timer.enter("model")
         for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by Lightning's connector
             if isinstance(callback, Forgetting) and self.run is not None:
                 callback.write = self.rank.log
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write what the data came to, before anything is trained on it (the model is read by now)."""
+        """Write the data report before the first step; the model is loaded by now."""
         self.timer.enter("setup")
         if self.run is None:
             return
@@ -93,7 +93,7 @@ class Recorder(Callback):
         data.prepared.write_report(self.run.folder.data_report, packing=data.packing_report())
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say that training runs, and how long."""
+        """Write that the training runs, and its number of steps."""
         self.activity.phase, self.activity.step = "train", trainer.global_step
         if self.run is not None:
             total = trainer.estimated_stepping_batches
@@ -104,12 +104,12 @@ class Recorder(Callback):
         self._restart_interval()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the training phase."""
+        """End the training phase."""
         self.activity.phase = "exit"
         self.timer.enter("teardown")
 
     def _count_flops(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find out what a step computes, where the peak of the device is known."""
+        """Count the operations of a step, if the peak of the device is known."""
         peak = peak_flops(pl_module.device) if "16" in str(trainer.precision) else None
         model = getattr(pl_module, "model", None)
         if peak is not None and isinstance(model, PreTrainedModel):
@@ -120,7 +120,7 @@ class Recorder(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: StepBatch, batch_idx: int
     ) -> None:
-        """Say that a step begins; what was saved before it took no training time."""
+        """Record the start of a step; the time of a save before it does not count as training time."""
         if self.activity.phase == "save":
             self._since += time.monotonic() - self.activity.doing_since
             self.timer.enter("steps")
@@ -128,21 +128,24 @@ class Recorder(Callback):
         self.activity.begin("forward")
         self._batch = batch
         step = trainer.global_step + 1
-        self._places = {step: (trainer.current_epoch, batch_idx), step - 1: self._places.get(step - 1, (0, 0))}
+        self._positions_of_steps = {
+            step: (trainer.current_epoch, batch_idx),
+            step - 1: self._positions_of_steps.get(step - 1, (0, 0)),
+        }
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Say that a backward begins."""
+        """Record the start of a backward."""
         self.activity.begin("backward")
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Say that the optimizer begins, and with which learning rate."""
+        """Record the start of the optimizer step, and its learning rate."""
         self.activity.begin("optimizer")
         self._lr = float(optimizer.param_groups[0]["lr"])
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: StepBatch, batch_idx: int
     ) -> None:
-        """Count the step, and log it if it is its turn."""
+        """Count the step, and log it if this is due."""
         step = trainer.global_step
         if self.timer.phase == "first step":
             self.timer.enter("steps")
@@ -161,10 +164,10 @@ class Recorder(Callback):
             self._log_step(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Keep the samples of a step that could not be learnt from, and say what a step was that took all memory.
+        """Record the samples of a step that is not finite, and describe a step that ran out of memory.
 
         Raises:
-            OutOfMemoryError: In place of an error that names bytes only.
+            OutOfMemoryError: In place of an error of torch, which names only bytes.
         """
         if self._batch is not None and classify(exception) == "oom":
             raise OutOfMemoryError(trainer.global_step + 1, self._batch, exception) from exception
@@ -172,10 +175,10 @@ class Recorder(Callback):
             self._note_samples(trainer, getattr(exception, "step", trainer.global_step), "not finite")
 
     def _note_samples(self, trainer: Trainer, step: int, event: str) -> None:
-        """Write down which samples, of all ranks, formed a step."""
-        if self.run is not None and step in self._places:
+        """Write an event with the samples of a step, of all ranks."""
+        if self.run is not None and step in self._positions_of_steps:
             plan = trainer.datamodule.plan  # type: ignore[attr-defined]  # Lightning types its trainer without one
-            self.run.event(event, step=step, samples=plan.sample_indices(*self._places[step]))
+            self.run.event(event, step=step, samples=plan.sample_indices(*self._positions_of_steps[step]))
 
     def _log_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = cast("HasStepMetrics", pl_module)
@@ -218,13 +221,13 @@ class Recorder(Callback):
     # ---- validation and saving ---------------------------------------------------------------------------------------
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say that a validation begins."""
+        """Record the start of a validation."""
         self._before_validation = self.timer.enter("validation")
         self.activity.phase = "eval"
         self.activity.begin("validation")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the validation loss; the one before training stands at step 0."""
+        """Write the validation loss; the one before the training has step 0."""
         loss = trainer.callback_metrics.get("val_loss")
         if loss is not None:
             step = 0 if trainer.sanity_checking else trainer.global_step
@@ -235,18 +238,18 @@ class Recorder(Callback):
                     logger.log_metrics({"val_loss": float(loss)}, step=step)
         self.timer.enter(self._before_validation)
         self.activity.phase = "train"
-        self._since += time.monotonic() - self.activity.doing_since  # validating is no training time
+        self._since += time.monotonic() - self.activity.doing_since  # validation does not count as training time
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Say that a checkpoint is being written."""
+        """Record the start of a save."""
         self.timer.enter("saving")
         self.activity.phase = "save"
         self.activity.begin("save checkpoint")
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the counters that go on after a resume."""
+        """Return the counters, which continue after a resume."""
         return {"tokens": self.tokens, "loss_tokens": self.loss_tokens}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
+        """Restore the counters."""
         self.tokens, self.loss_tokens = state_dict["tokens"], state_dict["loss_tokens"]

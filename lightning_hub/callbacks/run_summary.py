@@ -1,4 +1,4 @@
-"""A summary of a run before its first step: model, what trains, data, number of steps."""
+"""The summary of a run before its first step: model, what trains, data, number of steps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class RunSummary(Callback):
     """Prints model, data and steps when training starts, on rank 0."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the lines."""
+        """Print the summary."""
         if trainer.is_global_zero:
             data = cast("ChatData", trainer.datamodule)  # type: ignore[attr-defined]  # typed without one
             module = cast("CausalLMModule", pl_module)
@@ -32,7 +32,7 @@ def _model(module: CausalLMModule) -> str:
 
 
 def _kernels(module: CausalLMModule) -> list[str]:
-    """Return what was found out about the model that makes it slower than others."""
+    """Return notes about properties of the model that make it slower than others."""
     assert module.loss_head is not None, "configure_model has run"
     capabilities = module.loss_head.capabilities
     notes = []
@@ -40,11 +40,11 @@ def _kernels(module: CausalLMModule) -> list[str]:
         notes.append(f"documents run one by one with {capabilities.attention}: {capabilities.reason}")
     if capabilities.max_document_length is not None:
         notes.append(
-            f"rows with a document of more than {capabilities.max_document_length:,} tokens run one by one: "
+            f"packed rows with a document of more than {capabilities.max_document_length:,} tokens run one by one: "
             f"{capabilities.reason}"
         )
     if not capabilities.has_linear_head:
-        notes.append("the model's head is more than one linear layer: the loss is computed from whole logits")
+        notes.append("the model's head is more than one linear layer: the loss is computed from full logits")
     if capabilities.adds_to_loss:
         notes.append("the model's own loss has other terms than the cross-entropy of the next token: they are left out")
     return [f"note   {note}" for note in notes]
@@ -57,11 +57,13 @@ def _data(data: ChatData) -> list[str]:
     lines = [
         f"data   {layouts}",
         f"       {report.samples:,} samples, {report.tokens:,} tokens, {report.trained_share:.1%} of them trained; "
-        f"rows of {data.batching.max_tokens:,} are {fill:.1%} full",
+        f"packed rows of {data.batching.max_tokens:,} are {fill:.1%} full",
     ]
-    dropped = [f"{count:,} rows dropped: {reason}" for reason, count in report.dropped.items() if count]
-    dropped += [f"{report.truncated:,} rows cut, {report.tokens_lost:,} tokens lost"] if report.truncated else []
-    return lines + [f"note   {line}" for line in [*dropped, *(f"{note}: {n}" for note, n in report.notes.items())]]
+    notes = [f"{count:,} examples dropped: {reason}" for reason, count in report.dropped.items() if count]
+    if report.truncated:
+        notes.append(f"{report.truncated:,} samples truncated, {report.tokens_lost:,} tokens lost")
+    notes += [f"{note}: {count}" for note, count in report.notes.items()]
+    return lines + [f"note   {note}" for note in notes]
 
 
 def _steps(trainer: Trainer, data: ChatData) -> str:

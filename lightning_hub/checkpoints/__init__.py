@@ -1,1 +1,1 @@
-"""Checkpoints that are whole or do not exist, exact resume, and export to plain Hugging Face folders."""
+"""Checkpoints that are complete or do not exist, exact resume, and export to Hugging Face folders."""

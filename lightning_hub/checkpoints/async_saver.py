@@ -1,4 +1,4 @@
-"""Writing a checkpoint in a thread while training goes on."""
+"""Writes a checkpoint in a thread while training continues."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_hub.parallel.collectives import Ranks
 
 
 class AsyncSaver:
-    """One save at a time, in a thread that talks to those of the other ranks through a process group of its own."""
+    """Runs one save at a time in a thread; the threads of all ranks have their own process group."""
 
     def __init__(self) -> None:
         self._thread: Thread | None = None
@@ -20,7 +20,7 @@ class AsyncSaver:
         self._group: ProcessGroup | None = None
 
     def ranks(self, *, alone: bool) -> Ranks:
-        """Return the processes whose threads work together; every rank must call this at the same time."""
+        """Return the ranks whose threads save together; every rank must call this at the same time."""
         if alone or not torch.distributed.is_initialized():
             return Ranks(alone=True)
         if self._group is None:
@@ -28,26 +28,28 @@ class AsyncSaver:
         return Ranks(group=self._group)
 
     def start(self, work: Callable[[], object]) -> None:
-        """Begin; what was begun before has ended."""
-        assert self._thread is None, "the save before has been waited for"
+        """Start a save; the previous one must have ended."""
+        assert self._thread is None, "the previous save has ended"
 
         def run() -> None:
             try:
                 work()
-            except Exception as error:  # raised where the training waits for this
+            except Exception as error:  # raised by the training thread, in `ended`
                 self._fault = error
 
-        self._thread = Thread(target=run, name="checkpoint", daemon=True)  # a hard stop does not wait for a disk
+        self._thread = Thread(
+            target=run, name="checkpoint", daemon=True
+        )  # a daemon: a hard stop does not wait for the disk
         self._thread.start()
 
     def ended(self, *, wait: bool) -> bool:
-        """Return whether the save has ended on every rank; every rank must ask at the same step.
+        """Return whether the save has ended on every rank; every rank must call this at the same step.
 
         Args:
             wait: Whether to wait for it.
 
         Raises:
-            Exception: What went wrong in it, the same on every rank.
+            Exception: The error of the save, the same on every rank.
         """
         if not wait and not all(Ranks().all_gather_object(self._thread is None or not self._thread.is_alive())):
             return False
@@ -55,7 +57,7 @@ class AsyncSaver:
         return True
 
     def _join(self) -> None:
-        if self._thread is not None:  # a rank that writes nothing has none
+        if self._thread is not None:  # only ranks that write have a thread
             self._thread.join()
         self._thread, fault, self._fault = None, self._fault, None
         if fault is not None:

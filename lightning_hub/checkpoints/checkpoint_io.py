@@ -1,8 +1,8 @@
-"""The checkpoint format for Lightning: a folder of safetensors and small states that load without running code.
+"""The checkpoint format, as a CheckpointIO of Lightning: a folder of files that load without running code.
 
-``weights.safetensors`` and ``optimizer.safetensors`` hold everything where one rank writes, and each writing rank's own
-parts (``weights-00001-of-00002.safetensors``) where several do. ``state.pt`` holds the rest, small and the same for all
-ranks; ``random-<share>.pt`` the random state of those ranks that run one share of the data.
+If one rank writes, ``weights.safetensors`` and ``optimizer.safetensors`` contain all tensors. If several ranks write,
+each has its own files with its shards (``weights-00001-of-00002.safetensors``). ``state.pt`` contains everything else,
+which is small and equal on all ranks, and ``random-<share>.pt`` the random state of one data-parallel rank.
 """
 
 from __future__ import annotations
@@ -34,46 +34,46 @@ _RANDOM = re.compile(r"random-(\d+)\.pt")
 
 
 class FolderCheckpointIO(CheckpointIO):
-    """Writes a Lightning checkpoint as a committed folder and reads it back after verifying it.
+    """Writes a Lightning checkpoint as a committed folder, and verifies a folder before it reads it.
 
-    What it reads holds no tensors but `CheckpointTensors`, from which live ones are filled in place.
+    The loaded checkpoint has `CheckpointTensors` in place of tensors; live tensors are loaded from it in place.
 
     Args:
-        facts: What a resume compares with, written to the manifest.
-        trusted: Whether a folder without a manifest is read as well.
+        facts: Facts of the run for the comparison at a resume, written to the manifest.
+        trusted: Whether to read a folder without a manifest as well.
     """
 
     def __init__(self, facts: dict[str, str] | None = None, *, trusted: bool = False) -> None:
         self.facts = {} if facts is None else facts
         self.trusted = trusted
         self.background: AsyncSaver | None = None
-        """Where saves are written; none in the training's own thread."""
+        """The saver for asynchronous saves; None to write in the training thread."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: object = None) -> None:
-        """Commit a checkpoint under ``path``; called on one rank, which holds everything."""
+        """Commit a checkpoint under ``path``; called on one rank, which has all tensors."""
         self._save(Snapshot.of(checkpoint), Path(path), alone=True)
 
     def save_together(self, checkpoint: dict[str, Any], path: str | Path) -> None:
-        """Commit a checkpoint under ``path``; called on every rank, with what it holds."""
+        """Commit a checkpoint under ``path``; called on every rank, with its shards."""
         self._save(Snapshot.of(checkpoint), Path(path), alone=False)
 
     def _save(self, snapshot: Snapshot, path: Path, *, alone: bool) -> None:
-        mine = snapshot.share(Ranks(alone=alone))
+        shard = snapshot.share(Ranks(alone=alone))
         manifest = Manifest(snapshot.step, snapshot.world_size, snapshot.strategy, facts=dict(self.facts))
         if self.background is None:
-            _commit(path, manifest, mine, Ranks(alone=alone))
+            _commit(path, manifest, shard, Ranks(alone=alone))
             return
-        ranks, copy = self.background.ranks(alone=alone), mine.on_host()
+        ranks, copy = self.background.ranks(alone=alone), shard.on_host()
         self.background.start(lambda: _commit(path, manifest, copy, ranks))
 
     def load_checkpoint(
         self, path: str | Path, map_location: object = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Verify and open a checkpoint; pickled objects are refused whatever the caller says.
+        """Verify and open a checkpoint; pickled objects are always rejected, also if the caller allows them.
 
         Raises:
-            ConfigError: This is no folder of ours.
-            DamagedError: It is not what its manifest says.
+            ConfigError: The path is not a checkpoint folder.
+            DamagedError: A file is not as the manifest says.
         """
         folder, ranks = resolve_checkpoint(str(path), trusted=self.trusted), Ranks()
         if self.trusted:
@@ -98,12 +98,12 @@ class FolderCheckpointIO(CheckpointIO):
 
 @dataclass(frozen=True)
 class CheckpointTensors:
-    """What live tensors and random generators are filled from.
+    """The tensors and random states of an opened checkpoint.
 
     Attributes:
-        weights: The model's tensors.
-        optimizer: The optimizer's, under ``name of the weight / key``.
-        random: Files of random states by share of the data.
+        weights: The tensors of the model.
+        optimizer: The tensors of the optimizer, as ``name of the weight/key``.
+        random: Files of random states by data-parallel rank.
     """
 
     weights: TensorReader
@@ -111,7 +111,7 @@ class CheckpointTensors:
     random: dict[int, Path]
 
     def restore_random(self, share: int) -> None:
-        """Go on with the random numbers of a share; one that did not exist gets numbers of its own."""
+        """Restore the random state of a data-parallel rank; a rank that did not exist gets a new seed."""
         nearest = share if share in self.random else min(self.random, default=None)
         if nearest is not None:
             restore_random_state(_load(self.random[nearest]))
@@ -120,26 +120,26 @@ class CheckpointTensors:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Return what a checkpoint holds beside tensors, for what must be known before there are any.
+    """Return the content of a checkpoint without its tensors; it can be read before a model is built.
 
     Raises:
-        DamagedError: It cannot be read.
+        DamagedError: The file cannot be read.
     """
     return _load(folder / STATE)
 
 
-def _commit(path: Path, manifest: Manifest, mine: SnapshotShard, ranks: Ranks) -> None:
-    commit(path, manifest, lambda folder: _write(folder, mine, ranks), mine.num_bytes, ranks)
+def _commit(path: Path, manifest: Manifest, shard: SnapshotShard, ranks: Ranks) -> None:
+    commit(path, manifest, lambda folder: _write(folder, shard, ranks), shard.num_bytes, ranks)
 
 
-def _write(folder: Path, mine: SnapshotShard, ranks: Ranks) -> Files:
-    snapshot, ending = mine.snapshot, ".safetensors"
-    if mine.is_sharded:
+def _write(folder: Path, shard: SnapshotShard, ranks: Ranks) -> Files:
+    snapshot, ending = shard.snapshot, ".safetensors"
+    if shard.is_sharded:
         ending = f"-{ranks.rank + 1:05d}-of-{ranks.size:05d}{ending}"
     files: Files = {}
-    for name, parts in ((WEIGHTS, snapshot.weights), (OPTIMIZER, snapshot.optimizer)):
-        if parts:
-            files |= write_tensors(folder / f"{name}{ending}", parts, snapshot.aliases if name == WEIGHTS else {})
+    for name, shards in ((WEIGHTS, snapshot.weights), (OPTIMIZER, snapshot.optimizer)):
+        if shards:
+            files |= write_tensors(folder / f"{name}{ending}", shards, snapshot.aliases if name == WEIGHTS else {})
     if snapshot.random is not None:
         share, state = snapshot.random
         files |= write_file(folder / f"random-{share}.pt", [_pickled(state)])
@@ -158,9 +158,11 @@ def _load(path: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        message = "this file holds more than tensors and plain values; none of it was run"
-        raise ConfigError(message, where=str(path), remedy="resume from a checkpoint of ours") from error
+        message = "this file contains more than tensors and plain values; nothing of it was run"
+        raise ConfigError(
+            message, where=str(path), remedy="resume from a checkpoint that Lightning Hub wrote"
+        ) from error
     except (OSError, RuntimeError, EOFError) as error:
         reason = first_line(error)
-        raise DamagedError(f"this is no state of ours ({reason})", where=str(path)) from error
+        raise DamagedError(f"this is not the state file of a checkpoint ({reason})", where=str(path)) from error
     return state

@@ -1,4 +1,4 @@
-"""Export: a plain Hugging Face folder that anything can load, verified before it is called done."""
+"""Writes an export: a Hugging Face folder, whose tensors are compared with memory before it gets its name."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ def write_export(
     """Write weights, configuration, tokenizer, chat template and generation config to a folder.
 
     Args:
-        target: The folder; one that exists is replaced by the finished new one.
+        target: The folder; an existing one is replaced when the new one is complete.
         model: The model whose classes write the files.
-        weights: What is written, by the model's own names.
+        weights: The tensors to write, by the names of the state dict.
         tokenizer: The tokenizer that made the training data, with its chat template.
-        beside: Writes what else belongs into the folder.
+        beside: Writes further files into the folder.
 
     Raises:
         HubError: A written tensor differs from the one in memory.
     """
     with atomic_folder(target) as building:
         model.save_pretrained(building, state_dict=dict(weights))
-        _tell_dtype(building, model, weights)
+        _write_dtype(building, model, weights)
         tokenizer.save_pretrained(building)
         _compare(building, model, weights)
         beside(building)
 
 
-def _tell_dtype(folder: Path, model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
-    """Say in the configuration in which dtype weights are written: whoever loads them goes by that."""
+def _write_dtype(folder: Path, model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
+    """Write the dtype of the weights to the configuration, because readers load them in that dtype."""
     dtypes = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
     if len(dtypes) == 1 and dtypes != {model.dtype}:
         config = deepcopy(model.config)
@@ -53,9 +53,9 @@ def _tell_dtype(folder: Path, model: PreTrainedModel, weights: Mapping[str, Tens
 
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """Give a folder to write and check; it gets its name, in the place of an older one, when that has gone well.
+    """Yield a temporary folder; after the context without an error, rename it to ``target`` and delete an older one.
 
-    What lies beside it for that time has a hidden name: ``NAME.old`` may be a folder of somebody's own.
+    The temporary names are hidden: ``NAME.old`` may be a folder of the user.
     """
     building = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(building, ignore_errors=True)
@@ -83,7 +83,7 @@ def _compare(folder: Path, model: PreTrainedModel, weights: Mapping[str, Tensor]
     written: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as stream:
-            for name in stream.keys():  # noqa: SIM118  # no dictionary
+            for name in stream.keys():  # noqa: SIM118  # not a dict
                 if name not in weights:
                     written = type(model).from_pretrained(folder, dtype=model.dtype).state_dict()
                     break
@@ -94,4 +94,4 @@ def _compare(folder: Path, model: PreTrainedModel, weights: Mapping[str, Tensor]
 
 def _same(folder: Path, name: str, written: Tensor, memory: Tensor) -> None:
     if not written.equal(memory.cpu()):
-        raise HubError(f"{name} was not written as it is in memory", where=str(folder), remedy="export again")
+        raise HubError(f"the written {name} differs from the one in memory", where=str(folder), remedy="export again")

@@ -1,4 +1,4 @@
-"""The ``checkpoint`` section of a recipe: when the state of a run is saved, and how much of it is kept."""
+"""The ``checkpoint`` section of a recipe: when checkpoints are saved, and which are kept."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning_hub.config.bounds import Bounds, check_bounds
 
 @dataclass(frozen=True)
 class Best:
-    """Which checkpoints are kept for their metric.
+    """Which checkpoints are kept because of a metric.
 
     Args:
         metric: Name of a logged metric.
@@ -25,15 +25,15 @@ class Best:
 
 @dataclass(frozen=True)
 class CheckpointSettings:
-    """When the state of the run is saved, and how much of it is kept.
+    """When checkpoints are saved, and which are kept.
 
     Args:
-        every_n_steps: Save after every so many optimizer steps; not by steps if null.
-        every_n_epochs: Save at the end of every so many epochs; not by epochs if null.
-        every_minutes: Save when so many minutes have passed since the last save; not by time if null.
-        keep: How many of the newest checkpoints are kept, at least 2: a run must survive a damaged one.
-        best: Keep the best by a metric as well; none if null.
-        asynchronous: Copy the state to host memory and write it while training goes on.
+        every_n_steps: Save each time after this number of optimizer steps; null for not by steps.
+        every_n_epochs: Save each time at the end of this number of epochs; null for not by epochs.
+        every_minutes: Save when this number of minutes has passed since the last save; null for not by time.
+        keep: How many of the newest checkpoints are kept, at least 2, because one can be damaged.
+        best: Keep the best checkpoints by a metric as well; null for none.
+        asynchronous: Copy the state to host memory, and write it while training continues.
     """
 
     every_n_steps: Annotated[int, Bounds(">= 1")] | None = None

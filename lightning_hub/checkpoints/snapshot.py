@@ -1,4 +1,4 @@
-"""What one process gives to a checkpoint, and which part of it this process writes."""
+"""The state that one process has for a checkpoint, and the shards of it that this process writes."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from lightning_hub.errors import HubError
 from lightning_hub.parallel.collectives import Ranks
 
 Key: TypeAlias = tuple[str, str, tuple[int, ...]]
-"""What identifies a part in every process: its kind, the name of the whole, and where it begins."""
+"""Identifies a shard on every rank: kind, name of the tensor, and offsets in the full tensor."""
 
 MAX_NAMED_TENSORS = 3
 """How many tensors an error names."""
 
 
 class NotFiniteError(HubError):
-    """Weights or optimizer hold NaN or infinite numbers: no run could go on from them."""
+    """Weights or optimizer have NaN or infinite numbers, so a run could not resume from them."""
 
     kind = "nan"
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What this process holds of the state of a run.
+    """The state of a run on this rank.
 
     Attributes:
-        step: Finished optimizer steps.
-        world_size: Processes of the run.
-        strategy: The strategy's word.
-        weights: Parts of the model's tensors.
-        aliases: Further names of weights: tied ones are one tensor.
-        optimizer: Parts of the optimizer's tensors, under ``name of the weight / key``.
-        random: The share of the data that this process runs, and its random state; None if it is not kept.
-        state: Everything else: small, and the same in every process.
+        step: Number of finished optimizer steps.
+        world_size: Number of ranks of the run.
+        strategy: Name of the strategy.
+        weights: Shards of the tensors of the model.
+        aliases: Further names of tied weights, each with the name under which the tensor is saved.
+        optimizer: Shards of the tensors of the optimizer, as ``name of the weight/key``.
+        random: The data-parallel rank of this process and its random state; None if it is not saved.
+        state: Everything else: small, and equal on every rank.
     """
 
     step: int
@@ -55,7 +55,7 @@ class Snapshot:
 
     @classmethod
     def of(cls, checkpoint: Mapping[str, Any]) -> Snapshot:
-        """Take apart what Lightning saves: with parts and names where our callback has seen it, else weights only."""
+        """Take the checkpoint dict of Lightning apart; without `CheckpointSaver` it has weights only."""
         state = dict(checkpoint)
         parts, aliases = _untied(state.pop("state_dict"))
         return cls(
@@ -70,32 +70,34 @@ class Snapshot:
         )
 
     def share(self, ranks: Ranks) -> SnapshotShard:
-        """Return what this process writes: each part is written by the first process that holds it.
+        """Return what this rank writes: each shard is written by the first rank that has it.
 
         Raises:
-            NotFiniteError: Some process holds numbers that are not finite.
+            NotFiniteError: Some rank has numbers that are not finite.
         """
-        held = ranks.run_on_all(self._checked_keys)
+        keys_of_ranks = ranks.run_on_all(self._checked_keys)
         owners: dict[Key, int] = {}
-        for rank, keys in enumerate(held):
+        for rank, keys in enumerate(keys_of_ranks):
             for key in keys:
                 owners.setdefault(key, rank)
-        mine = {key for key in held[ranks.rank] if owners[key] == ranks.rank}
+        owned = {key for key in keys_of_ranks[ranks.rank] if owners[key] == ranks.rank}
 
         def own(kind: str, parts: dict[str, Shard]) -> dict[str, Shard]:
-            return {name: part for name, part in parts.items() if (kind, name, part.offsets) in mine}
+            return {name: part for name, part in parts.items() if (kind, name, part.offsets) in owned}
 
-        random = self.random if self.random is not None and _random_key(self.random[0]) in mine else None
-        kept = replace(
+        random = self.random if self.random is not None and _random_key(self.random[0]) in owned else None
+        snapshot = replace(
             self, weights=own("weights", self.weights), optimizer=own("optimizer", self.optimizer), random=random
         )
-        return SnapshotShard(kept, is_sharded=any(rank > 0 and kind != "random" for (kind, *_), rank in owners.items()))
+        return SnapshotShard(
+            snapshot, is_sharded=any(rank > 0 and kind != "random" for (kind, *_), rank in owners.items())
+        )
 
     def _kinds(self) -> dict[str, dict[str, Shard]]:
         return {"weights": self.weights, "optimizer": self.optimizer}
 
     def _checked_keys(self) -> list[Key]:
-        """Return what identifies the parts that this process holds, empty shares left out."""
+        """Return the keys of the shards of this rank, without empty shards."""
         self._check_finite()
         keys: list[Key] = [
             (kind, name, part.offsets)
@@ -106,10 +108,10 @@ class Snapshot:
         return keys if self.random is None else [*keys, _random_key(self.random[0])]
 
     def _check_finite(self) -> None:
-        """Refuse numbers that are not finite.
+        """Raise an error for numbers that are not finite.
 
-        A finite sum has only finite terms. Sums cost no memory and one wait for the device; those that are not
-        finite, which a sum of large numbers can be too, are looked at term by term.
+        A finite sum has only finite terms. Sums need no memory and one synchronisation with the device. A sum that is
+        not finite can also come from large numbers, so the elements of such a tensor are checked.
         """
         floats = [
             (name, part.data)
@@ -121,21 +123,21 @@ class Snapshot:
             return
         device = floats[0][1].device
         sums = torch.stack([tensor.sum(dtype=torch.float32).to(device) for _, tensor in floats])
-        suspects = [floats[place] for place in sums.isfinite().logical_not().nonzero().flatten().tolist()]
+        suspects = [floats[index] for index in sums.isfinite().logical_not().nonzero().flatten().tolist()]
         bad = [name for name, tensor in suspects if not tensor.isfinite().all()]
         if bad:
             more = f" and {len(bad) - MAX_NAMED_TENSORS} more" if len(bad) > MAX_NAMED_TENSORS else ""
             message = f"no checkpoint of step {self.step}: {', '.join(bad[:MAX_NAMED_TENSORS])}{more} not finite"
-            raise NotFiniteError(message, remedy="go on from an older checkpoint, with a lower learning rate")
+            raise NotFiniteError(message, remedy="resume from an older checkpoint, with a lower learning rate")
 
 
 @dataclass(frozen=True)
 class SnapshotShard:
-    """What one process writes of a checkpoint.
+    """The shards of a checkpoint that one rank writes.
 
     Attributes:
-        snapshot: Its parts only.
-        several: Whether more than one process writes tensors.
+        snapshot: A snapshot with these shards only.
+        is_sharded: Whether more than one rank writes tensors.
     """
 
     snapshot: Snapshot
@@ -143,15 +145,15 @@ class SnapshotShard:
 
     @property
     def num_bytes(self) -> int:
-        """What it takes on disk."""
+        """The bytes of its tensors on disk."""
         parts = [*self.snapshot.weights.values(), *self.snapshot.optimizer.values()]
         return sum(part.data.nbytes for part in parts)
 
     def on_host(self) -> SnapshotShard:
         """Return a copy in host memory, which later steps do not change."""
-        given = self.snapshot
+        live = self.snapshot
         copied = replace(
-            given, weights=_copied(given.weights), optimizer=_copied(given.optimizer), state=deepcopy(given.state)
+            live, weights=_copied(live.weights), optimizer=_copied(live.optimizer), state=deepcopy(live.state)
         )
         return replace(self, snapshot=copied)
 
@@ -174,8 +176,8 @@ def _untied(state: Mapping[str, Shard | Tensor]) -> tuple[dict[str, Shard], dict
         if isinstance(given, Shard):
             part, identity = given, id(given)
         elif isinstance(given, DTensor):
-            message = "weights alone of a model whose parts lie on several ranks cannot be saved"
-            raise HubError(message, where="save_weights_only", remedy="save everything, and export from that")
+            message = "save_weights_only does not work for a model that is sharded over several ranks"
+            raise HubError(message, where="save_weights_only", remedy="save a full checkpoint, and export from it")
         else:
             part, identity = Shard.of(given), (given.data_ptr(), given.shape) if given.numel() else id(given)
         if identity in first:

@@ -1,7 +1,7 @@
-"""The live tensors of a training by name, and filling them again: the same in every topology.
+"""Returns the live tensors of a training by name, and loads them again, in every topology.
 
-The optimizer's state goes by the names of weights and not by its groups, which differ from mesh to mesh. Its settings
-and the schedule come from the recipe; of the schedule only the step is kept.
+The state of the optimizer is stored by the names of weights, not by its parameter groups, which depend on the mesh. The
+settings of optimizer and schedule come from the recipe; of the schedule only the step is stored.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from lightning_hub.parallel.dtensor import local_tensor, shard_offsets
 
 @runtime_checkable
 class HasCheckpointState(Protocol):
-    """A module that says which of its tensors a checkpoint holds; of another it holds all."""
+    """A module that defines which of its tensors a checkpoint contains; of other modules it contains all."""
 
     def checkpoint_state_dict(self) -> dict[str, Tensor]:
-        """Return live tensors, each under all of its names."""
+        """Return live tensors; a tied tensor is listed under each of its names."""
 
 
 def weights(module: nn.Module) -> dict[str, Shard]:
-    """Return this rank's parts of all weights; tied weights are the same object under two names."""
+    """Return the shards of all weights on this rank; tied weights are the same object under two names."""
     state = _state(module)
-    parts = {id(tensor): part(tensor) for tensor in state.values()}
-    return {name: parts[id(tensor)] for name, tensor in state.items()}
+    shards = {id(tensor): part(tensor) for tensor in state.values()}
+    return {name: shards[id(tensor)] for name, tensor in state.items()}
 
 
 def optimizer_state(module: nn.Module, optimizers: Iterable[Optimizer]) -> dict[str, Shard]:
-    """Return this rank's parts of the optimizers' tensors, as ``name of the weight/key``."""
+    """Return the shards of the optimizers' tensors on this rank, as ``name of the weight/key``."""
     names = _names(module)
     return {
         f"{names[id(parameter)]}/{key}": part(torch.as_tensor(value))
@@ -46,30 +46,31 @@ def optimizer_state(module: nn.Module, optimizers: Iterable[Optimizer]) -> dict[
 
 
 def part(tensor: Tensor) -> Shard:
-    """Return what this rank holds of a tensor."""
+    """Return the shard of a tensor on this rank."""
     tensor = tensor.detach()
     return Shard(local_tensor(tensor), shard_offsets(tensor), tuple(tensor.shape))
 
 
 def load_weights(module: nn.Module, stored: TensorReader) -> None:
-    """Fill this rank's part of every weight in place.
+    """Load the shard of every weight on this rank in place.
 
     Raises:
-        HubError: What is stored are not the weights of this model.
+        ConfigError: The checkpoint has a tensor that the model does not have.
+        DamagedError: A weight is not stored, or has another shape.
     """
     for name in set(stored.names()) - _state(module).keys():
-        _make_room(module, name, stored)
+        _allocate_buffer(module, name, stored)
     state = _state(module)
     unknown = sorted(set(stored.names()) - state.keys())
     if unknown:
-        message = f"the checkpoint holds {unknown[0]}, which the model has not"
+        message = f"the checkpoint has {unknown[0]}, which the model does not have"
         raise ConfigError(message, where="--resume", remedy="resume with its model, method and options")
     for name, tensor in {id(tensor): (name, tensor) for name, tensor in state.items()}.values():
         stored.fill(name, part(tensor))
 
 
-def _make_room(module: nn.Module, name: str, stored: TensorReader) -> None:
-    """Give a buffer that a module may have or not the memory for what is stored of it."""
+def _allocate_buffer(module: nn.Module, name: str, stored: TensorReader) -> None:
+    """Allocate a buffer that is None in the module but stored in the checkpoint."""
     path, _, leaf = name.rpartition(".")
     try:
         owner = module.get_submodule(path)
@@ -81,22 +82,22 @@ def _make_room(module: nn.Module, name: str, stored: TensorReader) -> None:
 
 
 def load_optimizer_state(module: nn.Module, optimizer: Optimizer, stored: TensorReader) -> None:
-    """Give an optimizer that has made no step the state that is stored; it keeps the settings that it has."""
+    """Load the stored state into an optimizer before its first step; its settings do not change."""
     names, keys = _names(module), _keys(stored)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
-    for place, parameter in enumerate(parameters):
+    for index, parameter in enumerate(parameters):
         name = names[id(parameter)]
         for key in keys.get(name, ()):
-            whole = stored.shape(f"{name}/{key}") == tuple(parameter.shape)
-            value = torch.empty_like(parameter) if whole else torch.empty(stored.shape(f"{name}/{key}"))
+            is_like_weight = stored.shape(f"{name}/{key}") == tuple(parameter.shape)  # else a scalar, such as the step
+            value = torch.empty_like(parameter) if is_like_weight else torch.empty(stored.shape(f"{name}/{key}"))
             stored.fill(f"{name}/{key}", part(value))
-            state.setdefault(place, {})[key] = value.detach()
+            state.setdefault(index, {})[key] = value.detach()
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def set_scheduler_step(scheduler: LambdaLR, step: int) -> None:
-    """Let a schedule stand after ``step`` steps, whatever its learning rates were before."""
+    """Set the scheduler, and the learning rates of its optimizer, to ``step`` finished steps."""
     rates = [base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
     for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
@@ -105,7 +106,7 @@ def set_scheduler_step(scheduler: LambdaLR, step: int) -> None:
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:
-    """Return the live tensors that are kept; asking for them makes full sharding let go of gathered weights."""
+    """Return the live tensors of a checkpoint; FSDP frees gathered weights when they are requested."""
     if isinstance(module, HasCheckpointState):
         return module.checkpoint_state_dict()
     state: dict[str, Tensor] = module.state_dict(keep_vars=True)

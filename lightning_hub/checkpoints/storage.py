@@ -1,9 +1,9 @@
-"""Folders that appear whole or not at all.
+"""Writes checkpoint folders so that they are complete or do not exist.
 
-A checkpoint is built beside its final place, on the same file system, flushed to disk, described by a manifest that
-is written last, and renamed. A folder without a valid manifest does not exist; a folder with one can be trusted byte
-by byte, because the manifest knows the size and the hash of every file. Several processes build one folder together:
-each writes and hashes files of its own, rank 0 does the rest.
+A checkpoint is built in a temporary folder on the same file system and flushed to disk; its manifest is written last,
+and then the folder is renamed. A folder without a valid manifest is not a checkpoint. With a manifest every byte can be
+verified, because it has the size and the hash of every file. Several ranks build one folder together: each writes and
+hashes its own files, and rank 0 does the rest.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ Files: TypeAlias = dict[str, tuple[int, str]]
 
 
 class DiskFullError(HubError):
-    """There is no room for a checkpoint."""
+    """There is not enough free space for a checkpoint."""
 
     kind = "disk"
 
 
 def write_file(path: Path, blocks: Iterable[bytes | memoryview]) -> Files:
-    """Write a new file block by block, hash it on the way, and flush it to disk.
+    """Write a new file block by block, compute its hash, and flush it to disk.
 
-    Blocks are made (copied from a device), written and hashed at the same time, one of each: hashing alone takes as
-    long as writing. So three blocks at most are held.
+    While one block is written and hashed, the next one is copied from the device: hashing takes as long as writing.
+    There are at most three blocks in memory.
     """
     digest, size = hashlib.sha256(), 0
     source = iter(blocks)
@@ -62,40 +62,40 @@ def write_file(path: Path, blocks: Iterable[bytes | memoryview]) -> Files:
 def commit(
     target: Path, manifest: Manifest, write: Callable[[Path], Files], needed_bytes: int = 0, ranks: Ranks | None = None
 ) -> Manifest:
-    """Build a folder and put it in place; every process of the crew must call this.
+    """Build a folder and rename it to ``target``; every one of ``ranks`` must call this.
 
     Args:
-        target: The final path. What lies there is replaced once the new folder is whole.
-        manifest: What is known before the files are written; their sizes and hashes are filled in.
-        write: Writes this process's files into the folder it is given, with `write_file`.
-        needed_bytes: What this process's files will take on disk, checked before anything is written.
-        ranks: The processes that build it; this one alone if None.
+        target: The final path. An existing folder is replaced when the new one is complete.
+        manifest: The manifest without files; their sizes and hashes are added.
+        write: Writes the files of this rank into a folder, with `write_file`.
+        needed_bytes: Bytes of the files of this rank; the free space is checked before anything is written.
+        ranks: The ranks that build the folder; None for this process alone.
 
     Returns:
         The manifest as written.
 
     Raises:
-        DiskFullError: There is no room, before or while writing; nothing is left behind.
-        HubError: Whatever went wrong in one process, in all of them.
+        DiskFullError: There is not enough free space, before or during the write; nothing is left on disk.
+        HubError: The error of any rank, on all of them.
     """
     ranks = ranks or Ranks(alone=True)
     building = target.with_name(target.name + ".tmp")
     needed = sum(ranks.all_gather_object(needed_bytes))
 
-    def put_in_place(parts: list[Files]) -> Manifest:
-        whole = replace(manifest, files={name: entry for files in parts for name, entry in sorted(files.items())})
-        _check_shared(building, whole)
-        write_file(building / MANIFEST, [json.dumps(asdict(whole), indent=1).encode() + b"\n"])
+    def publish(written: list[Files]) -> Manifest:
+        complete = replace(manifest, files={name: entry for files in written for name, entry in sorted(files.items())})
+        _check_shared(building, complete)
+        write_file(building / MANIFEST, [json.dumps(asdict(complete), indent=1).encode() + b"\n"])
         _flush(building)
         delete_checkpoint(target)
         building.rename(target)
         _flush(target.parent)
-        return whole
+        return complete
 
     try:
         ranks.run_on_rank_zero(lambda: _on_disk(target, lambda: _prepare(target, building, needed)))
-        parts = ranks.run_on_all(lambda: _on_disk(target, lambda: write(building)))
-        return ranks.run_on_rank_zero(lambda: _on_disk(target, lambda: put_in_place(parts)))
+        written = ranks.run_on_all(lambda: _on_disk(target, lambda: write(building)))
+        return ranks.run_on_rank_zero(lambda: _on_disk(target, lambda: publish(written)))
     except BaseException:
         if ranks.rank == 0:
             shutil.rmtree(building, ignore_errors=True)
@@ -107,12 +107,12 @@ def _prepare(target: Path, building: Path, needed: int) -> None:
     shutil.rmtree(building, ignore_errors=True)
     free = shutil.disk_usage(target.parent).free
     if free < needed * 1.05:
-        raise _no_room(target, f"{needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free")
+        raise _disk_full(target, f"{needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free")
     building.mkdir(mode=0o700)
 
 
 def _check_shared(building: Path, manifest: Manifest) -> None:
-    """Refuse a folder in which rank 0 does not see what the others wrote: their nodes have a disk of their own."""
+    """Raise an error if rank 0 does not see the files of another rank: the nodes do not share the file system."""
     for name, (size, _) in manifest.files.items():
         if not (building / name).is_file() or (building / name).stat().st_size != size:
             message = f"rank 0 does not see {name}, which another rank has written"
@@ -120,15 +120,15 @@ def _check_shared(building: Path, manifest: Manifest) -> None:
 
 
 def _on_disk(target: Path, work: Callable[[], _T]) -> _T:
-    """Do something, and say in one sentence what the file system has against it."""
+    """Call a function; an error of the file system becomes a DiskFullError with its text."""
     try:
         return work()
     except OSError as error:
-        raise _no_room(target, str(error)) from error
+        raise _disk_full(target, str(error)) from error
 
 
 def point_latest(target: Path) -> None:
-    """Make ``latest`` beside ``target`` a link to it, in one rename."""
+    """Make the link ``latest`` beside ``target`` point to it, in one rename."""
     link = target.with_name(LATEST + ".tmp")
     link.unlink(missing_ok=True)
     link.symlink_to(target.name)
@@ -136,9 +136,9 @@ def point_latest(target: Path) -> None:
 
 
 def delete_checkpoint(target: Path) -> None:
-    """Remove a checkpoint, if it exists.
+    """Delete a checkpoint, if it exists.
 
-    It loses its name before its files, so that a kill in between leaves no damaged checkpoint behind.
+    It is renamed before its files are deleted, so that a kill in between does not leave a damaged checkpoint.
     """
     if target.exists():
         old = target.with_name(target.name + ".old")
@@ -148,7 +148,7 @@ def delete_checkpoint(target: Path) -> None:
 
 
 def prune(folder: Path, keep: set[Path]) -> None:
-    """Remove committed checkpoints that are not in ``keep``, and half-built ones."""
+    """Delete committed checkpoints that are not in ``keep``, and incomplete ones."""
     for _, path in list_checkpoints(folder):
         if path not in keep:
             delete_checkpoint(path)
@@ -156,7 +156,7 @@ def prune(folder: Path, keep: set[Path]) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _no_room(target: Path, reason: str) -> DiskFullError:
+def _disk_full(target: Path, reason: str) -> DiskFullError:
     return DiskFullError(f"cannot write the checkpoint: {reason}", where=str(target), remedy="free space and resume")
 
 

@@ -1,1 +1,1 @@
-"""The methods: LightningModules that share one training step and differ in what is trainable."""
+"""The methods: LightningModules with one shared training step, which differ in the parameters that train."""

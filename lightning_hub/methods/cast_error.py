@@ -1,4 +1,4 @@
-"""What a cast of the weights does to what a method has changed in them."""
+"""Measures how much of a trained weight change is lost when the weights are cast to another dtype."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import torch
 from torch import Tensor
 
 LARGE = 0.1
-"""Share of a change that a cast may lose without a word about it."""
+"""Relative error of a change (Frobenius norm) above which the report recommends float32."""
 
 
 @dataclass
 class CastError:
-    """What becomes of a change when the weights that carry it are cast.
+    """The error of a weight change after the changed weights are cast, summed over weights.
 
     Attributes:
-        dtype: What they are cast to.
-        changed: How many numbers are changed.
-        kept: How many of them differ from the base's after the cast.
-        change: Sum of the squares of the change.
-        lost: Sum of the squares of what the cast has done to it.
+        dtype: The dtype after the cast.
+        changed: The number of elements that training changed.
+        kept: How many of them still differ from the base model after the cast.
+        change: Sum of the squared change.
+        lost: Sum of the squared difference between the change before and after the cast.
     """
 
     dtype: torch.dtype
@@ -30,12 +30,12 @@ class CastError:
     lost: float = 0.0
 
     def add(self, base: Tensor, change: Tensor, end: Tensor) -> Tensor:
-        """Count one weight, and return what is left of its change.
+        """Add one weight, and return its change after the cast (float32, shape of the weight).
 
         Args:
-            base: The weight as it was.
-            change: What was learnt, float32.
-            end: The weight with its change, not rounded to another dtype before.
+            base: The weight before training.
+            change: The trained change, float32.
+            end: The weight with its change, not yet cast.
         """
         cast = end.to(self.dtype)
         left = cast.float() - base.float()
@@ -46,7 +46,7 @@ class CastError:
         return left
 
     def describe(self) -> str:
-        """Return a line for a person."""
+        """Return one line of text: the share of elements that still differ, and the relative error."""
         share = self.kept / max(1, self.changed)
         error = (self.lost / self.change) ** 0.5 if self.change else 0.0
         name = str(self.dtype).removeprefix("torch.")

@@ -42,7 +42,7 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 
 
 class CausalLMModule(LightningModule):
-    """A causal language model that is fine-tuned; every method is a subclass.
+    """Base class of the methods: fine-tunes a causal language model.
 
     Args:
         model: Local folder or hub id of the model to train.
@@ -51,21 +51,21 @@ class CausalLMModule(LightningModule):
         betas: Decay rates of AdamW's two moments.
         eps: Added to AdamW's denominator.
         lr_scheduler: constant, linear, cosine, or wsd (warm up, stay, fall in the last tenth).
-        warmup_steps: Steps in which the learning rate rises from 0.
-        warmup_ratio: The same as a share of all steps; not beside warmup_steps.
+        warmup_steps: Number of steps in which the learning rate rises from 0.
+        warmup_ratio: The same as a share of all steps; give one of the two only.
         min_lr_ratio: Learning rate at the end as a share of the peak.
         attn_implementation: auto attends inside each packed document with the fastest exact kernel of the device;
             sdpa, eager, flash_attention_2 and flex_attention are those of transformers.
         gradient_checkpointing: Recompute activations in the backward: less memory, about a third more compute.
         label_smoothing: Share of each target that is spread over the vocabulary.
-        neftune_alpha: Noise on the embeddings while training (NEFTune); none if null.
-        dtype: dtype of the trained weights. auto: that of precision bf16-true or 16-true, else float32.
+        neftune_alpha: Strength of the noise on the embeddings during training (NEFTune); null for no noise.
+        dtype: dtype of the trained weights. auto: the dtype of precision bf16-true or 16-true, else float32.
         on_nan: What to do when the loss or gradient of a step is NaN or infinite on any rank: stop, or skip:n to
-            leave out up to n such steps.
+            skip up to n such steps.
     """
 
     fixed_on_resume: ClassVar[tuple[str, ...]] = ()
-    """Options that say what the tensors of a checkpoint are: a run that goes on must have the same."""
+    """Options that the tensors of a checkpoint depend on: a resumed run must have the same values."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class CausalLMModule(LightningModule):
             raise ConfigError(
                 f"both warmup_steps {warmup_steps} and warmup_ratio {warmup_ratio} are given",
                 where="model.init_args.warmup_ratio",
-                remedy="keep one",
+                remedy="give only one of them",
             )
         self.source = model
         self.learning_rate = learning_rate
@@ -120,11 +120,11 @@ class CausalLMModule(LightningModule):
 
     @property
     def pretrained(self) -> Pretrained:
-        """The model as it lies on disk or on the hub."""
+        """The model as it is stored on disk or on the hub."""
         return Pretrained(self.source, self.run.trust_remote_code)
 
     def _data(self) -> object:
-        """Return the data module, if the trainer has one: rows may come from elsewhere."""
+        """Return the data module of the trainer; None if the trainer gets its data in another way."""
         return getattr(trainer_of(self), "datamodule", None)
 
     def configure_model(self) -> None:
@@ -143,28 +143,31 @@ class CausalLMModule(LightningModule):
 
     @property
     def num_parameters(self) -> int:
-        """How many numbers the model has."""
+        """The number of elements of all parameters."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def summary_lines(self) -> list[str]:
-        """Return lines about what trains, for the announcement of a run; a method adds its own."""
+        """Return lines about what trains, for the summary at the start of a run; a method adds its own."""
         return []
 
     def build_empty(self) -> None:
-        """Build the model in memory of its own, without reading its weights: something else fills them."""
+        """Build the model in memory without reading its weights; the caller loads them afterwards."""
         with no_init_weights():
             self.model = self.build_on_meta(None)
-        self.model.tie_weights()  # a part of what was left out
+        self.model.tie_weights()  # no_init_weights skips this
 
     def load_pretrained(self) -> tuple[PreTrainedModel, ModelCapabilities]:
-        """Read the weights, make trainable what trains, and return the model with how it is run."""
+        """Load the weights, choose what trains, and return the model with its capabilities."""
         proven = self.proven_capabilities()
         model = self.load_weights(proven.attention)
         self.choose_trainable(model)
         return model, apply_capabilities(model, proven)
 
     def proven_capabilities(self) -> ModelCapabilities:
-        """Return how the model is run, before its weights are read: what it cannot do is never tried on them."""
+        """Find out how the model can run, with a miniature, before its weights are read.
+
+        So a model that fails a proof fails before minutes of reading.
+        """
         with torch.device("meta"):
             outline = self.pretrained.skeleton(dtype=torch.float32, attn_implementation="eager")
         self.pretrained.check_part(outline.config)
@@ -173,32 +176,32 @@ class CausalLMModule(LightningModule):
         )
 
     def load_weights(self, attention: str) -> PreTrainedModel:
-        """Read the weights, with an attention implementation of transformers; nothing is made trainable here."""
+        """Load the weights with an attention implementation of transformers; this does not choose what trains."""
         return self.pretrained.load(dtype=self.load_dtype(), attn_implementation=attention)
 
     def build_on_meta(self, capabilities: ModelCapabilities | None) -> PreTrainedModel:
-        """Build the model without reading it, to be run as was proven, or not at all."""
+        """Build the model without its weights; ``capabilities`` is None if the model will not run."""
         attention = "eager" if capabilities is None else capabilities.attention
         model = self.pretrained.skeleton(dtype=self.load_dtype(), attn_implementation=attention)
         self.choose_trainable(model)
         return model
 
     def choose_trainable(self, model: PreTrainedModel) -> None:
-        """Set ``requires_grad`` of every parameter, and put in place what else trains. Every method defines this."""
+        """Set ``requires_grad`` of every parameter, and add what the method trains. Every method defines this."""
         raise NotImplementedError(f"{type(self).__name__} does not say what trains: define choose_trainable")
 
     def load_dtype(self) -> torch.dtype:
-        """Return the dtype in which weights are read."""
+        """Return the dtype in which weights are loaded."""
         if self.weights_dtype == "auto":
             halves = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
             return halves.get(str(self.trainer.precision), torch.float32)
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.weights_dtype]
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Move, but keep every dtype: each weight has been read in that which it wants.
+        """Move to a device, but keep every dtype: each weight was loaded in its right dtype.
 
-        In half precision the trainer would cast the whole module: rotary frequencies lose their digits by it, and
-        adapters and changes of a bfloat16 model train in float32.
+        In half precision the trainer would cast the complete module. Rotary frequencies would lose precision, and the
+        adapters and deltas of a bfloat16 model, which train in float32, would become bfloat16.
         """
         for value in (*args, *kwargs.values()):
             if isinstance(value, Tensor):
@@ -218,9 +221,9 @@ class CausalLMModule(LightningModule):
         return {name: style}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return what trains in groups for the optimizer: matrices with weight decay, and what is none without.
+        """Return the parameter groups of the optimizer: matrices with weight decay, all others without.
 
-        Experts keep their biases side by side, in two dimensions: biases are told by their name as well.
+        The biases of all experts are one tensor with two dims, so biases are recognised by their name as well.
         """
         matrices: list[nn.Parameter] = []
         vectors: list[nn.Parameter] = []
@@ -237,7 +240,7 @@ class CausalLMModule(LightningModule):
         ]
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW over what is trainable, with the learning rate as a pure function of the step."""
+        """Return AdamW over the trainable parameters; the learning rate depends only on the step."""
         optimizer = AdamW(self.parameter_groups(), lr=self.learning_rate, betas=self.betas, eps=self.eps, fused=True)
         total = self.trainer.estimated_stepping_batches
         warmup = self.warmup_steps or round(self.warmup_ratio * total if self.warmup_ratio else 0)
@@ -250,13 +253,14 @@ class CausalLMModule(LightningModule):
     # ---- the step --------------------------------------------------------------------------------------------------
 
     def training_step(self, step: StepBatch, index: int) -> Tensor:
-        """Run the rows of one optimizer step; the last row's backward is Lightning's.
+        """Run the micro-batches of one optimizer step; Lightning calls the backward of the last one.
 
-        The gradient is that of the sum over all trained tokens of the step, over all rows and ranks, divided by
-        their number: exact for any packing, accumulation and number of ranks, the last partial step included.
+        A micro-batch is one packed row. The gradient is that of the mean loss over all trained tokens of the step,
+        over all packed rows and ranks. It is exact for any packing, accumulation and number of ranks, also in a last
+        partial step.
         """
         self.trainer.optimizers[0].zero_grad()
-        total = torch.zeros((), dtype=torch.float32, device=self.device)  # in half precision nothing else says so
+        total = torch.zeros((), dtype=torch.float32, device=self.device)  # float32 also in half precision
         with no_gradient_sync(self.trainer.strategy):
             for row in step.rows[:-1]:
                 loss = self.row_loss(row, step)
@@ -267,21 +271,24 @@ class CausalLMModule(LightningModule):
         return loss
 
     def row_loss(self, row: PackedSequence, step: StepBatch) -> Tensor:
-        """Return the row's share of the step's loss, times the data-parallel size: ranks average gradients."""
+        """Return the share of one packed row in the loss of the step, a float32 scalar.
+
+        The factor of the data-parallel size is there because ranks average their gradients.
+        """
         assert self.loss_head is not None, "configure_model has run"
         return self.loss_head(row) * (data_parallel(self.trainer.strategy).size / max(1, step.num_trained))
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
         """Do nothing: the training step clears the gradients itself.
 
-        Lightning calls this between the last row's forward and its backward, when the gradients of the other rows
-        are already there.
+        Lightning calls this between the forward and the backward of the last packed row, when the gradients of the
+        other packed rows are already there.
         """
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Clip the gradients as the trainer asks, and leave out a step that cannot be learnt from."""
+        """Clip the gradients as the trainer asks, and skip a step whose loss or gradient is not finite."""
         trained = (parameter for group in optimizer.param_groups for parameter in group["params"])
         parameters = [parameter for parameter in trained if parameter.grad is not None]
         by_norm = gradient_clip_val if gradient_clip_algorithm != "value" else None
@@ -294,28 +301,28 @@ class CausalLMModule(LightningModule):
             optimizer.zero_grad()  # without gradients the optimizer moves nothing, weight decay included
 
     def on_save_checkpoint(self, checkpoint: dict[str, object]) -> None:
-        """Judge what has not been judged before anything is saved."""
+        """Check the steps that were not checked yet, before anything is saved."""
         self.nonfinite_guard.flush()
 
     def on_train_end(self) -> None:
-        """Judge the last step; every callback has done its part by now."""
+        """Check the last step; every callback has finished by now."""
         self.nonfinite_guard.flush()
         if self.run.stays_on_device:
             self.trainer.strategy.optimizers = []
             self._has_trained = True
 
     def cpu(self) -> Self:
-        """Move to the host, but not at the end of a training that leaves the weights where they are."""
+        """Move to the host; do nothing at the end of a training that leaves the weights on their device."""
         return self if self._has_trained else super().cpu()
 
-    # ---- validation and answers ------------------------------------------------------------------------------------
+    # ---- validation and generation ---------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
-        """Begin the two sums of the validation loss: of losses and of trained tokens."""
+        """Set the two sums of the validation loss to 0: sum of losses, number of trained tokens."""
         self._sums = torch.zeros(2, dtype=torch.float64, device=self.device)
 
     def validation_step(self, step: StepBatch, index: int) -> None:
-        """Add the rows of this rank to the two sums."""
+        """Add the packed rows of this rank to the two sums."""
         assert self.loss_head is not None, "configure_model has run"
         for row in step.rows:
             self._sums[0] += self.loss_head(row).detach()
@@ -328,11 +335,11 @@ class CausalLMModule(LightningModule):
     test_step = validation_step
 
     def on_test_epoch_start(self) -> None:
-        """As for validation."""
+        """Do the same as for validation."""
         self.on_validation_epoch_start()
 
     def on_test_epoch_end(self) -> None:
-        """As for validation, under the name ``test_loss``."""
+        """Do the same as for validation, under the name ``test_loss``."""
         self.log("test_loss", self._mean_loss(), logger=False)
 
     def _mean_loss(self) -> float:
@@ -340,7 +347,7 @@ class CausalLMModule(LightningModule):
         return float(total / max(1.0, count))
 
     def predict_step(self, prompts: list[Messages], index: int) -> list[str]:
-        """Answer a batch of prompts."""
+        """Generate the answers to a batch of prompts."""
         return self.generate(prompts, self.pretrained.tokenizer)
 
     def generate(
@@ -350,25 +357,25 @@ class CausalLMModule(LightningModule):
         max_new_tokens: int = 128,
         temperature: float = 0.0,
     ) -> list[str]:
-        """Answer prompts as the model is by now; every rank must call this."""
+        """Generate answers with the current weights; every rank must call this."""
         assert self.model is not None, "configure_model has run"
         return complete(self.model, tokenizer, prompts, max_new_tokens=max_new_tokens, temperature=temperature)
 
-    # ---- what is kept ----------------------------------------------------------------------------------------------
+    # ---- checkpoints -----------------------------------------------------------------------------------------------
 
     def checkpoint_state_dict(self) -> dict[str, Tensor]:
-        """Return the live tensors that a checkpoint holds, each under all of its names."""
+        """Return the live tensors of a checkpoint; a tied tensor is listed under each of its names."""
         state: dict[str, Tensor] = self.state_dict(keep_vars=True)
         return state
 
     def export(self, target: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Write the result to a folder, checked; every rank must call this, and rank 0 writes."""
+        """Write the result to a folder and check it; every rank must call this, and rank 0 writes."""
         model, weights = self.export_state()
         if weights:
             write_export(target, model, weights, tokenizer)
 
     def export_merged(self, target: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype | None) -> str:
-        """Write what is exported beside a base as a plain model; here everything is one already.
+        """Merge an export that needs a base model into a plain model; the base class exports a plain model already.
 
         Raises:
             ConfigError: There is nothing to merge.
@@ -380,7 +387,7 @@ class CausalLMModule(LightningModule):
         )
 
     def export_state(self) -> tuple[PreTrainedModel, dict[str, Tensor]]:
-        """Return the model to export and its whole weights, so that an exporter needs to know no method.
+        """Return the model to export and its full weights, so that an exporter does not depend on the method.
 
         Every rank must call this; rank 0 gets the weights, the others none.
         """

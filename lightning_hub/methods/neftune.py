@@ -10,9 +10,10 @@ from transformers import PreTrainedModel
 
 
 class Neftune:
-    """Adds noise of the range ``alpha / sqrt(length * size)`` to the embeddings of each document.
+    """Adds uniform noise in ``+-alpha / sqrt(length * size)`` to the embeddings of each document.
 
-    The length is that of the document, not of the packed row, so that packing does not change the noise's strength.
+    ``length`` is the number of tokens of the document, not of the packed row: packing must not change the noise.
+    ``size`` is the hidden size.
 
     Args:
         alpha: Strength of the noise; the paper uses 5 to 15.

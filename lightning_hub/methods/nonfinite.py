@@ -1,4 +1,4 @@
-"""Losses and gradients that are no numbers: noticed in every step, on all ranks alike, before they are trained on."""
+"""Detects steps whose loss or gradient is NaN or infinite; every rank takes the same decision."""
 
 from __future__ import annotations
 
@@ -24,35 +24,36 @@ class NonFiniteStepError(HubError):
         loss, norm = values
         before = f" after {skipped} steps were skipped" if skipped else ""
         super().__init__(
-            f"step {step} has loss {loss:.4g} and gradient norm {norm:.4g}{before}: nothing was learnt from it",
-            remedy="look at its samples in events.jsonl and at the learning rate; model.init_args.on_nan: skip:3 "
-            "would leave out up to 3 such steps",
+            f"step {step} has loss {loss:.4g} and gradient norm {norm:.4g}{before}: the step cannot be trained on",
+            remedy="look at the samples of this step in events.jsonl, and at the learning rate; "
+            "model.init_args.on_nan: skip:3 would skip up to 3 such steps",
         )
         self.step = step
 
 
 class NonFiniteGuard:
-    """Decides what becomes of a step, from numbers that are the same on every rank.
+    """Decides whether a step is trained on, skipped, or an error, from numbers that are equal on every rank.
 
-    On a CPU a step is judged before its update. A GPU is not waited for: a step is judged when the next one has been
-    sent to it, which is after its update, and before anything is saved. Where steps may be skipped it is waited for.
+    On a CPU a step is checked before its update. On a GPU with ``stop``, the host does not wait for the device: a step
+    is checked when the next one has been launched. This is after its update, but before anything is saved. With
+    ``skip`` the host waits, because a step can only be skipped before its update.
 
     Args:
-        on_nan: ``stop``, or ``skip:n`` to leave out up to ``n`` steps.
+        on_nan: ``stop``, or ``skip:n`` to skip up to ``n`` steps.
     """
 
     def __init__(self, on_nan: str) -> None:
         match = re.fullmatch(r"stop|skip:([1-9]\d*)", on_nan)
         if match is None:
             raise ConfigError(
-                f"{on_nan!r} is no way to treat NaN", where="model.init_args.on_nan", remedy="use stop or skip:3"
+                f"{on_nan!r} is not a way to treat NaN", where="model.init_args.on_nan", remedy="use stop or skip:3"
             )
         self.limit = int(match[1] or 0)
         self.skipped = 0
         self._waiting: tuple[int, Tensor, torch.cuda.Event] | None = None
 
     def check(self, step: int, loss: Tensor, norm: Tensor) -> bool:
-        """Return whether to train on a step; false means to leave it out.
+        """Return whether to train on a step; false means to skip it.
 
         Args:
             step: Its number, counted from 1.
@@ -60,7 +61,7 @@ class NonFiniteGuard:
             norm: Its gradient norm over all ranks.
 
         Raises:
-            NonFiniteStepError: It is not fit and may not be left out, or, on a GPU, the step before was not.
+            NonFiniteStepError: The step is not finite and may not be skipped; on a GPU also for the step before.
         """
         values = torch.stack([loss.detach().float(), norm.detach().float()])
         if values.is_cuda and not self.limit:
@@ -71,16 +72,16 @@ class NonFiniteGuard:
             event.record()
             self._waiting = (step, copy, event)
             return True
-        return self._judge(step, values)
+        return self._check_values(step, values)
 
     def flush(self) -> None:
-        """Judge a step that has not been judged yet."""
+        """Check a step that was not checked yet."""
         if self._waiting is not None:
             (step, values, event), self._waiting = self._waiting, None
             event.synchronize()
-            self._judge(step, values)
+            self._check_values(step, values)
 
-    def _judge(self, step: int, values: Tensor) -> bool:
+    def _check_values(self, step: int, values: Tensor) -> bool:
         if bool(values.isfinite().all()):
             return True
         if self.skipped >= self.limit:

@@ -1,4 +1,4 @@
-"""What a run tells every module that it constructs, and no recipe may say."""
+"""Settings that a run gives to every module that it constructs; a recipe cannot set them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class RunContext:
-    """How a module's weights are read, and where they stay.
+    """How the weights of a module are loaded, and where they stay after training.
 
     Attributes:
         trust_remote_code: Whether Python files of the model may run. Only a command-line flag sets it.
-        resume_from: The checkpoint that fills the model after it is built; None if there is none.
+        resume_from: The checkpoint that is loaded into the model after it is built; None for a new run.
         stays_on_device: Whether the weights stay on their device at the end of a training, and the optimizer is
-            dropped. Lightning moves both to the host, which took 9 s for 1.5 billion parameters on one GPU. A process
+            freed. Lightning moves both to the host, which took 9 s for 1.5 billion parameters on one GPU. A process
             that exports next and then ends needs neither.
     """
 
@@ -37,7 +37,7 @@ def current_run() -> RunContext:
 
 @contextmanager
 def run_context(context: RunContext) -> Iterator[None]:
-    """Construct modules in a context.
+    """Set the context in which modules are constructed.
 
     The parser constructs them from the options of a recipe, with signatures that methods of users define, so the
     context cannot be an argument.

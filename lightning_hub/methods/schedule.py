@@ -11,17 +11,17 @@ from lightning_hub.errors import ConfigError
 ScheduleName = Literal["constant", "linear", "cosine", "wsd"]
 
 DECAY_SHARE = 0.1
-"""The share of the steps in which warmup-stable-decay falls (MiniCPM, Hu et al. 2024, section 4.3)."""
+"""The share of the steps in which ``wsd`` (warmup-stable-decay) falls (MiniCPM, Hu et al. 2024, section 4.3)."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """A factor between 0 and 1 for each step, with the meaning that transformers gives its schedules.
+    """The factor of the learning rate, between 0 and 1, for each step; same meaning as in transformers.
 
     Attributes:
         shape: ``constant``, ``linear``, ``cosine``, or ``wsd`` (warm up, stay, then fall linearly).
         warmup_steps: Steps in which the factor rises linearly from 0.
-        total_steps: Steps of the whole run; infinite is legal for ``constant`` only.
+        total_steps: Steps of the complete run; only ``constant`` allows infinity.
         min_ratio: The factor at the end.
     """
 
@@ -33,7 +33,7 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.shape != "constant" and math.isinf(self.total_steps):
             raise ConfigError(
-                f"{self.shape} needs to know the last step, and this run has none",
+                f"lr_scheduler {self.shape} needs the number of steps, and this run has no last step",
                 where="model.init_args.lr_scheduler",
                 remedy="set trainer.max_steps or trainer.max_epochs, or use constant",
             )

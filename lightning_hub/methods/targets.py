@@ -1,4 +1,4 @@
-"""Which weights of a model a method changes: by group, name or pattern, from the model's structure alone."""
+"""Finds the weights that a method adapts, by group, name or pattern, from the structure of the model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GROUPS: tuple[TargetGroup, ...] = ("attention", "mlp", "experts", "router")
 """Words that name all matrices of one kind within the decoder blocks."""
 
 ALL_LINEAR = "all-linear"
-"""The linear layers of the decoder blocks; experts and routers only where they are named."""
+"""Names the linear layers of the decoder blocks, without experts and routers."""
 
 _KINDS: tuple[tuple[TargetGroup, re.Pattern[str]], ...] = (
     ("router", re.compile(r"router|topk|^gate$", re.IGNORECASE)),
@@ -31,15 +31,15 @@ _KINDS: tuple[tuple[TargetGroup, re.Pattern[str]], ...] = (
 
 @dataclass(frozen=True)
 class WeightMatrix:
-    """A weight of two dimensions, or of three: one matrix for each expert.
+    """A weight with two dims, or with three: one matrix for each expert.
 
     Attributes:
-        module: Dotted name of the module that holds it.
+        module: Dotted name of the module that has it.
         parameter: Its name there.
-        group: What it does in its block; ``outside`` for embeddings and output layers.
-        shape: As it is stored.
+        group: Its kind within its block; ``outside`` for embeddings and output layers.
+        shape: The shape as it is stored.
         is_transposed: Whether it is stored as (in, out), as GPT-2's layers are.
-        others: Further names of the same weight, in the model's state: those of layers that share it.
+        tied_names: Further names of the same weight in the state dict: those of layers that share it.
     """
 
     module: str
@@ -51,17 +51,17 @@ class WeightMatrix:
 
     @property
     def name(self) -> str:
-        """How a person names it: the layer, or the parameter of a module that is none."""
+        """Its name in options and messages: that of the layer, or of the parameter if it is not called ``weight``."""
         return self.module if self.parameter == "weight" else f"{self.module}.{self.parameter}"
 
     @property
     def full_name(self) -> str:
-        """Its name in the model's state."""
+        """Its name in the state dict."""
         return f"{self.module}.{self.parameter}"
 
 
 def weight_matrices(model: PreTrainedModel) -> list[WeightMatrix]:
-    """Return every matrix of a model once, in the model's order; tied ones under their first name."""
+    """Return every matrix of a model once, in the order of the model; tied ones under their first name."""
     names = {module: name for name, module in model.named_modules()}
     inside: dict[int, tuple[str, ...]] = {}
     for block in decoder_blocks(model):
@@ -83,17 +83,17 @@ def weight_matrices(model: PreTrainedModel) -> list[WeightMatrix]:
 
 
 def _words(block: nn.Module, path: str) -> Iterator[str]:
-    """Yield names and classes of the modules on the way from a block to one of its parts, the part first."""
+    """Yield names and classes of the modules from one of a block's modules up to the block, inner ones first."""
     parts = path.split(".") if path else []
     for length in range(len(parts), 0, -1):
         yield parts[length - 1]
         yield type(block.get_submodule(".".join(parts[:length]))).__name__
 
 
-def _group(words: tuple[str, ...] | None, num_axes: int) -> TargetGroup:
+def _group(words: tuple[str, ...] | None, num_dims: int) -> TargetGroup:
     if words is None:
         return "outside"
-    if num_axes == 3:
+    if num_dims == 3:
         return "experts"
     for word in words:
         for group, pattern in _KINDS:
@@ -106,33 +106,33 @@ def resolve_targets(model: PreTrainedModel, targets: str | Sequence[str]) -> lis
     """Return the matrices that targets name, in the model's order.
 
     Args:
-        model: The model, with or without memory.
+        model: The model; it may be on the meta device.
         targets: ``all-linear``, groups (``attention``, ``mlp``, ``experts``, ``router``), names of layers or ends of
             such names (``q_proj``, ``self_attn.q_proj``), or regular expressions for whole names.
 
     Raises:
-        ConfigError: An entry, or none at all, matches nothing (the model's own names are listed), is no pattern, or
-            names again what another one has named.
+        ConfigError: There is no entry, or one matches nothing (the message lists the names of the model), is not a
+            regular expression, or names a weight that another entry names.
     """
     everything = weight_matrices(model)
     chosen: dict[str, str] = {}
     if not targets:
-        remedy = f"leave the option out, or name some; the model has {describe_matrices(everything)}"
-        raise ConfigError("names nothing", where="model.init_args.targets", remedy=remedy)
+        remedy = f"remove the option, or name some weights; the model has {describe_matrices(everything)}"
+        raise ConfigError("no weights are named", where="model.init_args.targets", remedy=remedy)
     for entry in [targets] if isinstance(targets, str) else targets:
         found = [matrix.full_name for matrix in everything if _is_meant(entry, matrix)]
         if not found:
             raise ConfigError(
                 f"{entry!r} matches no weight of this model",
                 where="model.init_args.targets",
-                remedy=f"it has {describe_matrices(everything)}",
+                remedy=f"name some of these: {describe_matrices(everything)}",
             )
         twice = next((name for name in found if name in chosen), None)
         if twice is not None:
             raise ConfigError(
                 f"{chosen[twice]!r} and {entry!r} both name {twice}",
                 where="model.init_args.targets",
-                remedy="let each weight be named once",
+                remedy="name each weight once",
             )
         chosen |= dict.fromkeys(found, entry)
     return [matrix for matrix in everything if matrix.full_name in chosen]
@@ -150,21 +150,21 @@ def _is_meant(entry: str, matrix: WeightMatrix) -> bool:
         return any(re.fullmatch(entry, name) for name in names)
     except re.error as error:
         raise ConfigError(
-            f"{entry!r} is no regular expression: {error}",
+            f"{entry!r} is not a regular expression: {error}",
             where="model.init_args.targets",
             remedy="write a name, a group or a pattern for whole names",
         ) from error
 
 
 def reject_tied_weights(found: Iterable[WeightMatrix], remedy: str) -> None:
-    """Refuse weights that layers share: what is put beside one of these would change the others too, or not.
+    """Reject weights that several layers share: they cannot be adapted one by one.
 
     Args:
-        found: What is to be changed.
+        found: The weights to adapt.
         remedy: What to do instead.
 
     Raises:
-        ConfigError: One is shared.
+        ConfigError: One of them is shared.
     """
     for matrix in found:
         if matrix.tied_names:

@@ -1,1 +1,1 @@
-"""The kernels: packed rows, attention that stays inside a document, the loss head."""
+"""Packed rows, attention within each document, the loss, and proofs that a model computes them correctly."""

@@ -1,9 +1,10 @@
-"""Attention over packed documents: one name, the best exact implementation of each device.
+"""Attention over packed documents: the fastest exact implementation of each device, under one name.
 
-A dense block-diagonal mask costs the square of the row; documents cost the sum of their own squares. On a CPU every
-document is one call of PyTorch's fused attention; on CUDA the whole row is one call of ``varlen_attn``. The function
-is registered with transformers under ``PACKED``, which needs no change of a model: transformers builds no mask for a
-name that it has no mask function for, and hands the boundaries of the documents through its keyword arguments.
+The cost of a dense block-diagonal mask is the square of the length of the packed row; here it is the sum of the squares
+of the lengths of the documents. On a CPU every document is one call of the fused attention of PyTorch; on CUDA the
+complete packed row is one call of ``varlen_attn``. The function is registered with transformers under ``PACKED``, so
+models need no change: transformers builds no mask for a name without a mask function, and passes the boundaries of the
+documents as keyword arguments.
 """
 
 from __future__ import annotations
@@ -26,18 +27,18 @@ PACKED = "packed_documents"
 
 
 class BoundariesLostError(RuntimeError):
-    """A model does not hand the boundaries of the documents on to its attention layers."""
+    """A model does not pass the boundaries of the documents to its attention layers."""
 
 
 class SequenceBoundaries(TypedDict):
-    """What a model hands on to its attention layers: where the documents of a row lie."""
+    """Keyword arguments that a model passes to its attention layers: the boundaries of the documents."""
 
     boundaries: tuple[int, ...]
     packed_cu_seqlens: Tensor | None
 
 
 def cu_seqlens_of(row: PackedSequence) -> SequenceBoundaries:
-    """Return the keyword arguments that tell the attention layers where the documents of ``row`` lie."""
+    """Return the boundaries of ``row``; on CUDA also as an int32 tensor of shape ``(documents + 1,)``."""
     device = row.input_ids.device
     cumulative = torch.tensor(row.boundaries, dtype=torch.int32, device=device) if device.type == "cuda" else None
     return SequenceBoundaries(boundaries=row.boundaries, packed_cu_seqlens=cumulative)
@@ -66,31 +67,36 @@ def packed_attention(
         query: Shape ``(1, heads, tokens, head size)``.
         key: Shape ``(1, key-value heads, tokens, head size)``; as many heads as ``query`` or a divisor of them.
         value: The same shape as ``key``, but perhaps another head size.
-        attention_mask: Must be None: a mask would open the boundaries or cost the square of the row.
+        attention_mask: Must be None: a mask could ignore the boundaries, or cost the square of the length.
         scaling: Factor of the scores; the inverse root of the head size if None.
         dropout: Probability of dropping an attention weight.
         boundaries: Document boundaries ``(0, ..., tokens)``.
         packed_cu_seqlens: The same boundaries as an int32 tensor on the device of the query (CUDA only). The name is
-            our own: layers of linear attention take ``cu_seqlens`` themselves.
-        sliding_window: How many tokens a query sees, itself included.
-        softcap: Scores are squashed to ``softcap * tanh(score / softcap)`` (Gemma 2).
-        s_aux: One learned sink per head that takes part in the softmax (gpt-oss), shape ``(heads,)``.
-        unused: What else models hand over (position ids and the like).
+            not ``cu_seqlens``, because layers of linear attention have an argument of that name.
+        sliding_window: How many tokens a query attends to, itself included.
+        softcap: Scores become ``softcap * tanh(score / softcap)`` (Gemma 2).
+        s_aux: One learned sink for each head, a further logit of the softmax (gpt-oss), shape ``(heads,)``.
+        unused: Other arguments of models, such as position ids.
 
     Returns:
         The output, shape ``(1, tokens, heads, head size)``, and None in place of the attention weights.
 
     Raises:
-        BoundariesLostError: The model called this without boundaries; one document is never assumed.
+        BoundariesLostError: The model passed no boundaries; the row is then not treated as one document.
     """
     if attention_mask is not None:
-        raise ValueError("packed rows take no attention mask: the boundaries of the documents say it all")
+        raise ValueError("packed rows do not take an attention mask: use the boundaries of the documents")
     if boundaries is None:
-        raise BoundariesLostError("the model hands no keyword arguments on to its attention layers")
+        raise BoundariesLostError("the model does not pass keyword arguments to its attention layers")
+    # Rotary embeddings return float32 under autocast, and the kernels need one dtype.
     query, key, value = _in_compute_dtype(query, key, value)
+    # The fused kernel computes plain softmax attention only: no cap, no sinks, no dropout.
     plain = softcap is None and s_aux is None and dropout == 0.0
     if plain and packed_cu_seqlens is not None and _fits_varlen(query, value, sliding_window):
         return _varlen_attention(query, key, value, scaling, packed_cu_seqlens, boundaries, sliding_window), None
+    # Else one call for each document: a slice of the tokens contains no other document, so causal attention in it needs
+    # no mask. A window that is at least as long as the document has no effect and is left out, because a window needs
+    # a mask and a slower kernel.
     parts = [
         _document_attention(
             query[:, :, start:end],
@@ -104,12 +110,13 @@ def packed_attention(
         )
         for start, end in pairwise(boundaries)
     ]
-    # Contiguous, as transformers' own are: some models look at the result in another shape.
+    # (1, heads, length, size) -> (1, length, heads, size), concatenated to all tokens. The result is contiguous, like
+    # that of transformers: some models use a view of it in another shape.
     return torch.cat([part.transpose(1, 2) for part in parts], dim=1), None
 
 
 def _in_compute_dtype(*states: Tensor) -> tuple[Tensor, ...]:
-    """Return states in autocast's dtype: rotary embeddings widen queries and keys to float32, and kernels differ."""
+    """Return the tensors in the dtype of autocast, if it is enabled; shapes do not change."""
     device = states[0].device.type
     if not torch.is_autocast_enabled(device):
         return states
@@ -127,7 +134,7 @@ def _document_attention(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Causal attention of one document; the fused kernel wherever it can say what the layer asks for."""
+    """Return causal attention of one document, shape ``(1, heads, length, head size)``; fused where possible."""
     grouped = key.shape[1] != query.shape[1]
     if softcap is None and sinks is None:
         mask = None if window is None else _band(query.shape[2], window, query.device)
@@ -150,7 +157,7 @@ def _document_attention(
 
 
 def _band(length: int, window: int, device: torch.device) -> Tensor:
-    """Return the boolean mask of shape ``(length, length)`` that is true where a query may look."""
+    """Return the boolean mask of shape ``(length, length)`` that is true where a query attends to a key."""
     position = torch.arange(length, device=device)
     distance = position[:, None] - position[None, :]
     return (distance >= 0) & (distance < window)
@@ -158,16 +165,16 @@ def _band(length: int, window: int, device: torch.device) -> Tensor:
 
 @cache
 def _varlen() -> Callable[..., Tensor] | None:
-    """Return ``varlen_attn`` where this torch has it."""
+    """Return ``varlen_attn``, or None if this version of torch does not have it."""
     try:
-        from torch.nn.attention.varlen import varlen_attn  # 0.1 s; only CUDA needs it, and older torch lacks it
+        from torch.nn.attention.varlen import varlen_attn  # 0.1 s; only for CUDA, and not in older torch
     except ImportError:
         return None
     return cast("Callable[..., Tensor]", varlen_attn)
 
 
 def _fits_varlen(query: Tensor, value: Tensor, window: int | None) -> bool:
-    """Return whether FlashAttention takes these states: half precision, heads of one size, Ampere or newer."""
+    """Return whether FlashAttention supports these tensors: half precision, equal head sizes, Ampere or newer."""
     kernel, size = _varlen(), query.shape[-1]
     return (
         kernel is not None
@@ -189,9 +196,9 @@ def _varlen_attention(
     boundaries: tuple[int, ...],
     window: int | None,
 ) -> Tensor:
-    """Attend with one kernel over the whole row; its signature moved between releases, so it is asked."""
+    """Attend with one kernel over the packed row; its signature differs between releases, so it is inspected."""
     kernel = _varlen()
-    assert kernel is not None, "the caller has asked for the kernel"
+    assert kernel is not None, "_fits_varlen has checked this"
     known = inspect.signature(kernel).parameters
     options: dict[str, object] = {"scale": scaling} if "scale" in known else {}
     if "window_size" in known:

@@ -1,8 +1,8 @@
-"""What a model may be asked to do with a packed row, proven by running a miniature of it.
+"""Finds out how a model can run packed rows, with proofs on a miniature of it.
 
-A model is held to its own ``eager`` attention, one document a forward. Packed rows are used only if the logits, the
-loss and the gradient of every parameter agree with that; else documents run one by one. Nothing is decided by a
-model's name: a miniature of its class and configuration is run, in float32 on the CPU. What was found is kept on disk.
+The reference is the ``eager`` attention of the model, with one document in each forward. Packed rows are used only if
+logits, loss and the gradient of every parameter are equal to it; else documents run one by one. The name of the model
+has no influence: a miniature of its class and configuration is run, in float32 on the CPU. Results are cached on disk.
 """
 
 from __future__ import annotations
@@ -36,42 +36,42 @@ _proven: dict[str, ModelCapabilities] = {}
 def prove_attention(
     kind: type[PreTrainedModel], config: PretrainedConfig, requested: str, device: torch.device | None = None
 ) -> ModelCapabilities:
-    """Return the best way to run a model that gives the numbers of its eager attention.
+    """Return the fastest way to run a model that gives the numbers of its eager attention.
 
     Args:
-        kind: Its class.
+        kind: The class of the model.
         config: Its configuration.
-        requested: The attention implementation that is asked for; ``packed_documents`` allows any.
-        device: Where the model is to run, for kernels that need one.
+        requested: The requested attention implementation; ``packed_documents`` allows any.
+        device: The device of the training, for kernels that a CPU does not have.
 
     Raises:
-        ConfigError: Its logits depend on later tokens, or what is asked for gives other numbers.
+        ConfigError: The logits depend on later tokens, or the requested implementation gives other numbers.
     """
     key = _key(kind, config, requested, device)
     if key not in _proven:
-        kept = _read_cached(key)
-        if kept is None:
+        found = _read_cached(key)
+        if found is None:
             with _isolated():
-                kept = _find(kind, config, requested, device)
-            _write_cached(key, kept)
-        _proven[key] = kept
+                found = _find(kind, config, requested, device)
+            _write_cached(key, found)
+        _proven[key] = found
     return _proven[key]
 
 
 def capabilities_of(model: PreTrainedModel) -> ModelCapabilities:
-    """Return what is proven about a model in memory, by its class and configuration; its attention is set to it."""
+    """Return the proven capabilities of a model in memory, and set its attention accordingly."""
     requested = model.config._attn_implementation or "eager"
     return apply_capabilities(model, prove_attention(type(model), model.config, requested, model.device))
 
 
 def apply_capabilities(model: PreTrainedModel, proven: ModelCapabilities) -> ModelCapabilities:
-    """Set a model's attention to what was proven, and return what holds for this model.
+    """Set the attention of a model to the proven one, and return the capabilities of this model.
 
-    Methods may have put something in the place of its output layer: then it makes its logits itself. A model of which
-    no small one could be built is tried itself, on a few short documents.
+    A method may have replaced the output layer: then the loss is not fused with it. If no miniature could be built, the
+    model itself is run on a few short documents.
 
     Raises:
-        ConfigError: It fails on them, or its logits depend on later tokens.
+        ConfigError: The model fails on them, or its logits depend on later tokens.
     """
     if model.config._attn_implementation != proven.attention:
         model.set_attn_implementation(proven.attention)
@@ -81,7 +81,7 @@ def apply_capabilities(model: PreTrainedModel, proven: ModelCapabilities) -> Mod
 
 
 def proven_loss(model: PreTrainedModel, label_smoothing: float = 0.0) -> CausalLMLoss:
-    """Return the loss head of a model in memory, used as it is proven to be right."""
+    """Return the loss of a model in memory, with its proven capabilities."""
     return CausalLMLoss(model, label_smoothing, capabilities=capabilities_of(model))
 
 
@@ -99,34 +99,36 @@ def _find(
                 f"{requested} cannot be compared with the model's eager attention: no small model of it can be run "
                 f"({error})",
                 where=ATTENTION_OPTION,
-                remedy="take auto or eager",
+                remedy="use auto or eager",
             ) from error
         reason = f"no small model of it can be run ({error})"
         return ModelCapabilities(
             "eager", has_linear_head=False, isolates_documents=False, reason=reason, is_proven=False
         )
     failures: list[str] = []
-    for way in _candidates(requested, limit):
-        capabilities = replace(way, reason=failures[0] if failures else "", adds_to_loss=reference.adds_to_loss)
+    for candidate in _candidates(requested, limit):
+        capabilities = replace(candidate, reason=failures[0] if failures else "", adds_to_loss=reference.adds_to_loss)
         failure = _failure(capabilities, reference, shorter, device)
-        if failure is not None:  # perhaps of the head
+        if failure is not None:  # the fused head may be the reason
             capabilities = replace(capabilities, has_linear_head=False)
             failure = _failure(capabilities, reference, shorter, device)
         if failure is None:
             return capabilities
         failures.append(
-            f"packed in a row, {failure}" if way.isolates_documents else f"one by one with {way.attention}, {failure}"
+            f"packed in a row, {failure}"
+            if candidate.isolates_documents
+            else f"one by one with {candidate.attention}, {failure}"
         )
     raise ConfigError(
         f"{'no attention gives' if requested == PACKED else f'{requested} does not give'} the numbers of the model's "
         f"eager attention, one document a forward: {'; '.join(failures)}",
         where=ATTENTION_OPTION,
-        remedy="take another model" if requested == PACKED else "take auto",
+        remedy="use another model" if requested == PACKED else "use auto",
     )
 
 
 def _candidates(requested: str, limit: int | None) -> list[ModelCapabilities]:
-    """Return the ways to run a model, from the fastest on."""
+    """Return the possible ways to run a model, the fastest first."""
     packed = ModelCapabilities(requested, has_linear_head=True, isolates_documents=True)
     fallbacks = ["sdpa", "eager"] if requested == PACKED else [requested]
     return [
@@ -137,40 +139,39 @@ def _candidates(requested: str, limit: int | None) -> list[ModelCapabilities]:
 
 
 def _failure(
-    way: ModelCapabilities, reference: Reference, shorter: Reference | None, device: torch.device | None
+    candidate: ModelCapabilities, reference: Reference, shorter: Reference | None, device: torch.device | None
 ) -> str | None:
-    """Return what is wrong with a way to run the model, if anything is.
+    """Return what is wrong with a way to run the model; None if nothing is wrong.
 
     Args:
-        way: The way.
-        reference: What the model gives.
-        shorter: What it gives where all documents are short enough for its rotary embeddings to stay as they are.
-        device: Where the model is to run.
+        candidate: The way to run it.
+        reference: The numbers of the eager attention.
+        shorter: The same for a miniature whose documents are all below the limit of its rotary embeddings.
+        device: The device of the training.
     """
     try:
-        if way.max_document_length is None:
-            compare(reference, way, device)
+        if candidate.max_document_length is None:
+            compare(reference, candidate, device)
         else:
             assert shorter is not None, "a model with a limit has a reference below it"
-            compare(shorter, replace(way, max_document_length=None), device)
-            compare(reference, replace(way, max_document_length=0), device)
+            compare(shorter, replace(candidate, max_document_length=None), device)
+            compare(reference, replace(candidate, max_document_length=0), device)
     except NotProvenError as error:
         return str(error)
-    except Exception as error:  # models fail in ways of their own when they are asked for what they cannot do
+    except Exception as error:  # any model class can raise any error here
         return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
     return None
 
 
-# ---- what is kept --------------------------------------------------------------------------------------------------
+# ---- the cache -----------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def _isolated() -> Iterator[None]:
-    """Compute in full float32, and leave the state of the process as it is.
+    """Compute in full float32, and restore the state of the process afterwards.
 
-    In half precision Lightning sets the default dtype while a model is made, which rounds what a model computes for
-    itself, such as the rotary frequencies. Some processors multiply in bfloat16 where less than the highest precision
-    is asked for.
+    In half precision Lightning sets the default dtype while a model is built, which would round computed buffers such
+    as the rotary frequencies. Below the highest matmul precision some processors multiply in bfloat16.
     """
     before = torch.get_default_dtype(), torch.get_float32_matmul_precision()
     torch.set_default_dtype(torch.float32)
@@ -190,7 +191,7 @@ def _isolated() -> Iterator[None]:
 
 
 def _key(kind: type, config: PretrainedConfig, requested: str, device: torch.device | None) -> str:
-    """Return a hash of all that a proof hangs on."""
+    """Return a hash of everything that a proof depends on."""
     digest = hashlib.sha256()
     left_out = ("_name_or_path", "name_or_path", "transformers_version", "quantization_config", "dtype")
     plain = {name: value for name, value in config.to_dict().items() if name not in left_out}
@@ -216,7 +217,7 @@ def _read_cached(key: str) -> ModelCapabilities | None:
 
 
 def _write_cached(key: str, capabilities: ModelCapabilities) -> None:
-    """Write what was found, if it can be written: else the next start finds it out again."""
+    """Write the result in one rename; errors of the disk are ignored, and the next start does the proof again."""
     path = default_cache_dir() / "proofs" / f"{key}.json"
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:

@@ -1,4 +1,4 @@
-"""Packed rows and optimizer steps: the one form in which tokens travel from the data to the kernels."""
+"""Packed rows and optimizer steps: the form in which the data gives tokens to the model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ IGNORE_INDEX = -100
 
 @dataclass(eq=False)  # not frozen: Lightning rebuilds batches field by field under half precision
 class PackedSequence:
-    """Several documents end to end, run by one forward; they never see each other.
+    """A packed row: several documents end to end, for one forward; attention stays within each document.
 
     Attributes:
         input_ids: Token ids, int64, shape ``(1, tokens)``.
@@ -35,7 +35,7 @@ class PackedSequence:
 
     @classmethod
     def pack(cls, documents: list[tuple[Tensor, Tensor]], sample_ids: tuple[int, ...] = ()) -> Self:
-        """Join documents into a row.
+        """Join documents into a packed row.
 
         Args:
             documents: Pairs of ids and labels, each of shape ``(length,)``.
@@ -56,27 +56,27 @@ class PackedSequence:
 
     @property
     def num_tokens(self) -> int:
-        """Trained and context tokens of the row."""
+        """The number of all tokens of the packed row."""
         return self.boundaries[-1]
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each document."""
+        """The number of tokens of each document."""
         return [end - start for start, end in pairwise(self.boundaries)]
 
     def documents(self) -> Iterator[PackedSequence]:
-        """Yield each document as a row of its own."""
-        for place, (start, end) in enumerate(pairwise(self.boundaries)):
+        """Yield each document as a packed row with one document."""
+        for index, (start, end) in enumerate(pairwise(self.boundaries)):
             yield PackedSequence(
                 self.input_ids[:, start:end],
                 self.labels[:, start:end],
                 self.position_ids[:, start:end],
                 (0, end - start),
-                self.sample_ids[place : place + 1],
+                self.sample_ids[index : index + 1],
             )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedSequence:
-        """Return the row with its tensors on ``device``."""
+        """Return the packed row with its tensors on ``device``."""
         return replace(
             self,
             input_ids=self.input_ids.to(device, non_blocking=non_blocking),
@@ -90,10 +90,10 @@ class StepBatch:
     """One optimizer step of this rank.
 
     Attributes:
-        rows: The rows of this rank, at least one: every rank has the same number, so that all ranks run the same
-            forwards; a rank with less work repeats a row without labels.
-        num_trained: Trained tokens of the whole step, over all rows and ranks: the divisor of the loss.
-        num_tokens: Tokens of the whole step, over all rows and ranks, without repeated rows.
+        rows: The packed rows of this rank, at least one. Every rank has the same number, so that all ranks run the same
+            number of forwards; a rank with less work repeats a packed row without labels.
+        num_trained: Trained tokens of the complete step, over all packed rows and ranks: the divisor of the loss.
+        num_tokens: Tokens of the complete step, over all packed rows and ranks, without repeated ones.
     """
 
     rows: tuple[PackedSequence, ...]

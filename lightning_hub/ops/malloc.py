@@ -1,4 +1,4 @@
-"""Host memory between steps: kept for the next one, where the C library would give it back and fetch it again."""
+"""Keeps freed host memory in the process for the next step, with two options of glibc's malloc."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import ctypes
 import os
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""How glibc's ``mallopt`` numbers its options (malloc.h)."""
+"""The numbers of two options of glibc's ``mallopt`` (malloc.h)."""
 
 TRIM_THRESHOLD_BYTES = 2**31 - 1
-"""Bytes at the end of the heap that stay there when they are free: as many as the option takes."""
+"""Free bytes at the end of the heap that are not returned to the system: the largest value of the option."""
 
 MMAP_THRESHOLD_BYTES = 2**30
-"""Bytes up to which a tensor lies in the heap, so that its place is used again; larger ones are mapped each time."""
+"""Bytes up to which a tensor is in the heap, so that its memory is reused; larger ones are mapped each time."""
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep what it frees; return whether it does.
+    """Make this process keep the memory that it frees; return whether this works.
 
-    A step frees its activations, and the next one wants as much again. Where the end of the heap happens to be free
-    glibc gives it back to the system in between, and every page of it costs a fault: tens of milliseconds in a step
-    of one second. All that is kept has been in use before. A person's own settings and other C libraries are left
-    alone.
+    A step frees its activations, and the next one allocates as much again. If the end of the heap is free, glibc
+    returns it to the system in between, and then every page costs a page fault: tens of milliseconds in a step of one
+    second. Peak memory does not grow. Nothing is changed if the environment has malloc settings, or with another C
+    library.
     """
     if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return False

@@ -1,8 +1,8 @@
-"""A miniature of a model: its own class and configuration with small sizes, to find out about it by running it.
+"""Builds a miniature of a model: the same class and configuration with small sizes, to run proofs on it.
 
-Sizes shrink, and nothing else: each flag, each kind of layer, each cap, sink and scale stays. Windows, chunks and
-other lengths become shorter than the documents of a proof, so that what they do shows. Whether each kind of layer is
-there is checked against the model itself, which is built without memory for it.
+Only sizes change: each flag, each kind of layer, each cap, sink and scale stays. Windows, chunks and other lengths
+become shorter than the documents of a proof, so that they have an effect. A check compares the kinds of layers with
+those of the full model, which is built on the meta device for this.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LAYERS = (
     "num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers",
     "num_decoder_layers", "num_encoder_layers", "num_blocks", "depth", "num_layers_per_stack",
 )  # fmt: skip
-"""Under which names configurations say how many layers there are."""
+"""Names of the number of layers in configurations."""
 
 
 class NoMiniatureError(RuntimeError):
@@ -32,28 +32,28 @@ class NoMiniatureError(RuntimeError):
 
 
 def small_config(kind: type[PreTrainedModel], config: PretrainedConfig) -> PretrainedConfig:
-    """Return a configuration with small sizes and every kind of module that the model of another has.
+    """Return a configuration with small sizes, whose model has every kind of module of the full model.
 
     Args:
         kind: The class of the model.
         config: The configuration of the model; not changed.
 
     Raises:
-        NoMiniatureError: There is none.
+        NoMiniatureError: There is no such configuration.
     """
     try:
-        whole = kinds_of(_without_memory(kind, config))
+        full = kinds_of(_without_memory(kind, config))
         layers = max([*_counts(config.to_dict()), 2])
-    except Exception as error:  # models check their configurations themselves: anything can be raised
+    except Exception as error:  # configurations have their own checks: any error is possible
         raise NoMiniatureError(_reason(error)) from error
     failure: Exception | None = None
     for count in _growing(layers):
         try:
             small = shrink(config, count)
-            if whole <= (found := kinds_of(_without_memory(kind, small))):
+            if full <= (found := kinds_of(_without_memory(kind, small))):
                 return small
-            missing = ", ".join(sorted({name for _, name, _ in whole - found}))
-            failure = NotImplementedError(f"of its kinds of modules these are missing: {missing}")
+            missing = ", ".join(sorted({name for _, name, _ in full - found}))
+            failure = NotImplementedError(f"these kinds of modules are missing: {missing}")
         except Exception as error:
             failure = error
     assert failure is not None, "some number of layers was tried"
@@ -61,12 +61,12 @@ def small_config(kind: type[PreTrainedModel], config: PretrainedConfig) -> Pretr
 
 
 def build(kind: type[PreTrainedModel], small: PretrainedConfig, attn_implementation: str) -> PreTrainedModel:
-    """Return a model with large random weights; it draws from torch's random state.
+    """Return a model with large random weights, float32; it seeds the random generator of torch.
 
     Args:
-        kind: Its class.
+        kind: The class of the model.
         small: Its configuration; not changed.
-        attn_implementation: A name that transformers knows, ours included.
+        attn_implementation: A name that is registered with transformers.
     """
     config = deepcopy(small)
     config.dtype = torch.float32
@@ -78,11 +78,11 @@ def build(kind: type[PreTrainedModel], small: PretrainedConfig, attn_implementat
 
 
 def rope_limit(config: Config) -> int | None:
-    """Return from which length on a document changes how all others of its forward are rotated, if any does."""
+    """Return the document length above which the rotary embeddings of the whole forward change; None for no limit."""
     limits = [limit for value in config.values() if isinstance(value, dict) and (limit := rope_limit(value))]
     for rope in _ropes(config.get("rope_parameters")):
         if rope.get("rope_type") == "dynamic":
-            limits.append((config.get("max_position_embeddings") or 1) - 1)  # below it they are as they were made
+            limits.append((config.get("max_position_embeddings") or 1) - 1)  # up to this length they do not change
         if rope.get("rope_type") == "longrope":
             names = ("original_max_position_embeddings", "max_position_embeddings")
             limits.append(
@@ -92,7 +92,7 @@ def rope_limit(config: Config) -> int | None:
 
 
 def _ropes(parameters: object) -> list[Config]:
-    """Return rotary parameters, which some models keep for each type of layer."""
+    """Return all rotary parameters: some models have one set for each type of layer."""
     if not isinstance(parameters, dict):
         return []
     inner = [value for value in parameters.values() if isinstance(value, dict)]
@@ -100,7 +100,7 @@ def _ropes(parameters: object) -> list[Config]:
 
 
 def without_limit(small: PretrainedConfig) -> PretrainedConfig:
-    """Return a configuration whose rotary embeddings are made for longer documents than those of a proof."""
+    """Return a configuration whose rotary embeddings do not change for the documents of a proof."""
 
     def lengthened(config: Config) -> Config:
         return {
@@ -134,12 +134,12 @@ def _without_memory(kind: type[PreTrainedModel], config: PretrainedConfig) -> Pr
 
 
 def _plain(config: PretrainedConfig) -> Config:
-    """Return the configuration without what is said about how its weights are stored."""
+    """Return the configuration without the entries about the storage of weights (dtype, quantization)."""
     return {name: value for name, value in config.to_dict().items() if name not in ("quantization_config", "dtype")}
 
 
 def kinds_of(model: nn.Module) -> set[tuple[str, str, tuple[tuple[str, object], ...]]]:
-    """Return the kinds of modules: where they stand, whatever the layer, their class, and their flags."""
+    """Return the kinds of modules: path with ``*`` for numbers, class, and flags (None, bool or str attributes)."""
     found: set[tuple[str, str, tuple[tuple[str, object], ...]]] = set()
     for path, module in model.named_modules():
         flags = {name: value for name, value in vars(module).items() if not name.startswith("_") and name != "training"}
@@ -154,14 +154,14 @@ def shrink(config: PretrainedConfig, layers: int) -> PretrainedConfig:
     """Return a configuration of the same class with small sizes.
 
     Args:
-        config: What is made small; not changed.
-        layers: How many layers each stack keeps at most.
+        config: The full configuration; not changed.
+        layers: The largest number of layers of each stack.
     """
     return type(config).from_dict(_shrunk(_plain(config), layers))
 
 
 def _counts(config: Config) -> list[int]:
-    """Return the numbers of layers of a configuration and those inside it."""
+    """Return the numbers of layers of a configuration and of its inner configurations."""
     own = [config[name] for name in LAYERS if isinstance(config.get(name), int)]
     return own + [count for value in config.values() if isinstance(value, dict) for count in _counts(value)]
 
@@ -190,10 +190,10 @@ def _shrunk(config: Config, layers: int) -> Config:
 
 
 def _representatives(config: Config, depth: int, layers: int) -> list[int]:
-    """Return which layers are kept: the first of each kind that the lists of the configuration tell apart."""
+    """Return the indices of the kept layers: the first of each kind, by the per-layer lists of the configuration."""
     found = {name: value for name, value in config.items() if isinstance(value, (list, tuple))}
-    places = [value for name, value in found.items() if _are_places(name, value)]
-    lists = [value for name, value in found.items() if len(value) == depth > 1 and not _are_places(name, value)]
+    places = [value for name, value in found.items() if _are_layer_indices(name, value)]
+    lists = [value for name, value in found.items() if len(value) == depth > 1 and not _are_layer_indices(name, value)]
     seen: dict[str, int] = {}
     own = config.get("per_layer_config") or {}
     for index in range(depth):
@@ -204,16 +204,16 @@ def _representatives(config: Config, depth: int, layers: int) -> list[int]:
     return sorted(firsts + others[: max(0, layers - len(firsts))]) if depth else []
 
 
-def _are_places(name: str, values: Sequence[Any]) -> bool:
-    """Return whether a list holds the places of layers, each once."""
-    whole = all(isinstance(value, int) and not isinstance(value, bool) for value in values)
+def _are_layer_indices(name: str, values: Sequence[Any]) -> bool:
+    """Return whether a list contains layer indices, in ascending order."""
+    are_ints = all(isinstance(value, int) and not isinstance(value, bool) for value in values)
     named = re.search(r"(ids|idxs|indexes|indices|layers)$", name)
-    return bool(named) and whole and all(left < right for left, right in pairwise(values))
+    return bool(named) and are_ints and all(left < right for left, right in pairwise(values))
 
 
 def _of_layers(name: str, values: Sequence[Any], depth: int, kept: list[int], config: Config) -> list[Any]:
-    """Shrink a list that has an entry for each layer, or holds the places of layers."""
-    if _are_places(name, values):
+    """Shrink a list that has one entry for each layer, or that contains layer indices."""
+    if _are_layer_indices(name, values):
         return [kept.index(value) for value in values if value in kept]
     if len(values) == depth > 1:
         return [_entry(name, values[index], config) for index in kept]
@@ -239,7 +239,7 @@ def _number(name: str, value: float, config: Config, depth: int, kept: int) -> f
 
 
 def _rope(rope: Config, config: Config) -> Config:
-    """Shorten what rotary embeddings say about lengths, so that documents are longer than they."""
+    """Shorten the lengths in rotary parameters, so that documents of a proof are longer."""
     small: Config = {}
     for name, value in rope.items():
         if isinstance(value, dict):
@@ -248,7 +248,7 @@ def _rope(rope: Config, config: Config) -> Config:
             small[name] = REACH * 2
         elif name in ("short_factor", "long_factor") and isinstance(value, (list, tuple)):
             head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-            count = len(value) * HEAD_DIM // head_dim  # one for each pair of what is rotated of a head
+            count = len(value) * HEAD_DIM // head_dim  # one for each pair of rotated dims of a head
             small[name] = [value[place * len(value) // count] for place in range(count)]
         else:
             small[name] = value
@@ -257,10 +257,10 @@ def _rope(rope: Config, config: Config) -> Config:
 
 @torch.no_grad()
 def enlarge(model: nn.Module) -> None:
-    """Give weights sizes at which each layer changes the result, as it does in a trained model.
+    """Set weights so large that each layer changes the result, as in a trained model.
 
-    Matrices are drawn around zero, at the inverse root of their inputs; what starts at a constant (norms, biases,
-    sinks, gates) is moved away from it.
+    Matrices are random with standard deviation ``inputs ** -0.5``. Weights with a constant initial value (norms,
+    biases, sinks, gates) get random noise added.
     """
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():

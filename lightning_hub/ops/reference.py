@@ -1,4 +1,4 @@
-"""What a model gives with its own eager attention, one document a forward, and how other ways are held to that."""
+"""Runs a miniature with eager attention, one document a forward, and compares other ways to run it with this."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from lightning_hub.ops.miniature import NoMiniatureError, build
 from lightning_hub.ops.small_sizes import VOCABULARY
 
 PROOF_TOLERANCE = 1e-4
-"""Relative difference of losses, logits and gradients that is put down to float32 rounding."""
+"""Largest relative difference of losses, logits and gradients that float32 rounding can explain."""
 
 POWER = 100
-"""How many times the tolerance documents that see each other must differ, for the proof to notice a leak."""
+"""A leak between documents must change logits by at least this many times the tolerance; else a proof is impossible."""
 
 LENGTHS = (11, 7, 14)
-"""Tokens of the documents of a proof: longer than the windows and chunks of a miniature."""
+"""Numbers of tokens of the documents of a proof: longer than the windows and chunks of a miniature."""
 
 
 class NotProvenError(RuntimeError):
@@ -31,16 +31,16 @@ class NotProvenError(RuntimeError):
 
 @dataclass(frozen=True)
 class Reference:
-    """What a miniature gives with its eager attention, one document a forward.
+    """The numbers of a miniature with eager attention, one document a forward.
 
     Attributes:
         config: The configuration of the miniature.
         model: The miniature.
         documents: Its documents, ids of shape ``(length,)``.
-        logits: Those of all documents, shape ``(tokens, vocabulary)``.
+        logits: Logits of all documents, float32, shape ``(tokens, vocabulary)``.
         loss: Summed cross-entropy over all documents.
-        evaluated: The same sum in evaluation, where models may take other ways.
-        gradients: Of the first sum, by name of the parameter; zeros where there is none.
+        evaluated: The same sum in evaluation mode, in which models may compute in another way.
+        gradients: Gradients of ``loss`` by name of the parameter; zeros if a parameter has none.
         adds_to_loss: Whether the model's own loss has further terms.
         leak: How much the logits differ if the documents are run as one.
     """
@@ -59,11 +59,12 @@ class Reference:
 def reference_of(kind: type[PreTrainedModel], small: PretrainedConfig) -> Reference:
     """Run the documents one by one with eager attention.
 
-    The order of the forwards is that of a comparison: some rotary embeddings remember the longest document so far.
+    The order of the forwards is the same as in a comparison: some rotary embeddings depend on the longest document
+    of all earlier forwards.
 
     Raises:
-        NoMiniatureError: It cannot be run.
-        ConfigError: Its logits are random, or depend on later tokens.
+        NoMiniatureError: The miniature cannot be run.
+        ConfigError: The logits are random, or depend on later tokens.
     """
     documents = _documents()
     try:
@@ -73,14 +74,14 @@ def reference_of(kind: type[PreTrainedModel], small: PretrainedConfig) -> Refere
                 build(kind, small, "eager").train(is_training),
             )
             logits = _logits(model, documents, grad=True)
-            torch.manual_seed(1)  # another than that of the first
+            torch.manual_seed(1)  # not the seed of the first forward
             if logits.equal(_logits(again, documents)):
                 break
         else:
             raise ConfigError(
                 "the model's logits are random: two forwards of the same tokens give different numbers",
                 where="model.init_args.model",
-                remedy="take another model",
+                remedy="use another model",
             )
         loss = _sum_of_losses(logits, documents)
         loss.backward()
@@ -88,7 +89,7 @@ def reference_of(kind: type[PreTrainedModel], small: PretrainedConfig) -> Refere
         model.train(is_training)
     except ConfigError:
         raise
-    except Exception as error:  # models fail in ways of their own
+    except Exception as error:  # any model class can raise any error here
         raise NoMiniatureError(f"{type(error).__name__}: {' '.join(str(error).split())[:160]}") from error
     check_causal(model, documents[-1], logits.detach()[-LENGTHS[-1] :])
     return Reference(
@@ -132,7 +133,7 @@ def _gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:
-    """Return the largest difference relative to the spread of what is expected."""
+    """Return the largest difference, relative to the largest deviation of ``expected`` from its mean."""
     scale = (expected - expected.mean()).abs().max().clamp_min(1e-30)
     return float((found - expected).abs().max() / scale)
 
@@ -142,13 +143,17 @@ def _adds_to_loss(model: PreTrainedModel, ids: Tensor, logits: Tensor) -> bool:
     try:
         with torch.no_grad():
             own = model(input_ids=ids.unsqueeze(0), labels=ids.unsqueeze(0), **accepted_by(model, use_cache=False)).loss
-    except Exception:  # it computes no loss of its own
+    except Exception:  # the model does not compute a loss
         return False
     return own is not None and abs(float(own) - float(_loss(logits, ids)) / (len(ids) - 1)) > 1e-3
 
 
 def try_itself(model: PreTrainedModel) -> None:
-    """Run a model itself on short documents."""
+    """Run the full model on short documents.
+
+    Raises:
+        ConfigError: It fails, or its logits depend on later tokens.
+    """
     training, size = model.training, model.config.get_text_config().vocab_size
     documents = [ids.to(model.device) % size for ids in _documents()]
     try:
@@ -160,7 +165,7 @@ def try_itself(model: PreTrainedModel) -> None:
             f"the model fails on documents of {lengths} tokens with its own eager attention "
             f"({type(error).__name__}: {' '.join(str(error).split())[:200]})",
             where="model.init_args.model",
-            remedy="see whether its configuration is whole, or give another model",
+            remedy="check that its configuration is complete, or use another model",
         ) from error
     tolerance = 10 * PROOF_TOLERANCE if model.dtype == torch.float32 else 0.02
     check_causal(model, documents[-1], logits[-LENGTHS[-1] :], tolerance)
@@ -168,16 +173,16 @@ def try_itself(model: PreTrainedModel) -> None:
 
 
 def check_causal(model: PreTrainedModel, ids: Tensor, before: Tensor, tolerance: float = PROOF_TOLERANCE) -> None:
-    """Refuse a model in which a later token changes an earlier logit."""
-    for place in (len(ids) - 1, len(ids) // 2):
+    """Reject a model in which a later token changes an earlier logit."""
+    for position in (len(ids) - 1, len(ids) // 2):
         changed = ids.clone()
-        changed[place] = 3 + (ids[place] + 1) % (VOCABULARY - 16)
-        moved = _difference(_logits(model, [changed])[:place], before[:place])
-        if moved > tolerance:
+        changed[position] = 3 + (ids[position] + 1) % (VOCABULARY - 16)
+        difference = _difference(_logits(model, [changed])[:position], before[:position])
+        if difference > tolerance:
             raise ConfigError(
-                f"the model is not causal: its logits depend on later tokens (they move by {moved:.0e})",
+                f"the model is not causal: its logits depend on later tokens (they change by {difference:.0e})",
                 where="model.init_args.model",
-                remedy="give a causal language model; some configurations have to say is_decoder: true",
+                remedy="use a causal language model; some configurations need is_decoder: true",
             )
 
 
@@ -185,26 +190,28 @@ def compare(reference: Reference, capabilities: ModelCapabilities, device: torch
     """Compare a way to run the model with the reference.
 
     Args:
-        reference: What the model gives with its eager attention, one document a forward.
+        reference: The numbers of the eager attention, one document a forward.
         capabilities: The way to run it.
-        device: Where the model is to run, for kernels that a CPU does not have.
+        device: The device of the training, for kernels that a CPU does not have.
 
     Raises:
         NotProvenError: Logits, loss or gradients differ.
     """
-    is_half = capabilities.attention.startswith("flash_attention")  # kernels that take nothing else
-    is_there = is_half or (capabilities.attention == "flex_attention" and device is not None and device.type == "cuda")
-    place = device if is_there and device is not None else torch.device("cpu")
+    is_half = capabilities.attention.startswith("flash_attention")  # these kernels support half precision only
+    needs_device = is_half or (
+        capabilities.attention == "flex_attention" and device is not None and device.type == "cuda"
+    )
+    at = device if needs_device and device is not None else torch.device("cpu")
     dtype = torch.bfloat16 if is_half else torch.float32
     limit, power = PROOF_TOLERANCE, POWER
     if is_half:
         plain = _differences(
-            reference, ModelCapabilities("eager", has_linear_head=False, isolates_documents=False), place, dtype
+            reference, ModelCapabilities("eager", has_linear_head=False, isolates_documents=False), at, dtype
         )
         limit, power = 2 * max(plain.values()), 5
     if capabilities.isolates_documents and capabilities.max_document_length is None and reference.leak < power * limit:
-        raise NotProvenError("documents that see each other could not be told from those that do not")
-    for what, off in _differences(reference, capabilities, place, dtype).items():
+        raise NotProvenError("a leak between documents would not be visible in the logits")
+    for what, off in _differences(reference, capabilities, at, dtype).items():
         if not off <= limit:
             raise NotProvenError(f"{what} off by {off:.0e}")
 
@@ -212,9 +219,9 @@ def compare(reference: Reference, capabilities: ModelCapabilities, device: torch
 def _differences(
     reference: Reference, capabilities: ModelCapabilities, device: torch.device, dtype: torch.dtype
 ) -> dict[str, float]:
-    """Return by how much the numbers of a way to run the model differ from the reference, relatively."""
+    """Return the relative differences from the reference, each under the words for it in an error."""
     model = build(type(reference.model), reference.config, capabilities.attention)  # from the same seed
-    nn.Module.to(model, device=device, dtype=dtype)  # its own `to` is typed as no method
+    nn.Module.to(model, device=device, dtype=dtype)  # the types of its own `to` are wrong
     model.train(reference.model.training)
     row = PackedSequence.pack([(ids, ids) for ids in reference.documents]).to(device)
     found: dict[str, float] = {}
@@ -237,9 +244,10 @@ def _differences(
 
 
 def _worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[str, float]:
-    """Return the parameter whose gradient differs most, and by how much of its size.
+    """Return the parameter whose gradient differs most, and the relative difference.
 
-    Gradients that are nothing but rounding are measured by those of the whole model.
+    It is relative to the largest element of that gradient plus 1 % of the largest of all gradients, so that gradients
+    that are only rounding do not count.
     """
     largest = max(float(gradient.abs().max()) for gradient in expected.values() if gradient.numel())
     offs = {
@@ -254,8 +262,8 @@ def _worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[str, 
 def ends_in_linear_head(model: PreTrainedModel) -> bool:
     """Return whether the logits are the last hidden states times the output embeddings, and nothing else.
 
-    The head is made to answer with large marks: a cap or a scale behind it would change them, however small the
-    logits of the model are.
+    A hook replaces the output of the head with large known numbers. A cap or a scale after the head would change them,
+    also if the logits of the model are small.
     """
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear) or not has_plain_head(model) or model.base_model is model:
@@ -275,11 +283,11 @@ def ends_in_linear_head(model: PreTrainedModel) -> bool:
         logits = model(**inputs).logits
     finally:
         handle.remove()
-    marks = mark(head, (hidden,), logits)
-    return torch.equal(seen[0], hidden) and torch.equal(logits, marks)
+    expected = mark(head, (hidden,), logits)
+    return torch.equal(seen[0], hidden) and torch.equal(logits, expected)
 
 
 def has_plain_head(model: PreTrainedModel) -> bool:
-    """Return whether the output layer is torch's own linear one, with nothing hooked to it."""
+    """Return whether the output layer is torch's own linear one, without forward hooks."""
     head = model.get_output_embeddings()
     return isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward and not head._forward_hooks

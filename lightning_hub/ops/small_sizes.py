@@ -1,4 +1,4 @@
-"""Sizes of configurations, by their names in transformers, and what they become in a miniature."""
+"""The sizes of a miniature, by the names of sizes in configurations of transformers."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ NUM_HEADS = 4
 HEAD_DIM = 16
 EXPERTS = 8
 REACH = 4
-"""Tokens of a window or a chunk."""
+"""Tokens of a window or a chunk in a miniature."""
 
 Config = dict[str, Any]
 Size = int | Callable[[int, Config], int]
 
 
 def _kv_heads(value: int, config: Config) -> int:
-    """Keep whether key-value heads are one, as many as query heads, or groups."""
+    """Keep whether there is one key-value head, as many as query heads, or a number between (grouped queries)."""
     names = ("num_attention_heads", "n_heads", "n_head", "num_heads", "swa_num_attention_heads")
     heads = {config[name] for name in names if config.get(name)}
     return 1 if value == 1 else NUM_HEADS if value in heads else NUM_HEADS // 2
@@ -30,20 +30,20 @@ def _at_most(limit: int) -> Callable[[int, Config], int]:
 
 
 def _head_dim(value: int, config: Config) -> int:
-    """Some models call that part of a head its size which is rotated, or the whole of both parts."""
+    """Return the head size; in some models the name means the rotated part of a head, or the sum of both parts."""
     if value == config.get("qk_rope_head_dim"):
         return HEAD_DIM // 2
     layers = [config, *(config.get("per_layer_config") or {}).values()]
-    wholes = {
+    sums = {
         (layer.get("qk_nope_head_dim") or 0) + (layer.get("qk_rope_head_dim", config.get("qk_rope_head_dim")) or 0)
         for layer in layers
         if "qk_nope_head_dim" in config
     }
-    return HEAD_DIM * 3 // 2 if value in wholes else HEAD_DIM
+    return HEAD_DIM * 3 // 2 if value in sums else HEAD_DIM
 
 
 def _of_hidden(value: int, config: Config) -> int:
-    """Keep how a width relates to that of the model."""
+    """Keep the ratio of a width to the hidden size of the model."""
     hidden = next((config[name] for name in ("hidden_size", "d_model", "n_embd") if config.get(name)), 0)
     if hidden and value < hidden:
         return HIDDEN // 2
@@ -55,12 +55,12 @@ def _linear_key_heads(value: int, config: Config) -> int:
 
 
 def _heads(_: int, config: Config) -> int:
-    """Mamba 2 says under this name into how many heads its expanded state is cut."""
+    """Return the number of heads; in Mamba 2 it is that of the expanded state."""
     return HIDDEN * config["expand"] // HEAD_DIM if "expand" in config else NUM_HEADS
 
 
 def _positions(value: int, config: Config) -> int:
-    """Rotary embeddings of this type change with documents that are longer than what the model was made for."""
+    """Return the number of positions: few for dynamic rotary embeddings, which change for longer documents."""
     return min(value, REACH * 2 if "'dynamic'" in str(config.get("rope_parameters")) else 128)
 
 
@@ -103,16 +103,16 @@ SIZES: tuple[tuple[str, Size], ...] = (
     (r"n_groups|mamba_n_groups|mamba_ngroups", _at_most(2)),
     (r"mamba_d_ssm", HIDDEN * 2),
 )  # fmt: skip
-"""Names of sizes, whole, and what they become; the first that fits is taken."""
+"""Patterns for complete names of sizes, and their sizes in a miniature; the first match is used."""
 
 
 def small_size(name: str, value: int, config: Config) -> int:
-    """Return what a size becomes; what is no size stays.
+    """Return the size in a miniature; a number that is not a size does not change.
 
     Args:
         name: Its name in the configuration.
         value: The size.
-        config: The configuration, whose other sizes it may follow.
+        config: The configuration: some sizes depend on others.
     """
     for pattern, size in SIZES:
         if re.fullmatch(pattern, name):

@@ -1,1 +1,1 @@
-"""Several processes as one trainer: meshes, strategies, the start of a model, clipping, and gathering it again."""
+"""Training on several ranks: process group, meshes, strategies, sharding of a model, clipping, and gathering."""

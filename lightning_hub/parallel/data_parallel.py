@@ -1,4 +1,4 @@
-"""What a strategy of ours says to the rest: who shares out the data, how a model is cut, when gradients travel."""
+"""The base class of our strategies: data-parallel ranks, sharding of a model, and when gradients are all-reduced."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from transformers import PreTrainedModel
 
 @dataclass(frozen=True)
 class DataParallel:
-    """This process among those that share out the data; ranks of one tensor-parallel group run the same rows.
+    """The data-parallel rank of this process; ranks of one tensor-parallel group get the same data.
 
     Attributes:
-        rank: Which share is this one's, from 0.
-        size: How many shares there are.
-        group: Processes that hold one share each; None for all of the run.
+        rank: The data-parallel rank, from 0.
+        size: The data-parallel size.
+        group: A process group with one process for each data-parallel rank; None for all ranks of the run.
     """
 
     rank: int = 0
@@ -29,7 +29,7 @@ class DataParallel:
     group: ProcessGroup | None = None
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Return the sum over all shares, the same on every rank; ``tensor`` stays as it is."""
+        """Return the sum over all data-parallel ranks, equal on every rank; ``tensor`` does not change."""
         if self.size == 1:
             return tensor
         total = tensor.detach().clone()
@@ -37,31 +37,31 @@ class DataParallel:
         return total
 
     def mean(self, tensor: Tensor) -> Tensor:
-        """Return the mean over all shares."""
+        """Return the mean over all data-parallel ranks."""
         return self.sum(tensor) / self.size
 
 
 @runtime_checkable
 class DistributedCheckpointIO(Protocol):
-    """A checkpoint format that every rank writes its own part of."""
+    """A checkpoint format in which every rank writes its own shards."""
 
     def save_together(self, checkpoint: dict[str, Any], path: str | Path) -> None:
-        """Save what this rank holds; all ranks call this."""
+        """Save the shards of this rank; all ranks must call this."""
 
 
 class HubStrategy(ParallelStrategy):
-    """A strategy of ours: it starts models from one reading, and knows the data-parallel ranks.
+    """Base class of our strategies: rank 0 loads a model for all ranks, and the data-parallel rank is known.
 
-    A checkpoint is saved by all ranks, where its format can do that, and restored as soon as the model is there.
+    All ranks save a checkpoint together if its format supports this. It is restored as soon as the model exists.
     """
 
     short_name: ClassVar[str]
-    """What a checkpoint calls the strategy."""
+    """The name of the strategy in a checkpoint."""
 
     restore_checkpoint_after_setup = False
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: object = None) -> None:
-        """Let every rank write its part to the path that rank 0 has chosen."""
+        """Make every rank write its shards to the path of rank 0."""
         if isinstance(self.checkpoint_io, DistributedCheckpointIO):
             self.checkpoint_io.save_together(checkpoint, self.broadcast(filepath))
         else:
@@ -69,28 +69,28 @@ class HubStrategy(ParallelStrategy):
 
     @property
     def data_parallel(self) -> DataParallel:
-        """This process among those that share out the data."""
+        """The data-parallel rank of this process."""
         return DataParallel(self.global_rank, self.world_size)
 
     @property
     def weights_device(self) -> torch.device:
-        """Where weights lie between steps."""
+        """The device of the weights between steps."""
         return self.root_device
 
     def parallelize(self, model: PreTrainedModel) -> None:
-        """Cut a model, which has no memory yet; here every rank holds all of it."""
+        """Shard a model on the meta device; here every rank has the complete model."""
 
     def no_gradient_sync(self) -> AbstractContextManager[None]:
-        """Return a context in which gradients stay on this rank, because more rows of the step follow.
+        """Return a context in which gradients are not all-reduced, because more micro-batches of the step follow.
 
-        Nothing need be said by default: the hooks of DistributedDataParallel wait for the end of its own forward, in
-        which all rows but the last have their backward.
+        The default does nothing: DistributedDataParallel all-reduces only after the end of its own forward, and all
+        micro-batches but the last have their backward before that.
         """
         return nullcontext()
 
 
 def data_parallel(strategy: Strategy) -> DataParallel:
-    """Return this process's place among the data-parallel ranks of any strategy."""
+    """Return the data-parallel rank of this process for any strategy."""
     if isinstance(strategy, HubStrategy):
         return strategy.data_parallel
     if isinstance(strategy, ParallelStrategy):
@@ -99,12 +99,12 @@ def data_parallel(strategy: Strategy) -> DataParallel:
 
 
 def strategy_name(strategy: Strategy) -> str:
-    """Return what a checkpoint calls a strategy."""
+    """Return the name of a strategy in a checkpoint."""
     if isinstance(strategy, HubStrategy):
         return strategy.short_name
     return type(strategy).__name__ if isinstance(strategy, ParallelStrategy) else "single"
 
 
 def no_gradient_sync(strategy: Strategy) -> AbstractContextManager[None]:
-    """Return the context for the backward of all rows of a step but the last."""
+    """Return the context for the backward of all micro-batches of a step but the last."""
     return strategy.no_gradient_sync() if isinstance(strategy, HubStrategy) else nullcontext()

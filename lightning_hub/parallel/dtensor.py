@@ -1,4 +1,4 @@
-"""Tensors that are sharded over a mesh: the local shard of a rank, and whole tensors from shards."""
+"""Tensors that are sharded over a mesh: the local shard of a rank, and full tensors from shards."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch.distributed.tensor import DTensor
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """Return what this rank holds of a tensor; it shares the tensor's memory."""
+    """Return the local shard of a tensor; it shares the memory of the tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def local_shard_of(whole: Tensor, target: Tensor) -> Tensor:
-    """Return the part of a whole tensor that this rank holds of ``target``."""
+def local_shard_of(full: Tensor, target: Tensor) -> Tensor:
+    """Return the slice of a full tensor that is the local shard of ``target``."""
     starts = shard_offsets(target)
     ends = [start + size for start, size in zip(starts, local_tensor(target).shape, strict=True)]
-    return whole[tuple(slice(start, end) for start, end in zip(starts, ends, strict=True))]
+    return full[tuple(slice(start, end) for start, end in zip(starts, ends, strict=True))]
 
 
 def shard_offsets(tensor: Tensor) -> tuple[int, ...]:
-    """Return where in the whole tensor the part of this rank begins, for each dimension.
+    """Return the offset of the local shard in the full tensor, for each dim.
 
-    Inner axes are cut first: full sharding comes after the tensor-parallel split and cuts what that has left.
+    Inner mesh axes are sharded first: FSDP comes after the tensor-parallel split, and shards the result of it.
     """
     starts, sizes = [0] * tensor.ndim, list(tensor.shape)
     if isinstance(tensor, DTensor):
@@ -42,7 +42,7 @@ def shard_offsets(tensor: Tensor) -> tuple[int, ...]:
 
 
 def group_by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Return parameters in groups that lie on the same mesh: fused optimizers take no mixture."""
+    """Return parameters grouped by their mesh: fused optimizers do not support several meshes in one group."""
     groups: dict[object, list[nn.Parameter]] = defaultdict(list)
     for parameter in parameters:
         groups[parameter.device_mesh if isinstance(parameter, DTensor) else None].append(parameter)
@@ -50,21 +50,21 @@ def group_by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Return the whole weights of a model on rank 0 and nothing elsewhere; every rank must call this."""
+    """Return the full weights of a model on rank 0, and an empty dict on other ranks; every rank must call this."""
     return full_tensors(model.state_dict(keep_vars=True))  # tied weights are one parameter under two names
 
 
 def full_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return whole tensors on rank 0 and nothing elsewhere; every rank must call this.
+    """Return full tensors on rank 0, and an empty dict on other ranks; every rank must call this.
 
-    One tensor is whole at a time, so no rank but rank 0 ever holds more than its own part and one tensor. Tied
-    weights are gathered once and share memory again. They lie on the host; where nothing is cut and the model lies
-    there too, they are the model's own.
+    Tensors are gathered one by one, so ranks other than 0 need memory for their shards and one full tensor only. Tied
+    weights are gathered once and share memory again. The result is on the host; tensors that are not sharded and
+    already on the host are not copied.
     """
-    keeps = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    is_first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     gathered: dict[int, Tensor] = {}
     for tensor in state.values():
         if id(tensor) not in gathered:
-            whole = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
-            gathered[id(tensor)] = whole if keeps else whole.new_empty(0)
-    return {name: gathered[id(tensor)] for name, tensor in state.items()} if keeps else {}
+            full = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
+            gathered[id(tensor)] = full if is_first else full.new_empty(0)
+    return {name: gathered[id(tensor)] for name, tensor in state.items()} if is_first else {}

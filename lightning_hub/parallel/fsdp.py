@@ -1,4 +1,4 @@
-"""Full sharding (FSDP2): every rank keeps a part of each weight and gathers a decoder block while it runs."""
+"""Full sharding (FSDP2): every rank has a shard of each weight and gathers a decoder block while it runs."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class FSDPConfig:
     """How a model is fully sharded.
 
     Attributes:
-        reshard_after_forward: Whether a block's weights are let go of after its forward and gathered again for its
-            backward; a number gathers them again within groups of so many ranks.
-        sync_every_row: Whether gradients are exchanged after every row and not only after the last of a step.
-        cpu_offload: Whether weights, gradients and optimizer state lie in host memory between uses.
+        reshard_after_forward: Whether the gathered weights of a block are freed after its forward and gathered again
+            for its backward. A number: they are gathered again within groups of so many ranks.
+        sync_every_row: Whether gradients are reduced after every micro-batch, and not only after the last of a step.
+        cpu_offload: Whether weights, gradients and optimizer state are in host memory between uses.
         prefetch: How many blocks are gathered ahead in the forward.
     """
 
@@ -39,10 +39,10 @@ class FSDPConfig:
     prefetch: int = 1
 
     def apply(self, model: PreTrainedModel, mesh: DeviceMesh, precision: str) -> None:
-        """Shard every decoder block, and what is left, over a mesh: one axis, or replicas and parts.
+        """Shard every decoder block, and the other weights, over a mesh with one axis, or with replicas and shards.
 
         Args:
-            model: The model, which has no memory yet.
+            model: The model on the meta device.
             mesh: The data-parallel ranks.
             precision: The trainer's precision.
         """
@@ -62,12 +62,12 @@ class FSDPConfig:
         fully_shard(model, mesh=mesh, mp_policy=rest, offload_policy=offload)
         if self.prefetch > 1:  # one block ahead is what FSDP does by itself
             sharded: list[FSDPModule] = [block for block in blocks if isinstance(block, FSDPModule)]
-            for place, current in enumerate(sharded):
-                current.set_modules_to_forward_prefetch(sharded[place + 1 : place + 1 + self.prefetch])
+            for index, current in enumerate(sharded):
+                current.set_modules_to_forward_prefetch(sharded[index + 1 : index + 1 + self.prefetch])
 
     @contextmanager
     def no_gradient_sync(self, model: nn.Module) -> Iterator[None]:
-        """Keep gradients on this rank while it lasts."""
+        """Do not reduce gradients over ranks within this context."""
         if self.sync_every_row or not isinstance(model, FSDPModule):
             yield
             return
@@ -79,14 +79,14 @@ class FSDPConfig:
 
 
 def check_dtypes(model: nn.Module, blocks: Iterable[nn.Module]) -> None:
-    """Refuse weights that train in several precisions within one group: gradients of a group travel together.
+    """Reject trained weights with several dtypes in one FSDP group: their gradients are reduced as one buffer.
 
     Args:
-        model: Before it is sharded.
-        blocks: Its parts that are groups of their own.
+        model: The model before it is sharded.
+        blocks: Its modules that are groups.
 
     Raises:
-        ConfigError: There are such, as norms in bfloat16 beside changes in float32.
+        ConfigError: There is such a group, for example norms in bfloat16 and deltas in float32.
     """
     groups = [dict.fromkeys(block.parameters()) for block in blocks]
     inside = {parameter for group in groups for parameter in group}
@@ -94,17 +94,17 @@ def check_dtypes(model: nn.Module, blocks: Iterable[nn.Module]) -> None:
         dtypes = sorted({str(one.dtype).removeprefix("torch.") for one in group if one.requires_grad})
         if len(dtypes) > 1:
             raise ConfigError(
-                f"some weights train in {' and others in '.join(dtypes)}, which full sharding cannot exchange together",
+                f"some weights train in {' and others in '.join(dtypes)}, which FSDP cannot reduce together",
                 where="trainer.precision",
-                remedy="use bf16-mixed, or train the adapters or changes alone",
+                remedy="use precision bf16-mixed, or train only the adapters or deltas",
             )
 
 
 def mixed_precision(precision: str) -> MixedPrecisionPolicy:
-    """Return what is computed and exchanged in which precision; weights and optimizer stay as they are.
+    """Return the dtypes in which FSDP gathers weights and reduces gradients; stored weights do not change.
 
-    Mixed precision gathers bfloat16 copies of a block's float32 weights; autocast decides what is computed in them,
-    as it does without sharding, so activations are not cast. Gradients are summed in float32 in every case.
+    With mixed precision, bfloat16 copies of the float32 weights are gathered. Autocast decides which operations use
+    them, as without sharding, so activations are not cast. Gradients are always summed in float32.
     """
     if precision == "bf16-mixed":
         return MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
@@ -112,7 +112,7 @@ def mixed_precision(precision: str) -> MixedPrecisionPolicy:
 
 
 def decoder_blocks(model: PreTrainedModel) -> list[nn.Module]:
-    """Return the blocks that the model itself calls indivisible, outermost ones only, in order."""
+    """Return the modules in ``_no_split_modules`` of the model, outermost ones only, in order."""
     names = set(model._no_split_modules or ())
     blocks: list[nn.Module] = []
     inside: tuple[str, ...] = ()

@@ -1,8 +1,9 @@
-"""The start of a model on several processes: read once, built everywhere without memory, filled part by part.
+"""Loads a model on several ranks: rank 0 reads the weights, and every rank gets its shards.
 
-Rank 0 reads the weights as one process would. All ranks, it included, build the model on the meta device, cut it as
-their strategy says, and receive one tensor after another, of which each keeps its own part. Rank 0 lets go of a
-tensor as soon as it is sent, so that the machine never holds much more than one model.
+Rank 0 loads the weights as a single process would. All ranks build the model on the meta device, shard it with their
+strategy, and receive one tensor after another by broadcast; each keeps its local shard. Rank 0 frees a tensor as soon
+as it is sent, so a node never needs much more memory than one model. ``set_model_state_dict`` of torch, with
+``broadcast_from_rank0``, does not free them.
 """
 
 from __future__ import annotations
@@ -26,16 +27,16 @@ _T = TypeVar("_T")
 def load_and_shard(
     strategy: Strategy, read: Callable[[], tuple[PreTrainedModel, _T]], skeleton: Callable[[_T], PreTrainedModel]
 ) -> tuple[PreTrainedModel, _T]:
-    """Return the model as the strategy wants it, and what was found out about it.
+    """Return the sharded model of the strategy, and what ``read`` has found out about the model.
 
     Args:
         strategy: The trainer's strategy; its process group exists.
-        read: Reads the weights; it also finds out what needs whole weights. Called on rank 0 only.
-        skeleton: Builds the same model without reading, from what was found out; called with the meta device as
-            default.
+        read: Loads the weights, and finds out what needs full weights. Called on rank 0 only.
+        skeleton: Builds the same model without weights, from what was found out; called with the meta device as
+            default device.
 
     Raises:
-        Exception: Whatever ``read`` raised, on every rank: none is left waiting for another.
+        Exception: The error of ``read``, on every rank, so that no rank waits for ever.
     """
     if not isinstance(strategy, HubStrategy):
         return read()
@@ -50,7 +51,7 @@ def load_and_shard(
 
 @dataclass
 class _ModelLayout(Generic[_T]):
-    """What ranks must know of the model that rank 0 has read."""
+    """What all ranks must know about the model that rank 0 has loaded."""
 
     dtypes: dict[str, torch.dtype]
     buffers: dict[str, tuple[torch.Size, torch.dtype]]
@@ -72,9 +73,11 @@ def _read_once(read: Callable[[], tuple[PreTrainedModel, _T]]) -> tuple[PreTrain
 
 
 def _adopt_dtypes(model: PreTrainedModel, layout: _ModelLayout[_T]) -> None:
-    """Give the skeleton the dtypes that were read: some models keep single layers in float32."""
+    """Set the dtypes of the loaded model: some models keep single layers in float32."""
     names = dict(model.named_parameters())
-    assert names.keys() == layout.dtypes.keys(), "the skeleton has the parameters, and ties, of the model that was read"
+    assert names.keys() == layout.dtypes.keys(), (
+        "the skeleton has the parameters, and the tied weights, of the loaded model"
+    )
     for name, parameter in names.items():
         parameter.data = parameter.data.to(layout.dtypes[name])
 
@@ -84,26 +87,26 @@ def _fill(
 ) -> None:
     device, transfer_device = strategy.weights_device, strategy.root_device
     _allocate(model, device)
-    given = dict(source.named_parameters()) if source is not None else {}
+    loaded = dict(source.named_parameters()) if source is not None else {}
     for name, target in model.named_parameters():
-        _fill_parameter(target, given.get(name), transfer_device)
-    held = dict(source.named_buffers()) if source is not None else {}
+        _fill_parameter(target, loaded.get(name), transfer_device)
+    buffers = dict(source.named_buffers()) if source is not None else {}
     for name, (shape, dtype) in layout.buffers.items():
-        _set_buffer(model, name, _broadcast(held.get(name), shape, dtype, transfer_device).to(device))
+        _set_buffer(model, name, _broadcast(buffers.get(name), shape, dtype, transfer_device).to(device))
     left = [name for name, _ in _on_meta(model)]
     assert not left, f"tensors without values: {left}"
 
 
 def _fill_parameter(target: nn.Parameter, source: nn.Parameter | None, transfer_device: torch.device) -> None:
-    """Send one whole tensor, keep the part of it that is this rank's, and let go of the whole."""
-    whole = _broadcast(None if source is None else source.detach(), target.shape, target.dtype, transfer_device)
-    local_tensor(target.detach()).copy_(local_shard_of(whole, target))
+    """Broadcast one full tensor, copy the local shard of it, and free the full tensor."""
+    full = _broadcast(None if source is None else source.detach(), target.shape, target.dtype, transfer_device)
+    local_tensor(target.detach()).copy_(local_shard_of(full, target))
     if source is not None:
         source.data = source.data.new_empty(0)
 
 
 def _allocate(model: nn.Module, device: torch.device) -> None:
-    """Give the parts memory; swapping keeps every parameter the same object, so ties stay tied."""
+    """Allocate the shards; parameters stay the same objects (swapped in place), so tied weights stay tied."""
     before = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
@@ -113,10 +116,10 @@ def _allocate(model: nn.Module, device: torch.device) -> None:
 
 
 def _broadcast(tensor: Tensor | None, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return rank 0's tensor on every rank, on the device between which it travels fastest."""
-    whole = torch.empty(shape, dtype=dtype, device=device) if tensor is None else tensor.to(device).contiguous()
-    torch.distributed.broadcast(whole, src=0)
-    return whole
+    """Return the tensor of rank 0 on every rank, on ``device``, between which the transfer is fast."""
+    full = torch.empty(shape, dtype=dtype, device=device) if tensor is None else tensor.to(device).contiguous()
+    torch.distributed.broadcast(full, src=0)
+    return full
 
 
 def _set_buffer(model: nn.Module, name: str, value: Tensor) -> None:
@@ -125,9 +128,9 @@ def _set_buffer(model: nn.Module, name: str, value: Tensor) -> None:
 
 
 def _on_meta(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield tensors that still have no values, plain attributes of modules included."""
+    """Yield the tensors that are still on the meta device, also plain attributes of modules."""
     for prefix, module in model.named_modules():
-        held = {**module._parameters, **module._buffers, **vars(module)}
-        for name, tensor in held.items():
+        tensors = {**module._parameters, **module._buffers, **vars(module)}
+        for name, tensor in tensors.items():
             if isinstance(tensor, Tensor) and tensor.is_meta:
                 yield f"{prefix}.{name}", tensor

@@ -1,4 +1,4 @@
-"""Tensor parallelism of layers whose weight has a change under it: weight and change are cut along the same axis."""
+"""Tensor parallelism of layers with a parametrized weight: weight and parametrization are sharded together."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 @runtime_checkable
 class Shardable(Protocol):
-    """A parametrization that knows how its own tensors follow a cut of the weight."""
+    """A parametrization whose tensors can be sharded together with the weight."""
 
-    def sharded_params(self, axis: int) -> dict[str, int]:
-        """Return which of its parameters are cut, and along which axis, when the weight is cut along ``axis``.
+    def sharded_params(self, dim: int) -> dict[str, int]:
+        """Return which of its parameters are sharded, and along which dim, when the weight is sharded along ``dim``.
 
-        The others stay whole on every rank.
+        All others are replicated.
         """
 
 
 class ParametrizedColwise(ColwiseParallel):
-    """Gives each rank some of the outputs of a layer."""
+    """Shards the outputs of a layer over the ranks."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         return distribute_module(
@@ -37,7 +37,7 @@ class ParametrizedColwise(ColwiseParallel):
 
 
 class ParametrizedRowwise(RowwiseParallel):
-    """Gives each rank some of the inputs of a layer."""
+    """Shards the inputs of a layer over the ranks."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         self.desired_input_layouts = (Shard(-1),)
@@ -50,18 +50,18 @@ class ParametrizedRowwise(RowwiseParallel):
         )
 
 
-def _shard(axis: int, name: str, module: nn.Module, mesh: DeviceMesh) -> None:
-    """Cut what belongs to a weight; torch makes whole tensors on every rank of all that is left."""
+def _shard(dim: int, name: str, module: nn.Module, mesh: DeviceMesh) -> None:
+    """Shard the tensors of a parametrized weight along a dim; `distribute_module` replicates all others."""
     if isinstance(module, ParametrizationList):
-        _shard_parameter(module, "original", axis, mesh)
+        _shard_parameter(module, "original", dim, mesh)
     elif isinstance(module, Shardable):
-        for parameter, dim in module.sharded_params(axis).items():
-            _shard_parameter(module, parameter, dim, mesh)
-    elif not name and axis == 0 and module._parameters.get("bias") is not None:
+        for parameter, own_dim in module.sharded_params(dim).items():
+            _shard_parameter(module, parameter, own_dim, mesh)
+    elif not name and dim == 0 and module._parameters.get("bias") is not None:
         _shard_parameter(module, "bias", 0, mesh)
 
 
 def _shard_parameter(module: nn.Module, name: str, dim: int, mesh: DeviceMesh) -> None:
-    whole: nn.Parameter = getattr(module, name)
-    part = distribute_tensor(whole, mesh, [Shard(dim)], src_data_rank=None)
-    module.register_parameter(name, nn.Parameter(part, requires_grad=whole.requires_grad))
+    full: nn.Parameter = getattr(module, name)
+    sharded = distribute_tensor(full, mesh, [Shard(dim)], src_data_rank=None)
+    module.register_parameter(name, nn.Parameter(sharded, requires_grad=full.requires_grad))

@@ -1,4 +1,4 @@
-"""The processes of a run find each other, or say within minutes that they did not."""
+"""Starts and ends the process group of a run; missing ranks are an error within minutes."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ RENDEZVOUS_TIMEOUT = timedelta(minutes=5)
 """How long ranks wait for each other at the start."""
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-"""How long an exchange of a running job may take; writing a large checkpoint on one rank is among them."""
+"""How long a collective may take; other ranks wait in one while one rank writes a large checkpoint."""
 
 
 class RendezvousError(HubError):
-    """Some processes of the run have not come."""
+    """Some ranks of the run have not started, or cannot be reached."""
 
     kind = "comm"
 
 
 class HubClusterEnvironment(ClusterEnvironment):
-    """Tells Lightning where this process stands, so that it does not guess and starts no process of its own."""
+    """Gives Lightning the rank and world size of this process, so that it does not start processes itself."""
 
     def __init__(self, process: ProcessInfo, address: str, port: int) -> None:
         self.process = process
@@ -36,63 +36,63 @@ class HubClusterEnvironment(ClusterEnvironment):
 
     @property
     def creates_processes_externally(self) -> bool:
-        """Say that all processes run already."""
+        """Return that all processes are already started."""
         return True
 
     @property
     def main_address(self) -> str:
-        """Where rank 0 listens."""
+        """The host name or address of rank 0."""
         return self._address
 
     @property
     def main_port(self) -> int:
-        """On which port."""
+        """The port of rank 0."""
         return self._port
 
     @staticmethod
     def detect() -> bool:
-        """Never be chosen by looking at variables."""
+        """Return False: Lightning must not choose this class from environment variables."""
         return False
 
     def world_size(self) -> int:
-        """Return how many processes there are."""
+        """Return the world size."""
         return self.process.world_size
 
     def set_world_size(self, size: int) -> None:
-        """Hold Lightning's number against ours."""
+        """Check that Lightning has the same number."""
         assert size == self.process.world_size, f"Lightning counts {size} processes"
 
     def global_rank(self) -> int:
-        """Return the number of this process."""
+        """Return the rank of this process."""
         return self.process.rank
 
     def set_global_rank(self, rank: int) -> None:
-        """Hold Lightning's number against ours."""
+        """Check that Lightning has the same number."""
         assert rank == self.process.rank, f"Lightning counts this process as rank {rank}"
 
     def local_rank(self) -> int:
-        """Return its number on its node."""
+        """Return the local rank."""
         return self.process.local_rank
 
     def node_rank(self) -> int:
-        """Return the number of its node."""
+        """Return the number of the node."""
         return self.process.node_rank
 
 
 def init_process_group(process: ProcessInfo, *, on_gpu: bool) -> HubClusterEnvironment:
-    """Meet the other processes of the run and return the place as Lightning wants it.
+    """Initialise the process group with the other ranks, and return the environment for Lightning.
 
-    Hosts talk through gloo and GPUs through NCCL, so that agreeing on something waits for no device.
+    Hosts use gloo and GPUs use NCCL, so that collectives on the host do not wait for a device.
 
     Raises:
-        RendezvousError: They have not all come within ``RENDEZVOUS_TIMEOUT``.
+        RendezvousError: Not all ranks have started within ``RENDEZVOUS_TIMEOUT``.
     """
     environment = _environment(process)
     if on_gpu:
         torch.cuda.set_device(process.local_rank)
     address = f"{environment.main_address}:{environment.main_port}"
     try:
-        store = _meeting_point(environment)
+        store = _rendezvous_store(environment)
         await_all(PrefixStore("lightning-hub/arrival", store), process)
         torch.distributed.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
@@ -105,25 +105,25 @@ def init_process_group(process: ProcessInfo, *, on_gpu: bool) -> HubClusterEnvir
     except torch.distributed.DistError as error:
         reason = first_line(error)
         raise RendezvousError(
-            f"{process} cannot meet the others at {address}: {reason}",
+            f"{process} cannot connect to the other ranks at {address}: {reason}",
             where=f"rank {process.rank}",
-            remedy="start all ranks with the same address and port, which rank 0's machine must own",
+            remedy="start all ranks with the same address and port; they must belong to the node of rank 0",
         ) from error
     return environment
 
 
-def _meeting_point(environment: HubClusterEnvironment) -> Store:
-    """Return the store through which ranks find each other: torchrun's agent may have it, else rank 0 does."""
+def _rendezvous_store(environment: HubClusterEnvironment) -> Store:
+    """Return the store through which ranks find each other: that of torchrun's agent or of rank 0."""
     process = environment.process
-    serves = process.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    is_server = process.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     return TCPStore(
         environment.main_address,
         environment.main_port,
         process.world_size,
-        is_master=serves,
+        is_master=is_server,
         timeout=RENDEZVOUS_TIMEOUT,
         wait_for_workers=False,
-        master_listen_fd=process.listener if serves else None,
+        master_listen_fd=process.listener if is_server else None,
     )
 
 
@@ -139,14 +139,14 @@ def await_all(store: Store, process: ProcessInfo) -> None:
     except torch.distributed.DistStoreError as error:
         missing = [rank for rank in range(process.world_size) if not store.check([str(rank)])]
         raise RendezvousError(
-            f"ranks {', '.join(map(str, missing))} of {process.world_size} have not come within {RENDEZVOUS_TIMEOUT}",
+            f"ranks {', '.join(map(str, missing))} of {process.world_size} did not start within {RENDEZVOUS_TIMEOUT}",
             where=f"rank {process.rank}",
-            remedy="see their logs, or start them",
+            remedy="look at their logs, or start them",
         ) from error
 
 
 def destroy_process_group() -> None:
-    """Take leave of the other processes, if there are any: a group that is left behind can abort at the exit."""
+    """Destroy the process group, if there is one; otherwise it can abort the process at its exit."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""The strategies: data parallel, fully sharded, and fully sharded times tensor parallel."""
+"""The strategies: data parallel, fully sharded, and fully sharded with tensor parallel."""
 
 from __future__ import annotations
 
@@ -25,47 +25,47 @@ from lightning_hub.parallel.tensor_parallel import parallelize_layers
 
 
 class DDP(HubStrategy, DDPStrategy):
-    """A whole model on every rank; gradients are averaged after the last row of a step.
+    """A full model on every rank; gradients are averaged after the last micro-batch of a step.
 
-    Gradients live in the buckets they travel in, which saves one copy of them. Buffers are not sent before each step:
-    they are constants, or follow the lengths of a rank's own rows. The graph is not called static: the number of
-    rows, and so of uses of a weight, differs from step to step.
+    Gradients are views of the all-reduce buckets, which saves one copy of them. Buffers are not broadcast before each
+    step: they are constants, or depend on the lengths of the documents of a rank. ``static_graph`` is not used: the
+    number of micro-batches, and so of uses of a weight, differs from step to step.
     """
 
     short_name = "ddp"
 
     def __init__(self) -> None:
-        # Every rank has been filled by the start: weights need not be sent once more.
+        # load_and_shard has given every rank the weights: DDP need not broadcast them again.
         super().__init__(gradient_as_bucket_view=True, broadcast_buffers=False, init_sync=False)
 
 
 class MeshStrategy(HubStrategy, ModelParallelStrategy):
-    """What the strategies with cut weights share: a mesh of named axes, made when the processes know each other.
+    """Base class of the strategies that shard weights: it makes a mesh with named axes.
 
     Args:
-        sharding: How the data-parallel axes are fully sharded.
+        sharding: How weights are sharded over the data-parallel axes.
     """
 
     def __init__(self, sharding: FSDPConfig) -> None:
         super().__init__(data_parallel_size=1, tensor_parallel_size=1, save_distributed_checkpoint=False)
         self.fsdp_config = sharding
-        self._placed: PreTrainedModel | None = None
+        self._parallelized: PreTrainedModel | None = None
 
     def axes(self, world_size: int) -> dict[str, int]:
         """Return the names and sizes of the mesh's axes, outermost first.
 
         Raises:
-            ConfigError: They do not make up the world.
+            ConfigError: The sizes do not fit the world size.
         """
         raise NotImplementedError
 
     def setup_environment(self) -> None:
-        """Join the other processes and make the mesh."""
+        """Initialise the process group and make the mesh."""
         set_up_mesh(self, self.axes(self.num_nodes * self.num_processes))
 
     @property
     def data_parallel(self) -> DataParallel:
-        """This process among those that share out the data: all that differ in another axis than ``tp``."""
+        """The data-parallel rank of this process: its position on all axes but ``tp``."""
         names = self.device_mesh.mesh_dim_names or ()
         if "tp" not in names:
             return DataParallel(self.global_rank, self.world_size)
@@ -74,23 +74,23 @@ class MeshStrategy(HubStrategy, ModelParallelStrategy):
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, int]:
-        """Tell Lightning the data-parallel ranks, for loaders that are not ours."""
+        """The data-parallel rank and size, for samplers of Lightning."""
         return {"num_replicas": self.data_parallel.size, "rank": self.data_parallel.rank}
 
     @property
     def weights_device(self) -> torch.device:
-        """Where weights lie between steps."""
+        """The device of the weights between steps."""
         return torch.device("cpu") if self.fsdp_config.cpu_offload else self.root_device
 
     def parallelize(self, model: PreTrainedModel) -> None:
-        """Split the layers over ``tp``, then shard what that has left over the other axes."""
+        """Shard the layers over ``tp``, then shard the result over the other axes."""
         names = self.device_mesh.mesh_dim_names or ()
         if "tp" in names and self.device_mesh["tp"].size() > 1:
             parallelize_layers(model, self.device_mesh["tp"], self.lightning_module)
         sharded = self._sharded_mesh(names)
         if sharded is not None:
             self.fsdp_config.apply(model, sharded, str(self.precision_plugin.precision))
-        self._placed = model
+        self._parallelized = model
 
     def _sharded_mesh(self, names: tuple[str, ...]) -> DeviceMesh | None:
         if "tp" not in names:
@@ -99,56 +99,56 @@ class MeshStrategy(HubStrategy, ModelParallelStrategy):
         return mesh if mesh.size() > 1 else None
 
     def model_to_device(self) -> None:
-        """Leave the weights where the start has put them."""
+        """Move the module to its device, but leave offloaded weights on the host."""
         assert self.model is not None
         if not self.fsdp_config.cpu_offload:
             super().model_to_device()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return this rank's own weights, as they lie; nothing is gathered."""
+        """Return the weights of this rank; nothing is gathered."""
         assert self.lightning_module is not None
         return self.lightning_module.state_dict()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Return nothing: who saves takes the optimizer's state by the names of the weights."""
+        """Return an empty dict: CheckpointSaver saves the state of the optimizer by the names of the weights."""
         return {}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: object = None) -> None:
-        """Let every rank write its part.
+        """Make every rank write its shards.
 
         Raises:
-            ConfigError: The checkpoint format is one that rank 0 writes alone.
+            ConfigError: Only rank 0 can write the checkpoint format.
         """
         if not isinstance(self.checkpoint_io, DistributedCheckpointIO):
-            message = f"{type(self.checkpoint_io).__name__} cannot save a model whose parts lie on several ranks"
+            message = f"{type(self.checkpoint_io).__name__} cannot save a model that is sharded over several ranks"
             raise ConfigError(message, where="trainer.plugins", remedy="use FolderCheckpointIO")
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint as its format does."""
+        """Read a checkpoint with its checkpoint IO."""
         return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Load weights, or refuse a checkpoint that does not bring them, as every other strategy does."""
+        """Load weights as other strategies do; a checkpoint without weights is an error."""
         Strategy.load_model_state_dict(self, checkpoint, strict)
 
     def no_gradient_sync(self) -> AbstractContextManager[None]:
-        """Return a context in which gradients stay on this rank."""
-        return nullcontext() if self._placed is None else self.fsdp_config.no_gradient_sync(self._placed)
+        """Return a context in which gradients are not reduced over ranks."""
+        return nullcontext() if self._parallelized is None else self.fsdp_config.no_gradient_sync(self._parallelized)
 
 
 class FSDP(MeshStrategy):
     """Weights, gradients and optimizer state sharded over all ranks (FSDP2).
 
     Args:
-        reshard_after_forward: Let go of a block's weights after its forward and gather them again for its backward.
-            false keeps them: faster, and one whole model more memory. A number gathers again within groups of so
-            many ranks.
-        sync_every_row: Exchange gradients after every row of a step: more traffic, and one whole set of gradients
-            less memory where a step has several rows.
+        reshard_after_forward: Free the gathered weights of a block after its forward, and gather them again for its
+            backward. false keeps them: faster, with memory for one full model more. A number gathers them again
+            within groups of so many ranks.
+        sync_every_row: Reduce gradients after every micro-batch of a step: more communication, and memory for one
+            full set of gradients less if a step has several micro-batches.
         cpu_offload: Keep weights, gradients and optimizer state in host memory.
         prefetch: How many blocks are gathered ahead in the forward.
-        replicas: Ranks form so many groups, each with a whole model between its members (hybrid sharding).
+        replicas: Number of groups of ranks; each group has one full model, sharded over its ranks (hybrid sharding).
     """
 
     short_name = "fsdp"
@@ -165,7 +165,7 @@ class FSDP(MeshStrategy):
         self.replicas = replicas
 
     def axes(self, world_size: int) -> dict[str, int]:
-        """Return one axis of all ranks, or replicas and the parts of each."""
+        """Return one axis of all ranks, or one of replicas and one of the shards of each."""
         check_replicas(self.replicas, world_size)
         if self.replicas == 1:
             return {"fsdp": world_size}
@@ -173,7 +173,7 @@ class FSDP(MeshStrategy):
 
 
 class ModelParallel(MeshStrategy):
-    """Layers split within groups of ranks (tensor parallel), everything sharded over the groups (FSDP2).
+    """Layers sharded within groups of ranks (tensor parallel), and all weights over the groups (FSDP2).
 
     Args:
         mesh_shape: Sizes and names of the axes, [[4, 2], [fsdp, tp]]; ranks of one tp group are neighbours.
@@ -203,23 +203,23 @@ class ModelParallel(MeshStrategy):
 
 
 def strategy_for(value: str | Strategy | None, world_size: int) -> str | Strategy:
-    """Return the strategy that a recipe's ``trainer.strategy`` means, before a trainer exists.
+    """Return the strategy for the value of ``trainer.strategy`` in a recipe, before a trainer exists.
 
     Args:
-        value: A word, a strategy that the parser has made, or nothing.
-        world_size: Processes of the run.
+        value: A name, a strategy that the parser has made, or None.
+        world_size: Number of ranks of the run.
 
     Raises:
-        ConfigError: The word is unknown, or the strategy does not fit the number of processes.
+        ConfigError: The name is unknown, or the strategy does not fit the number of ranks.
     """
     if value is None or value == "auto":
         return DDP() if world_size > 1 else "auto"
-    words: dict[str, type[DDP] | type[FSDP]] = {"ddp": DDP, "fsdp": FSDP}
+    classes: dict[str, type[DDP] | type[FSDP]] = {"ddp": DDP, "fsdp": FSDP}
     if isinstance(value, str):
         mesh_of(ClassConfig(value), world_size)
-        if value not in words:
-            raise ConfigError(f"no strategy {value!r}", where=STRATEGY, remedy="use ddp, fsdp or a class")
-        return words[value]()
+        if value not in classes:
+            raise ConfigError(f"{value!r} is not a strategy", where=STRATEGY, remedy="use ddp, fsdp or a class")
+        return classes[value]()
     if isinstance(value, MeshStrategy):
         value.axes(world_size)
     return value

@@ -1,4 +1,4 @@
-"""Tensor parallelism by a model's own plan: which layers are cut by columns, and which by rows."""
+"""Tensor parallelism by the plan of the model: which layers are sharded by columns, and which by rows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_hub.parallel.parametrized_tp import ParametrizedColwise, Parametr
 
 
 class SumGradients(ParallelStyle):
-    """A weight that every rank holds, used on each rank's own heads only: its gradients are summed."""
+    """For a replicated weight that each rank uses for its own heads only: its gradients are all-reduced (sum)."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         group = device_mesh.get_group()
@@ -29,7 +29,7 @@ class SumGradients(ParallelStyle):
             return total
 
         def watch(module: nn.Module, args: object) -> None:
-            """Hook the parameter of this forward: full sharding swaps in another one than it was at the start."""
+            """Add a hook to the parameter of this forward: FSDP replaces the parameter after the start."""
             for parameter in module.parameters(recurse=False):
                 if parameter.requires_grad and not getattr(parameter, "is_summed", False):
                     parameter.register_hook(summed)
@@ -44,53 +44,53 @@ STYLES: dict[str, type[ParallelStyle]] = {
     "rowwise": RowwiseParallel,
     "replicated_with_grad_allreduce": SumGradients,
 }
-"""The words of plans that are offered."""
+"""The supported styles of plans."""
 
 PARAMETRIZED_STYLES: dict[str, type[ParallelStyle]] = {
     **STYLES,
     "colwise": ParametrizedColwise,
     "rowwise": ParametrizedRowwise,
 }
-"""The same for layers whose weight has a change under it."""
+"""The same for layers with a parametrized weight."""
 
 WHOLE_STYLES = ("colwise_rep", "colwise_gather_output", "embedding_rowwise", "embedding_colwise")
-"""Words for embeddings and output layers, which stay whole: the loss needs the weights themselves."""
+"""Styles of embeddings and output layers, which are replicated: the loss needs their full weights."""
 
 
 @runtime_checkable
 class HasTensorParallelPlan(Protocol):
-    """A module whose method puts other layers in the place of a model's own."""
+    """A module whose method replaces layers of a model."""
 
     def tensor_parallel_plan(self, name: str, layer: nn.Module, style: str) -> dict[str, str]:
-        """Return which modules of a layer are cut, each with its style, where the model's plan gives it ``style``."""
+        """Return which modules of a layer are sharded, each with its style; the plan of the model gives ``style``."""
 
 
 def parallelize_layers(model: PreTrainedModel, mesh: DeviceMesh, module: object = None) -> None:
-    """Cut the layers of a model over the ranks of a one-dimensional mesh, as the model's own plan says.
+    """Shard the layers of a model over the ranks of a mesh with one axis, by the plan of the model.
 
     Args:
         model: The model.
-        mesh: The ranks that hold a layer together.
-        module: The module that trains the model; it may say how layers of its own are cut.
+        mesh: The ranks of one tensor-parallel group.
+        module: The module that trains the model; it may define how its own layers are sharded.
     """
-    words = layer_styles(model, mesh.size())
+    names = layer_styles(model, mesh.size())
     if isinstance(module, HasTensorParallelPlan):
-        plans = [module.tensor_parallel_plan(name, model.get_submodule(name), style) for name, style in words.items()]
-        words = {part: word for plan in plans for part, word in plan.items()}
-    styles: dict[str, Any] = {name: _style(model.get_submodule(name), word) for name, word in words.items()}
+        plans = [module.tensor_parallel_plan(name, model.get_submodule(name), style) for name, style in names.items()]
+        names = {part: style for plan in plans for part, style in plan.items()}
+    styles: dict[str, Any] = {name: _style(model.get_submodule(name), style) for name, style in names.items()}
     parallelize_module(model, mesh, styles, src_data_rank=None)
 
 
-def _style(layer: nn.Module, word: str) -> ParallelStyle:
-    """Return how a layer is cut; one with a change under its weight is cut together with that."""
-    return (PARAMETRIZED_STYLES if is_parametrized(layer) else STYLES)[word]()
+def _style(layer: nn.Module, name: str) -> ParallelStyle:
+    """Return the style of a layer by its name; a parametrized weight is sharded with its parametrization."""
+    return (PARAMETRIZED_STYLES if is_parametrized(layer) else STYLES)[name]()
 
 
 def layer_styles(model: PreTrainedModel, tp: int) -> dict[str, str]:
-    """Return the layers that are cut over ``tp`` ranks, each with its word of the model's plan.
+    """Return the layers that are sharded over ``tp`` ranks, each with its style in the plan of the model.
 
     Raises:
-        ConfigError: The model has no plan that is offered, or its sizes cannot be cut so.
+        ConfigError: The model has no supported plan, or ``tp`` does not divide its sizes.
     """
     check_divisible(model.config, tp)
     plan = check_plan(model.config, getattr(model, "_tp_plan", None) or {})
@@ -104,29 +104,29 @@ def layer_styles(model: PreTrainedModel, tp: int) -> dict[str, str]:
 
 
 def check_model(config: PretrainedConfig, tp: int) -> None:
-    """Refuse a model that cannot be split over so many ranks, by its configuration alone.
+    """Reject a model that cannot be sharded over ``tp`` ranks, by its configuration alone.
 
     Raises:
-        ConfigError: It has no plan, or one that is not offered, or a size that ``tp`` does not divide.
+        ConfigError: It has no plan, or an unsupported one, or a size that ``tp`` does not divide.
     """
     check_plan(config, getattr(config, "base_model_tp_plan", None) or {})
     check_divisible(config, tp)
 
 
 def check_plan(config: PretrainedConfig, plan: dict[str, str]) -> dict[str, str]:
-    """Return the part of a tensor-parallel plan that cuts layers.
+    """Return the entries of a tensor-parallel plan that shard layers.
 
     Raises:
-        ConfigError: There is none, or it asks for something that is not offered.
+        ConfigError: There is none, or one has an unsupported style.
     """
     remedy = "use the strategy fsdp or ddp"
     layers = {name: style for name, style in plan.items() if style not in WHOLE_STYLES}
     if not layers:
         raise ConfigError(
-            f"models of type {config.model_type} bring no tensor-parallel plan", where=STRATEGY, remedy=remedy
+            f"models of type {config.model_type} have no tensor-parallel plan", where=STRATEGY, remedy=remedy
         )
     unknown = sorted(set(layers.values()) - STYLES.keys())
     if unknown:
-        message = f"the tensor-parallel plan of {config.model_type} asks for {', '.join(unknown)}, which is not offered"
+        message = f"the tensor-parallel plan of {config.model_type} uses {', '.join(unknown)}, which is not supported"
         raise ConfigError(message, where=STRATEGY, remedy=remedy)
     return layers

@@ -129,7 +129,7 @@ def test_a_step_without_memory_is_described(recorder: Recorder, cause: Exception
     counted = trainer(1)
     train(recorder, counted, 2)
     module: Any = None
-    with pytest.raises(OutOfMemoryError, match=rf"in step 3, whose rows on this rank hold 9 tokens \({said}\)"):
+    with pytest.raises(OutOfMemoryError, match=rf"in step 3, whose packed rows on this rank have 9 tokens \({said}\)"):
         recorder.on_exception(counted, module, cause)
 
 

@@ -74,12 +74,12 @@ def test_every_dtype_comes_back(tmp_path: Path, dtype: torch.dtype) -> None:
 def test_another_shape_or_a_missing_name_is_said(tmp_path: Path) -> None:
     write_tensors(tmp_path / "t", {"x": Shard.of(torch.zeros(3, 2))}, {})
     stored = TensorReader([tmp_path / "t"])
-    with pytest.raises(DamagedError, match=r"x is stored in the shape \(3, 2\), the model has \(2, 2\)"):
+    with pytest.raises(DamagedError, match=r"x is stored with the shape \(3, 2\), the model has \(2, 2\)"):
         stored.fill("x", Shard.of(torch.zeros(2, 2)))
     with pytest.raises(DamagedError, match="y is not stored"):
         stored.fill("y", Shard.of(torch.zeros(2, 2)))
     (tmp_path / "t").write_bytes(b"no header")
-    with pytest.raises(DamagedError, match="no file of ours"):
+    with pytest.raises(DamagedError, match="is not a tensor file of a checkpoint"):
         TensorReader([tmp_path / "t"])
 
 
@@ -179,7 +179,7 @@ def test_a_hostile_checkpoint_runs_nothing(tmp_path: Path, file: str, trusted: b
         FolderCheckpointIO(trusted=trusted).load_checkpoint(target)["restored"].restore_random(0)
 
     # The harmless random state is empty: with a .metadata, which nothing opens, loading goes as far as that.
-    refusal = (KeyError, "torch") if file == ".metadata" else (ConfigError, "none of it was run")
+    refusal = (KeyError, "torch") if file == ".metadata" else (ConfigError, "nothing of it was run")
     with pytest.raises(refusal[0], match=refusal[1]):
         load()
     assert not canary.exists()

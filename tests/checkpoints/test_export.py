@@ -1,4 +1,4 @@
-"""An exported folder is its user's: readable for them as a whole, and for nobody else."""
+"""An exported folder is readable for its owner, with all files, and for no other user."""
 
 from __future__ import annotations
 

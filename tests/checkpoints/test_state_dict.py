@@ -70,9 +70,9 @@ def test_weights_are_filled_in_place_and_stay_tied(tmp_path: Path) -> None:
 
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     saved = stored(nn.Sequential(nn.Linear(2, 2)), tmp_path, []).weights
-    with pytest.raises(ConfigError, match=r"holds 0\.bias, which the model has not"):
+    with pytest.raises(ConfigError, match=r"has 0\.bias, which the model does not have"):
         state_dict.load_weights(Tied(0), saved)
-    with pytest.raises(HubError, match="is stored in the shape"):
+    with pytest.raises(HubError, match="is stored with the shape"):
         state_dict.load_weights(nn.Sequential(nn.Linear(3, 2)), saved)
 
 

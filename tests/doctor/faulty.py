@@ -75,11 +75,11 @@ def altered_checkpoint() -> None:
 
     fill, altered_names = TensorReader.fill, set[str]()
 
-    def altered(self: TensorReader, name: str, part: Shard) -> None:
-        fill(self, name, part)
+    def altered(self: TensorReader, name: str, shard: Shard) -> None:
+        fill(self, name, shard)
         if not altered_names:
             altered_names.add(name)
-            number = part.data.view(-1)[:1]
+            number = shard.data.view(-1)[:1]
             number.copy_(torch.nextafter(number, number + 1))
 
     TensorReader.fill = altered  # type: ignore[method-assign]

@@ -59,9 +59,9 @@ def test_heads_that_tp_does_not_divide_are_named() -> None:
 
 
 def test_a_model_without_a_plan_says_what_it_can_use() -> None:
-    with pytest.raises(ConfigError, match="gpt2 bring no tensor-parallel plan; use the strategy fsdp or ddp"):
+    with pytest.raises(ConfigError, match="gpt2 have no tensor-parallel plan; use the strategy fsdp or ddp"):
         check_plan(GPT2Config(), {"lm_head": "colwise_rep"})
-    with pytest.raises(ConfigError, match="asks for moe_tp_experts"):
+    with pytest.raises(ConfigError, match="uses moe_tp_experts"):
         check_plan(LlamaConfig(), {"layers.*.mlp.experts": "moe_tp_experts", "layers.*.q_proj": "colwise"})
 
 
@@ -72,5 +72,5 @@ def test_words() -> None:
     assert isinstance(strategy_for("fsdp", 2), FSDP)
     with pytest.raises(ConfigError, match=r"needs its mesh_shape; .*mesh_shape: \[\[1, 1\]"):
         strategy_for("model_parallel", 1)
-    with pytest.raises(ConfigError, match="no strategy 'ddpp'; use ddp"):
+    with pytest.raises(ConfigError, match="'ddpp' is not a strategy; use ddp"):
         strategy_for("ddpp", 2)

@@ -104,16 +104,16 @@ def adapted(folder: str, **options: Any) -> LoRA:
         ({"modules_to_save": ["embed_token"]}, ["'embed_token'", "modules_to_save", "attention: q_proj"]),
         ({"targets": ["lm_head"]}, ["model.embed_tokens shares its weight with lm_head", "modules_to_save"]),
         ({"targets": [".*"]}, ["model.embed_tokens shares its weight with lm_head", "modules_to_save"]),
-        ({"targets": ["q_proj"], "modules_to_save": ["self_attn"]}, ["is trained whole, as modules_to_save says"]),
-        ({"modules_to_save": ["layers"]}, ["'layers' is a list of modules", "name what it holds, as model.layers.0"]),
+        ({"targets": ["q_proj"], "modules_to_save": ["self_attn"]}, ["modules_to_save already trains all layers"]),
+        ({"modules_to_save": ["layers"]}, ["'layers' is a list of modules", "name its modules, as model.layers.0"]),
         ({"init": "pissa", "r": 65}, ["r 65 is more than the 64 directions of", "k_proj (64 x 128)"]),
         ({"init": "olora", "r": 65}, ["r 65 is more than the 64 directions of"]),
-        ({"adapter": "/nowhere"}, ["holds no adapter"]),
-        ({"use_dora": True, "init": "pissa"}, ["use_dora does not go with init pissa"]),
+        ({"adapter": "/nowhere"}, ["is not an adapter"]),
+        ({"use_dora": True, "init": "pissa"}, ["use_dora cannot be used with init pissa"]),
     ],
     ids=str,
 )
-def test_a_wrong_wish_is_refused_with_the_names_there_are(options: dict[str, Any], parts: list[str]) -> None:
+def test_a_wrong_name_is_refused_with_the_names_there_are(options: dict[str, Any], parts: list[str]) -> None:
     with pytest.raises(ConfigError) as refused:
         adapted("demo", **options)
     assert all(part in str(refused.value) for part in parts), refused.value
@@ -138,7 +138,7 @@ def test_an_init_that_takes_its_start_out_of_other_layers_is_refused(
 def test_adapters_in_float64_are_refused() -> None:
     module = LoRA("demo", **SMALL)
     module.trainer = Trainer(accelerator="cpu", precision="64-true", logger=False, enable_checkpointing=False)
-    with pytest.raises(ConfigError, match=r"trainer\.precision: adapters are float32"):
+    with pytest.raises(ConfigError, match=r"trainer\.precision: adapters are always float32"):
         module.configure_model()
 
 
@@ -269,7 +269,7 @@ def test_a_faulty_adapter_file_is_noticed_when_it_is_written(
 ) -> None:
     real = safetensors.torch.save_file
     monkeypatch.setattr(safetensors.torch, "save_file", lambda found, *rest: real(FAULTS[fault](found), *rest))
-    with pytest.raises(HubError, match="of the adapter are not what was trained"):
+    with pytest.raises(HubError, match="of the written adapter differ from the trained ones"):
         train("demo", tmp_path)
     assert not (tmp_path / "adapter").exists()
 
@@ -281,12 +281,12 @@ def test_an_adapter_whose_reading_changes_the_base_is_noticed(tmp_path: Path, mo
         return adapter
 
     monkeypatch.setattr("lightning_hub.methods.lora.module.export_adapter", with_another_start)
-    with pytest.raises(HubError, match="reading the adapter changes"):
+    with pytest.raises(HubError, match="loading the adapter changes"):
         train("demo", tmp_path)
     assert not (tmp_path / "adapter").exists()
 
 
-# ---- going on from an adapter ----------------------------------------------------------------------------------------
+# ---- continuing from an adapter -------------------------------------------------------------------------------------
 
 
 def test_an_adapter_is_gone_on_from(tmp_path: Path) -> None:
@@ -329,7 +329,7 @@ def test_a_damaged_adapter_is_refused(tmp_path: Path) -> None:
         "cut": (lambda file: os.truncate(file / "adapter_model.safetensors", 1000), "cannot be read"),
         "nan": (
             lambda file: save_file({**weights, name: weights[name] * math.nan}, file / "adapter_model.safetensors"),
-            "holds what is no number",
+            "has NaN or infinite numbers",
         ),
         "no config": (lambda file: (file / "adapter_config.json").write_text("{"), "cannot be read"),
         "other type": (
@@ -340,7 +340,7 @@ def test_a_damaged_adapter_is_refused(tmp_path: Path) -> None:
             lambda file: (file / "adapter_config.json").write_text(
                 json.dumps({**config, "alpha_pattern": {"q_proj": 1}})
             ),
-            "ranks or strengths of its own",
+            "another rank or alpha for some layers",
         ),
     }
     for kind, (damage, said) in damages.items():

@@ -41,11 +41,11 @@ def starts(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.mark.slow
 def test_the_start_is_what_peft_finds(tmp_path: Path, write_rows: WriteRows) -> None:
-    story = still("single", write_rows(50), tmp_path / "run")
-    found = starts(run_case(story).weights)
-    data: ChatData = prepare(story)[2]
-    data.open(Pretrained(story.model))
-    base = Pretrained(story.model).load(dtype=torch.float32, attn_implementation=PACKED)
+    case = still("single", write_rows(50), tmp_path / "run")
+    found = starts(run_case(case).weights)
+    data: ChatData = prepare(case)[2]
+    data.open(Pretrained(case.model))
+    base = Pretrained(case.model).load(dtype=torch.float32, attn_implementation=PACKED)
     rows = [row for index in range(len(data.plan)) for row in data.plan.step(0, index).rows]
     batches = [{**inputs_of(base, row), "labels": row.labels} for row in rows]
     config = LoraConfig(
@@ -65,9 +65,9 @@ def test_every_topology_starts_at_the_same(tmp_path: Path, write_rows: WriteRows
     rows = write_rows(50)
     alone = starts(run_case(still("single", rows, tmp_path / "alone")).weights)
     stories = [still(name, rows, tmp_path / name) for name in ("ddp", "fsdp", "tp")]
-    for told in processes(2, partial(run_cases, stories), tmp_path)[0]:
-        assert starts(told.weights).keys() == alone.keys()
-        assert all(torch.equal(tensor, alone[name]) for name, tensor in starts(told.weights).items())
+    for result in processes(2, partial(run_cases, stories), tmp_path)[0]:
+        assert starts(result.weights).keys() == alone.keys()
+        assert all(torch.equal(tensor, alone[name]) for name, tensor in starts(result.weights).items())
 
 
 @pytest.mark.slow
@@ -99,8 +99,8 @@ def test_a_run_that_goes_on_looks_at_nothing_again(
     [
         ("experts", {"targets": ["experts"]}, "is for linear layers, not for model.layers.0.mlp.experts"),
         ("experts", {"targets": ["embed_tokens"]}, "is for linear layers, not for model.embed_tokens"),
-        ("demo", {"r": 64}, "no row has 64 trained tokens"),
-        ("demo", {"adapter": "/nowhere"}, "adapter does not go with init eva"),
+        ("demo", {"r": 64}, "no packed row has 64 trained tokens"),
+        ("demo", {"adapter": "/nowhere"}, "adapter cannot be used with init eva"),
     ],
     ids=["experts", "embeddings", "short rows", "adapter"],
 )
@@ -108,6 +108,6 @@ def test_what_has_no_directions_is_refused(
     model: str, options: dict[str, Any], said: str, tmp_path: Path, write_rows: WriteRows
 ) -> None:
     folder = with_experts() if model == "experts" else model
-    story = ResumeCase("single", write_rows(50), tmp_path, folder, kind=LoRA, method=STILL | options)
+    case = ResumeCase("single", write_rows(50), tmp_path, folder, kind=LoRA, method=STILL | options)
     with pytest.raises(ConfigError, match=said):
-        run_case(story)
+        run_case(case)

@@ -44,7 +44,7 @@ def not_in_the_optimizer(module: LoRA, step: int) -> None:
     [
         (frozen_at_the_start, "on_train_start", ["1 of 42", "are frozen", "layers.1.self_attn.k_proj.lora_B"]),
         (not_in_the_optimizer, "on_train_start", ["1 of 42", "in no optimizer", "layers.0.self_attn.k_proj.lora_B"]),
-        (without_gradient, "on_before_optimizer_step", ["have not moved in 2 steps", "layers.1.mlp.up_proj.lora_A"]),
+        (without_gradient, "on_before_optimizer_step", ["have not changed in 2 steps", "layers.1.mlp.up_proj.lora_A"]),
     ],
 )
 def test_a_dead_adapter_is_named(harm: Callable[[LoRA, int], None], hook: str, parts: list[str]) -> None:
@@ -128,7 +128,7 @@ def test_experts_of_which_none_ever_moves_are_named(end: str, steps: int) -> Non
     def harm(module: LoRA) -> None:
         module.get_parameter(f"model.{dead}").grad = None
 
-    with pytest.raises(DeadAdapterError, match=f"1 of 12 .* have not moved in {steps} steps: {dead}"):
+    with pytest.raises(DeadAdapterError, match=f"1 of 12 .* have not changed in {steps} steps: {dead}"):
         train_experts(steered(range(EXPERTS), harm))
 
 

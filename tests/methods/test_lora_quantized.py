@@ -75,16 +75,16 @@ def test_the_export_is_an_adapter_for_the_whole_weights(kind: Quantization, tmp_
 def test_an_adapter_is_not_quantized_with_its_base(tmp_path: Path) -> None:
     train(calm(), tmp_path)
     given = Pretrained(str(tmp_path / "adapter"))
-    with pytest.raises(ConfigError, match="an adapter's folder cannot be read in nf4"):
+    with pytest.raises(ConfigError, match="an adapter folder cannot be quantized"):
         quantization.load_quantized(given, "nf4", torch.float32, PACKED, torch.device("cpu"))
 
 
 @installed
 def test_what_needs_the_weights_themselves_is_refused() -> None:
-    with pytest.raises(ConfigError, match="init olora takes its start out of the weights, which nf4 has rounded"):
+    with pytest.raises(ConfigError, match="init olora changes the base weights, which nf4 has rounded"):
         LoRA("demo", quantization="nf4", init="olora")
     options = {**SMALL, "quantization": "nf4", "modules_to_save": ["o_proj"]}
-    with pytest.raises(ConfigError, match="'o_proj' is quantized, so it cannot be trained whole"):
+    with pytest.raises(ConfigError, match="'o_proj' is quantized, so its weights cannot be trained"):
         trained(Case("lora", method=LoRA, model=calm(), options=options), ONE)
 
 

@@ -40,6 +40,6 @@ def test_factors_equal_those_of_transformers(schedule: Schedule, reference: Refe
 
 
 def test_a_falling_schedule_needs_an_end() -> None:
-    with pytest.raises(ConfigError, match="needs to know the last step"):
+    with pytest.raises(ConfigError, match="needs the number of steps"):
         Schedule("cosine", 0, math.inf, 0.0)
     assert Schedule("constant", 0, math.inf, 0.0)(10**9) == 1.0

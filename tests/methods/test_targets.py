@@ -61,7 +61,7 @@ def test_an_entry_that_matches_nothing_is_refused_with_the_names_there_are(targe
 
 @pytest.mark.parametrize("targets", ["", []])
 def test_no_target_at_all_is_refused(targets: str | list[str]) -> None:
-    with pytest.raises(ConfigError, match=r"targets: names nothing; .*the model has outside: embed_tokens"):
+    with pytest.raises(ConfigError, match=r"targets: no weights are named; .*the model has outside: embed_tokens"):
         resolve_targets(model("llama"), targets)
 
 

@@ -52,7 +52,7 @@ def test_one_document_over_the_whole_row_is_another_number() -> None:
 def test_a_mask_is_refused() -> None:
     model = make("llama", PACKED)
     states = torch.randn(1, 4, 6, 8)
-    with pytest.raises(ValueError, match="no attention mask"):
+    with pytest.raises(ValueError, match="do not take an attention mask"):
         packed_attention(model, states, states, states, torch.ones(1, 6))
 
 

@@ -132,7 +132,7 @@ def test_families_that_do_not_are_run_one_by_one(family: str) -> None:
     assert "packed in a row" in proven.reason
 
 
-@pytest.mark.parametrize(("kind", "wished"), [(Shifting, PACKED), (Forgetful, PACKED), (Forgetful, "sdpa")])
+@pytest.mark.parametrize(("kind", "requested"), [(Shifting, PACKED), (Forgetful, PACKED), (Forgetful, "sdpa")])
 def test_classes_of_ones_own_are_proven_too(kind: type[PreTrainedModel], requested: str) -> None:
     config = llama()
     proven = prove_attention(kind, config, requested)
@@ -205,7 +205,7 @@ def test_what_stands_in_the_place_of_the_head_is_not_fused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "config", "wished", "sentence"),
+    ("kind", "config", "requested", "sentence"),
     [
         (Peeking, llama(), PACKED, "not causal"),
         (BertLMHeadModel, BertConfig(), PACKED, "not causal"),

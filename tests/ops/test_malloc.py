@@ -32,6 +32,6 @@ def test_a_step_that_is_like_the_last_faults_no_page(own: dict[str, str]) -> Non
     done = subprocess.run([sys.executable, "-c", STEPS], capture_output=True, text=True, check=True, env=environment)
     before, is_kept, after = done.stdout.split()
     pages = 140 * 2**20 // os.sysconf("SC_PAGE_SIZE")
-    assert int(before) > pages / 2, "glibc maps large tensors anew each time"
+    assert int(before) > pages / 2, "glibc maps large tensors again each time"
     assert is_kept == str(not own)
     assert int(after) > pages / 2 if own else int(after) < pages / 100

@@ -48,7 +48,7 @@ class Topology:
 
 @dataclass(frozen=True)
 class Case:
-    """One training: a method with its options, a model, and what the trainer is told.
+    """One training: a method with its options, a model, and the options of the trainer.
 
     Attributes:
         tolerance: The largest relative difference to one process of losses, gradient norms and weights.
@@ -89,7 +89,7 @@ def plan() -> StepPlan:
     """Ten steps of eight uneven samples in rows of 96 tokens; the last is partial: two samples in one row.
 
     Untrained tokens prolong each sample to a multiple of eight, so that there are few lengths of rows: under tensor
-    parallelism torch finds out anew how to run each operation on a length that it has not seen.
+    parallelism torch decides again how to run each operation for every new length.
     """
     tokenizer = Pretrained("demo").tokenizer
     pairs = []
@@ -212,7 +212,7 @@ def _train(topology: Topology, cases: list[Case]) -> dict[str, Seen | str]:
     for case in cases:
         try:
             found[case.name] = trained(case, topology)
-        except Exception:  # told by the test of this case; the other ranks may wait for this one, so it is the last
+        except Exception:  # the test of this case reports it; the other ranks may wait for this one, so it is the last
             found[case.name] = traceback.format_exc()
             break
     return found

@@ -1,4 +1,4 @@
-"""Trainings that save and go on, as one rank runs them: several in one start of the processes."""
+"""Trainings that save and resume, as one rank runs them: several in one start of the processes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class ResumeCase:
         data: The rows it trains on.
         folder: Where it saves.
         model: What it trains.
-        resume: The checkpoint that it goes on from.
+        resume: The checkpoint that it resumes from.
         workers: Loader workers.
         kind: The method.
         method: Further options of the method.
@@ -78,15 +78,15 @@ class Watch(Callback):
     """Notes losses and samples."""
 
     def __init__(self) -> None:
-        self.told = Outcome()
+        self.outcome = Outcome()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: object, batch: StepBatch, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        self.told.losses[step] = float(pl_module.step_loss)
+        self.outcome.losses[step] = float(pl_module.step_loss)
         trained = [row for row in batch.rows if bool((row.labels != IGNORE_INDEX).any())]
-        self.told.samples[step] = [sample for row in trained for sample in row.sample_ids]
+        self.outcome.samples[step] = [sample for row in trained for sample in row.sample_ids]
 
 
 def prepare(story: ResumeCase, *callbacks: Callback) -> tuple[Trainer, CausalLMModule, ChatData]:
@@ -118,8 +118,8 @@ def run_case(story: ResumeCase, *callbacks: Callback) -> Outcome:
     watch = Watch()
     trainer, module, data = prepare(story, watch, *callbacks)
     trainer.fit(module, data, ckpt_path=story.resume)
-    watch.told.weights = {name: tensor.clone() for name, tensor in module.export_state()[1].items()}
-    return watch.told
+    watch.outcome.weights = {name: tensor.clone() for name, tensor in module.export_state()[1].items()}
+    return watch.outcome
 
 
 def run_cases(stories: list[ResumeCase]) -> list[Outcome]:

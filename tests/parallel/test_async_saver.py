@@ -1,4 +1,4 @@
-"""Checkpoints that are written while training goes on."""
+"""Checkpoints that are written while training continues."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class SlowDisk(Callback):
         self.seen: dict[int, list[str]] = {}
 
     def write(self, *args: Any) -> Files:
-        assert self.free.wait(60), "training goes on while the disk is slow"
+        assert self.free.wait(60), "training continues while the disk is slow"
         return write_tensors(*args)
 
     def on_train_batch_end(self, trainer: Trainer, *args: object) -> None:

@@ -46,7 +46,7 @@ def nan_on_rank_1(module: torch.nn.Module) -> None:
 
 
 def faults_and_others(story: ResumeCase) -> tuple[list[tuple[str, str]], list[Outcome]]:
-    """Fail to save in two ways, then let Lightning's own callback save, and go on from what it saved."""
+    """Fail to save in two ways, then let Lightning's own callback save, and resume from that."""
     trainer, module, data = prepare(story)
     trainer.fit(module, data)
     faults = []
@@ -93,8 +93,8 @@ def test_ranks_fail_together_and_lightnings_callback_works(tmp_path: Path, write
     theirs = story.folder / "lightning"
     assert sorted(path.name for path in theirs.iterdir()) == ["last.ckpt", "step=10.ckpt", "step=8.ckpt"]
     assert [verify(theirs / name).step for name in ("last.ckpt", "step=8.ckpt")] == [10, 8]
-    straight = [told[0] for _, told in ranks]
-    assert_same([told[1] for _, told in ranks], straight, 8)
+    straight = [results[0] for _, results in ranks]
+    assert_same([results[1] for _, results in ranks], straight, 8)
     run = RunFolder(tmp_path / "exported")
     run.checkpoints.mkdir(parents=True)
     (theirs / "last.ckpt").rename(run.checkpoints / "step-10")

@@ -1,4 +1,4 @@
-"""Trainings that are killed while they save: what lies under a final name is whole, and the next attempt goes on."""
+"""Trainings that are killed during a save: a folder with a final name is complete, and the next attempt resumes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OTHER_DEVICE = Path("/dev/shm")
 
 
 def save_for_ever(story: ResumeCase, temporary: Path) -> None:
-    """Train and save after every step until somebody ends it."""
+    """Train and save after every step until the process is killed."""
     os.environ["TMPDIR"] = str(temporary)
     tempfile.tempdir = None
     run_case(story)
@@ -44,7 +44,7 @@ def kill_while_saving(story: ResumeCase, folder: Path, kills: int, temporary: Pa
             end = time.monotonic() + TIME_LIMIT
             while newest_step(story.folder) <= began:
                 assert all(process.is_alive() for process in ranks)
-                assert time.monotonic() < end, "an attempt that goes on saves after its first step"
+                assert time.monotonic() < end, "a resumed attempt saves after its first step"
                 time.sleep(0.005)
             time.sleep(source.uniform(0.0, 0.2))  # the random moment is the point
         finally:
@@ -83,7 +83,7 @@ def test_fifty_kills_while_real_state_is_saved(
     temporary = tmp_path
     if device == "other":
         if not OTHER_DEVICE.is_dir() or OTHER_DEVICE.stat().st_dev == tmp_path.stat().st_dev:
-            pytest.skip(f"{OTHER_DEVICE} is no device of its own here")
+            pytest.skip(f"{OTHER_DEVICE} is not a separate device here")
         temporary = Path(tempfile.mkdtemp(dir=OTHER_DEVICE))
     kill_while_saving(real_saves(topology, write_rows(50), tmp_path), tmp_path, 50, temporary)
     if device == "other":

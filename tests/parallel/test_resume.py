@@ -1,4 +1,4 @@
-"""A training goes on from a checkpoint of any topology, in the same one bit for bit."""
+"""A training resumes from a checkpoint of any topology; in the same topology the result is bit-identical."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def assert_same(resumed: list[Outcome], straight: list[Outcome], after: int) -> 
 def test_two_ranks_go_on_exactly(tmp_path: Path, write_rows: WriteRows) -> None:
     data, every_two = write_rows(50), {"val_check_interval": 2}
     everywhere = {2: 2, 5: 0, 7: 2}  # after a validation, at the end of an epoch, in the middle of one: loader workers
-    once = {7: 0}  # where a run stops is no matter of its method
+    once = {7: 0}  # where a run stops does not depend on its method
     stories: list[ResumeCase] = []
     starts: dict[int, dict[int, int]] = {}
     for topology, name, kind, options, stops in (
@@ -63,10 +63,10 @@ def test_two_ranks_go_on_exactly(tmp_path: Path, write_rows: WriteRows) -> None:
         ]
     ranks = processes(2, partial(run_cases, stories), tmp_path)
     for start, stops in starts.items():
-        straight_ranks = [told[start] for told in ranks]
+        straight_ranks = [results[start] for results in ranks]
         assert sorted(straight_ranks[0].losses) == list(range(1, 11))
         for place, step in enumerate(stops, start + 1):
-            assert_same([told[place] for told in ranks], straight_ranks, step)
+            assert_same([results[place] for results in ranks], straight_ranks, step)
     assert_manifests(tmp_path)
 
 
@@ -136,8 +136,8 @@ def test_any_topology_goes_on_from_any_other(tmp_path: Path, write_rows: WriteRo
     of_two = processes(2, partial(run_cases, two), tmp_path)
     straight, second_of_a, last_of_b = run_cases(one)
     of_four = processes(4, partial(run_cases, four), tmp_path)
-    a = [[told[0] for told in of_two], [second_of_a], *map(list, zip(*of_four, strict=True))]
-    b = [*map(list, zip(*(told[1:] for told in of_two), strict=True)), [last_of_b]]
+    a = [[results[0] for results in of_two], [second_of_a], *map(list, zip(*of_four, strict=True))]
+    b = [*map(list, zip(*(results[1:] for results in of_two), strict=True)), [last_of_b]]
     for chain in (a, b):
         assert_same_course(chain, straight)
 
@@ -148,7 +148,7 @@ def assert_same_course(chain: list[list[Outcome]], straight: Outcome) -> None:
     assert losses == pytest.approx(straight.losses, rel=1e-5)
     for ranks in chain:
         for step in ranks[0].losses:
-            seen = {sample for told in ranks for sample in told.samples[step]}
+            seen = {sample for results in ranks for sample in results.samples[step]}
             assert seen == set(straight.samples[step])
     final = chain[-1][0].weights
     assert all((final[name] - tensor).norm() <= 1e-5 * tensor.norm() for name, tensor in straight.weights.items())

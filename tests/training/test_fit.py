@@ -312,5 +312,5 @@ def test_a_model_that_costs_more_is_announced(
     fit("--trainer.max_steps", "1", folder="again")
     shown = capsys.readouterr().out
     assert "documents run one by one with sdpa: packed in a row, logits are off" in shown
-    assert "whole logits" in shown
+    assert "full logits" in shown
     assert "other terms" in shown

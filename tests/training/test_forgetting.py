@@ -99,7 +99,7 @@ def test_data_that_is_not_there_is_named_by_its_option(
 
 def test_no_data_at_all_is_refused(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
     assert fit("--trainer.callbacks+=Forgetting", "--trainer.callbacks.0.eval_also", "{}")[0] == 2
-    assert "Forgetting.eval_also: names no data" in capsys.readouterr().err
+    assert "Forgetting.eval_also: no data is named" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -233,7 +233,7 @@ def test_a_step_that_takes_all_memory_is_described(tmp_path: Path, begin: Start)
     code, _, error = begin(*TWO, event=too_much).finished()
     folder = RunFolder(tmp_path / "run")
     assert code == 1
-    assert "rank 1: no memory was left in step 4, whose rows on this rank hold" in error
+    assert "rank 1: no memory was left in step 4, whose packed rows on this rank have" in error
     assert json.loads(folder.rank(1, 1).error.read_text())["class"] == "oom"
 
 

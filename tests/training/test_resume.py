@@ -237,7 +237,7 @@ def test_a_run_goes_on_protecting_what_it_began_with(
     _, second = fit("--trainer.max_steps", "1", *task, *previous, method="OSFT", folder="second")
     more = ("--trainer.max_steps", "2")
     assert run(["runs", "resume", str(second.path), *more, "--model.previous", f"[{second.export}]"]) == 2
-    assert "model.init_args.previous: the checkpoint protects what other files hold" in capsys.readouterr().err
+    assert "model.init_args.previous: the checkpoint was made with other files" in capsys.readouterr().err
     moved = shutil.copytree(first.export, tmp_path / "moved")
     assert run(["runs", "resume", str(second.path), *more, "--model.previous", f"[{moved}]"]) == 0
 
@@ -411,7 +411,7 @@ def test_limits_before_the_checkpoint_are_refused_in_one_sentence(fit: Fit, caps
     folder.status.write_text(json.dumps(status | {"state": "stopped"}))
     code, said = said_of_resume(folder, capsys, "--trainer.max_epochs", "1")
     assert code == 2
-    assert "trainer.max_epochs: 1 lies before the checkpoint, which has finished " in said
+    assert "trainer.max_epochs: 1 is before the checkpoint, which has finished " in said
     assert "Traceback" not in said
     steps = ("--trainer.max_steps", "12")
     assert said_of_resume(folder, capsys, *steps)[0] == 0, "there is nothing to do but to export"

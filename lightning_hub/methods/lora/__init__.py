@@ -1,4 +1,4 @@
-"""LoRA: small adapters beside frozen layers, in the form of the library peft."""
+"""LoRA: small trained adapters beside frozen layers, in the format of the library peft."""
 
 from lightning_hub.methods.lora.module import LoRA
 

@@ -1,4 +1,4 @@
-"""Adapter folders: written in the form of peft, read back into a fresh model, and compared before they get a name."""
+"""Writes and reads adapter folders in peft's format; a written folder is loaded and compared before it is renamed."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from lightning_hub.models.pretrained import Pretrained
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 BASE_HASH = "base_hash"
-"""Where the weights' file says which base they were trained on."""
+"""The metadata key of the weights file that has the hash of the base model."""
 
 EXPORT_TOLERANCE = 1e-5
-"""How far logits may be apart, as a share of the largest."""
+"""The largest allowed difference of logits, relative to the largest logit."""
 
 ADAPTER_OPTION = "model.init_args.adapter"
 
-_ANOTHER = "name the folder of a whole adapter of LoRA"
+_ANOTHER = "name the folder of a complete LoRA adapter"
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter as it is written.
+    """An adapter as it is written to disk.
 
     Attributes:
-        config: What peft has to know.
-        tensors: Its weights, by the names of peft's files.
-        base_hash: The base it belongs to.
+        config: The configuration of peft.
+        tensors: Its weights, by the names that peft uses in files.
+        base_hash: The hash of its base model.
     """
 
     config: LoraConfig
@@ -50,12 +50,12 @@ class Adapter:
 
 
 def file_names(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return trained weights of a live model by the names of peft's files."""
+    """Return the trained weights of a live model, by the names that peft uses in files."""
     lora = get_peft_model_state_dict(
         model, state_dict=dict(state), adapter_name=ADAPTER_NAME, save_embedding_layers=False
     )
-    whole = {name: tensor for name, tensor in state.items() if not _is_adapter(name)}
-    return {f"{PREFIX}{name}": tensor for name, tensor in {**lora, **whole}.items()}
+    full = {name: tensor for name, tensor in state.items() if not _is_adapter(name)}
+    return {f"{PREFIX}{name}": tensor for name, tensor in {**lora, **full}.items()}
 
 
 def _is_adapter(name: str) -> bool:
@@ -67,18 +67,18 @@ def export_adapter(
 ) -> Adapter:
     """Return the adapter of a trained model.
 
-    Where the start was taken out of the frozen weights, it is put back: ``B A - B0 A0`` is an adapter of twice the
-    rank for the weights as they are on disk.
+    With PiSSA and OLoRA the initial product ``B0 A0`` was subtracted from the frozen weights. For the weights on disk,
+    the change is ``B A - B0 A0``: an adapter with twice the rank.
 
     Args:
         model: The live model.
-        state: The whole trained weights, by their live names.
-        config: What peft has made it of.
-        base_hash: The base it belongs to.
-        is_shifted: Whether the start was taken out of the frozen weights.
+        state: The full trained weights, by their live names.
+        config: The configuration of peft with which the adapters were injected.
+        base_hash: The hash of the base model.
+        is_shifted: Whether the initial factors were subtracted from the frozen weights.
     """
     config = copy(config)
-    config.target_modules = sorted(config.target_modules or [])  # a set has any order
+    config.target_modules = sorted(config.target_modules or [])  # a set has no order
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in file_names(model, state).items()}
     if is_shifted:
         for name, layer in layers_of(model):
@@ -86,7 +86,7 @@ def export_adapter(
             start_a, start_b = initial_factors(layer)
             tensors[a] = torch.cat([tensors[a], start_a])
             tensors[b] = torch.cat([tensors[b], -start_b], dim=1)
-        config.lora_alpha *= 2**0.5 if config.use_rslora else 2  # type: ignore[assignment]  # typed as a whole number
+        config.lora_alpha *= 2**0.5 if config.use_rslora else 2  # type: ignore[assignment]  # typed as an int, but any float works
         config.r *= 2
     return Adapter(config, tensors, base_hash)
 
@@ -98,21 +98,21 @@ def write_adapter(
     base: Pretrained,
     as_trained: Callable[[PreTrainedModel], None],
 ) -> None:
-    """Write an adapter, load it into a fresh base as anyone would, and compare answers with those of the trained one.
+    """Write an adapter, load it with peft into a fresh base model, and compare its logits with the trained model's.
 
     Args:
-        target: The folder; one that exists is replaced by the finished new one.
-        adapter: What is written.
+        target: The folder; an existing one is replaced when the new one is complete.
+        adapter: The adapter to write.
         tokenizer: The tokenizer that made the training data, with its chat template.
-        base: The model that it was trained on.
-        as_trained: Gives a fresh base the layers and weights of the trained model, without the files.
+        base: The base model.
+        as_trained: Gives a fresh base model the layers and weights of the trained model, from memory.
 
     Raises:
-        HubError: What was written does not answer as what was trained.
+        HubError: The written adapter gives other logits than the trained model.
     """
     with atomic_folder(target) as folder:
         metadata = {"format": "pt", BASE_HASH: adapter.base_hash}
-        safetensors.torch.save_file(  # tied weights stand under each of their names
+        safetensors.torch.save_file(  # cloned: tied weights are written under each of their names
             {name: tensor.clone() for name, tensor in adapter.tensors.items()}, folder / ADAPTER_WEIGHTS_FILE, metadata
         )
         adapter.config.save_pretrained(str(folder))
@@ -122,32 +122,32 @@ def write_adapter(
         loaded = PeftModel.from_pretrained(fresh, str(folder))
         check_loaded(loaded, adapter.tensors, folder)
         found = probe_logits(loaded)
-        fresh = loaded.unload()  # a base without adapters again: reading it a second time takes as long as training
+        fresh = loaded.unload()  # the base model without adapters: reading it a second time is slow
         _check_untouched(fresh, before, adapter.config.modules_to_save or [], folder)
         as_trained(fresh)
         check_answers(found, probe_logits(fresh), folder)
 
 
 def _check_untouched(base: torch.nn.Module, before: Mapping[str, bytes], trained: Iterable[str], folder: Path) -> None:
-    """Refuse an adapter whose reading changes the base: both sides of the comparison would have the change.
+    """Reject an adapter that changes the base model when it is loaded: the comparison of logits cannot see this.
 
     Args:
-        base: The base, after peft has put the adapter in and taken it out.
-        before: The fingerprint of each of its weights as it was read.
-        trained: Modules that the adapter brings whole.
-        folder: The adapter's.
+        base: The base model, after peft has loaded and unloaded the adapter.
+        before: The fingerprint of each of its weights before that.
+        trained: Modules that the adapter replaces completely (``modules_to_save``).
+        folder: The folder of the adapter.
 
     Raises:
-        HubError: A weight is another one.
+        HubError: A weight has changed.
     """
-    whole = tuple(f"{name}." for name in trained)
+    replaced = tuple(f"{name}." for name in trained)
     for name, parameter in base.named_parameters():
-        if not name.startswith(whole) and tensor_fingerprint(parameter) != before[name]:
-            raise HubError(f"reading the adapter changes {name} of its base", where=str(folder))
+        if not name.startswith(replaced) and tensor_fingerprint(parameter) != before[name]:
+            raise HubError(f"loading the adapter changes {name} of its base model", where=str(folder))
 
 
 def check_loaded(loaded: PeftModel, tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Compare an adapter that peft has loaded with the one in memory: every weight, and no other.
+    """Compare an adapter that peft has loaded with the one in memory: the same names, and equal weights.
 
     Raises:
         HubError: They differ.
@@ -158,26 +158,26 @@ def check_loaded(loaded: PeftModel, tensors: Mapping[str, Tensor], folder: Path)
     }
     if different:
         raise HubError(
-            f"{len(different)} weights of the adapter are not what was trained when it is read again, "
-            f"{min(different)} for one",
+            f"{len(different)} weights of the written adapter differ from the trained ones, for example "
+            f"{min(different)}",
             where=str(folder),
         )
 
 
 def check_answers(found: Tensor, expected: Tensor, folder: Path) -> None:
-    """Compare logits.
+    """Compare logits of shape ``(1, tokens, vocabulary)``.
 
     Raises:
-        HubError: They are further apart than rounding explains.
+        HubError: They differ by more than ``EXPORT_TOLERANCE``.
     """
     apart = float((found - expected).abs().max() / expected.abs().max().clamp(min=1.0))
     if not apart <= EXPORT_TOLERANCE:
-        raise HubError(f"read again, the model answers differently: logits are {apart:.1e} apart", where=str(folder))
+        raise HubError(f"the written model gives other logits than the one in memory: {apart:.1e}", where=str(folder))
 
 
 @torch.no_grad()
 def probe_logits(model: torch.nn.Module) -> Tensor:
-    """Return the logits of a few tokens from all over the vocabulary, in float32."""
+    """Return the logits of 16 tokens, evenly spaced in the vocabulary: float32, shape ``(1, 16, vocabulary)``."""
     model.eval()
     size = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]  # any model of transformers has it
     ids = torch.linspace(0, size - 1, 16).long().unsqueeze(0)
@@ -186,7 +186,7 @@ def probe_logits(model: torch.nn.Module) -> Tensor:
 
 
 def _fresh(base: Pretrained) -> PreTrainedModel:
-    """Read the base in float32, or in bfloat16 where this machine has no room for that."""
+    """Load the base model in float32, or in bfloat16 if the free memory is not enough for float32."""
     with torch.device("meta"):
         needed = 4 * base.skeleton(dtype=torch.float32, attn_implementation="eager").num_parameters()
     dtype = torch.float32 if needed * 1.2 < psutil.virtual_memory().available else torch.bfloat16
@@ -194,14 +194,14 @@ def _fresh(base: Pretrained) -> PreTrainedModel:
 
 
 def read_config(folder: Path, settings: LoraSettings) -> None:
-    """Check that the adapter to go on from is what the recipe says.
+    """Check that the adapter to continue from has the settings of the recipe.
 
     Raises:
-        ConfigError: There is none, or the recipe says otherwise.
+        ConfigError: There is no adapter, or its settings are different.
     """
     if not (folder / ADAPTER_CONFIG_FILE).is_file() or not (folder / ADAPTER_WEIGHTS_FILE).is_file():
         raise ConfigError(
-            f"{folder} holds no adapter ({ADAPTER_CONFIG_FILE}, {ADAPTER_WEIGHTS_FILE})",
+            f"{folder} is not an adapter: it lacks {ADAPTER_CONFIG_FILE} or {ADAPTER_WEIGHTS_FILE}",
             where=ADAPTER_OPTION,
             remedy=_ANOTHER,
         )
@@ -216,7 +216,7 @@ def read_config(folder: Path, settings: LoraSettings) -> None:
             f"the adapter in {folder} is of type {found.peft_type}, not LORA", where=ADAPTER_OPTION, remedy=_ANOTHER
         )
     if found.rank_pattern or found.alpha_pattern:
-        message = f"the adapter in {folder} has ranks or strengths of its own for some layers"
+        message = f"the adapter in {folder} has another rank or alpha for some layers (rank_pattern, alpha_pattern)"
         raise ConfigError(message, where=ADAPTER_OPTION, remedy="merge it, and name the merged model as model")
     given = {
         "r": (found.r, settings.r),
@@ -235,37 +235,39 @@ def read_config(folder: Path, settings: LoraSettings) -> None:
 
 @torch.no_grad()
 def load_adapter(folder: Path, model: PreTrainedModel, base_hash: str) -> None:
-    """Give the live adapters of a model the weights of a folder.
+    """Load the weights of an adapter folder into the live adapters of a model.
 
     Raises:
-        ConfigError: They were made for another base, or for other layers.
+        ConfigError: They belong to another base model, or to other layers.
     """
     live = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     names = file_names(model, live)
     try:
         with safe_open(folder / ADAPTER_WEIGHTS_FILE, framework="pt") as stream:
             theirs = (stream.metadata() or {}).get(BASE_HASH)
-            found = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118  # no dictionary
+            found = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118  # not a dict
     except (OSError, SafetensorError) as error:
         raise ConfigError(
             f"{folder / ADAPTER_WEIGHTS_FILE} cannot be read ({error})", where=ADAPTER_OPTION, remedy=_ANOTHER
         ) from error
     if base_hash and theirs and theirs != base_hash:
-        remedy = "take the model that it was trained on, or another adapter"
+        remedy = "name the model that it was trained on, or another adapter"
         raise ConfigError(f"the adapter in {folder} was trained on another model", where=ADAPTER_OPTION, remedy=remedy)
     for name in sorted(found.keys() ^ names.keys()):
-        side = "the adapter has no" if name in names else "the recipe adapts no"
         layer = name.removeprefix(PREFIX)
+        side = "the adapter does not contain" if name in names else "the recipe does not train, but the adapter has,"
         raise ConfigError(
-            f"{side} {layer}", where=ADAPTER_OPTION, remedy="set targets and modules_to_save to what it has"
+            f"{side} {layer}", where=ADAPTER_OPTION, remedy="set targets and modules_to_save as the adapter has them"
         )
     for name, parameter in names.items():
         if found[name].shape != parameter.shape:
             shapes = f"{tuple(found[name].shape)}, this model needs {tuple(parameter.shape)}"
             raise ConfigError(
-                f"{name.removeprefix(PREFIX)} of the adapter has the shape {shapes}", where=ADAPTER_OPTION
+                f"{name.removeprefix(PREFIX)} of the adapter has the shape {shapes}",
+                where=ADAPTER_OPTION,
+                remedy=_ANOTHER,
             )
         if not found[name].isfinite().all():
-            message = f"{folder / ADAPTER_WEIGHTS_FILE} holds what is no number in {name.removeprefix(PREFIX)}"
+            message = f"{folder / ADAPTER_WEIGHTS_FILE} has NaN or infinite numbers in {name.removeprefix(PREFIX)}"
             raise ConfigError(message, where=ADAPTER_OPTION, remedy=_ANOTHER)
         parameter.copy_(found[name])

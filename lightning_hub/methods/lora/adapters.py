@@ -1,4 +1,4 @@
-"""Adapters beside the layers of a model: where they are put, what they start from, and how they are told."""
+"""Injects adapters into a model, with their initial values, and describes them."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from lightning_hub.methods.targets import (
 Init = Literal["default", "gaussian", "orthogonal", "pissa", "pissa_niter_4", "pissa_niter_16", "olora", "eva"]
 
 BASE_MODIFYING_INITS = ("pissa", "olora")
-"""Beginnings of the inits whose adapters are no zero at the start: as much is taken out of the frozen weights."""
+"""Prefixes of the inits whose product ``B A`` is not zero at the start: it is subtracted from the frozen weights."""
 
 EVA = "eva"
-"""The init whose adapters start at what the layers are given: it is filled in when the model is read."""
+"""The init that computes ``A`` from the inputs of the layers, when the model is loaded."""
 
 ADAPTER_NAME = "default"
-"""What peft calls an adapter that nobody has named."""
+"""The name that peft gives to an adapter without a name."""
 
 PREFIX = "base_model.model."
 """What peft puts before the names of a model in adapter files."""
@@ -44,22 +44,22 @@ PREFIX = "base_model.model."
 INIT_OPTION = "model.init_args.init"
 
 INIT_SEED = 0
-"""Seed of an approximate decomposition, which has to come out the same at a resume."""
+"""Seed of an approximate decomposition: it must give the same result at a resume."""
 
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """What adapters are, as a recipe says it.
+    """The settings of the adapters, from the recipe.
 
     Attributes:
         r: Rank.
-        alpha: Strength: an adapter's output is scaled by ``alpha / r``, or ``alpha / sqrt(r)`` with ``use_rslora``.
-        dropout: Share of an adapter's inputs that is left out while training.
-        targets: Which layers are adapted, as `resolve_targets` takes them.
-        modules_to_save: Modules that are trained whole.
+        alpha: Scale: an adapter's output is scaled by ``alpha / r``, or ``alpha / sqrt(r)`` with ``use_rslora``.
+        dropout: Dropout probability of an adapter's inputs during training.
+        targets: The layers to adapt, in the form that `resolve_targets` takes.
+        modules_to_save: Modules whose weights are all trained.
         use_rslora: Scale by the root of the rank.
-        use_dora: Train the length of each weight column apart from its direction.
-        init: What adapters start from.
+        use_dora: Train the magnitude of each weight column separately from its direction (DoRA).
+        init: How the adapters are initialised.
     """
 
     r: int
@@ -73,20 +73,20 @@ class LoraSettings:
 
 
 def inject_adapters(model: PreTrainedModel, settings: LoraSettings, base: str) -> LoraConfig:
-    """Freeze a model, put adapters beside its target layers, and return how peft describes them.
+    """Freeze a model, inject adapters into its target layers, and return the configuration of peft.
 
-    The layers are replaced in place: class, names outside of the layers, forward and generation of the model stay
-    what they were, so nothing above has to know of adapters. On the meta device nothing is computed: the values come
-    from the process that has read the weights. Random numbers are drawn from a copy of the generator's state, so that
-    a process that draws them goes on like one that does not.
+    The layers are replaced in place. The class of the model, its forward and its generation do not change, so other
+    code does not depend on adapters. On the meta device nothing is computed: the values come from the rank that has
+    loaded the weights. Random numbers are drawn from a copy of the generator's state, so the state of the generator
+    is afterwards the same on every rank.
 
     Args:
-        model: A model, with or without memory.
-        settings: What the adapters are.
-        base: Name of the model, for the files of the adapter.
+        model: The model; it may be on the meta device.
+        settings: The settings of the adapters.
+        base: Name of the base model, for the files of the adapter.
 
     Raises:
-        ConfigError: A name matches nothing, or the wishes do not go together; the model is as it was.
+        ConfigError: A name matches nothing, or options do not fit together; the model is unchanged.
     """
     config, trained = build_lora_config(model, settings, base)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
@@ -98,16 +98,16 @@ def inject_adapters(model: PreTrainedModel, settings: LoraSettings, base: str) -
         except (ValueError, TypeError, NotImplementedError) as error:
             reason = " ".join(str(error).split())
             raise ConfigError(
-                f"peft cannot adapt this model so ({reason})",
+                f"peft cannot adapt this model with these options ({reason})",
                 where="model.init_args",
-                remedy="leave that option out, or the layers that it is not for out of targets",
+                remedy="remove the option that peft names, or remove the layers from targets",
             ) from error
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # steps of adapters are too small for bfloat16
     compute_in_layer_dtype(model)
     config.modules_to_save = trained or None
-    config.init_lora_weights = True  # whoever reads the adapter needs no other start
+    config.init_lora_weights = True  # a reader of the adapter file must not initialise it in another way
     for name in trained:
         model.get_submodule(name).requires_grad_(True)
     if modifies_base(settings.init):
@@ -116,32 +116,32 @@ def inject_adapters(model: PreTrainedModel, settings: LoraSettings, base: str) -
 
 
 def build_lora_config(model: PreTrainedModel, settings: LoraSettings, base: str) -> tuple[LoraConfig, list[str]]:
-    """Return how peft describes the adapters that a model is to have, and the modules that are trained whole.
+    """Return the configuration of peft for a model, and the names of the modules that are fully trained.
 
     Raises:
-        ConfigError: A name matches nothing, or the wishes do not go together.
+        ConfigError: A name matches nothing, or options do not fit together.
     """
-    trained = whole_modules(model, settings.modules_to_save)
-    whole = tuple(f"{name}." for name in trained)
-    found = [matrix for matrix in resolve_targets(model, settings.targets) if not matrix.full_name.startswith(whole)]
+    trained = fully_trained_modules(model, settings.modules_to_save)
+    inside = tuple(f"{name}." for name in trained)
+    found = [matrix for matrix in resolve_targets(model, settings.targets) if not matrix.full_name.startswith(inside)]
     if not found:
-        message = "all that targets name is trained whole, as modules_to_save says"
-        raise ConfigError(message, where="model.init_args.targets", remedy="leave some of it to the adapters")
-    reject_tied_weights(found, remedy="leave it out, or train it whole with modules_to_save")
+        message = "modules_to_save already trains all layers that targets names"
+        raise ConfigError(message, where="model.init_args.targets", remedy="remove some of them from modules_to_save")
+    reject_tied_weights(found, remedy="remove it from targets, or train it with modules_to_save")
     _check_base_modifying(model, found, settings)
     return _config(model, found, settings, base), trained
 
 
 def modifies_base(init: str) -> bool:
-    """Say whether an init takes the adapters' start out of the frozen weights."""
+    """Return whether an init subtracts the initial product of the factors from the frozen weights."""
     return init.startswith(BASE_MODIFYING_INITS)
 
 
-def whole_modules(model: PreTrainedModel, entries: Sequence[str]) -> list[str]:
-    """Return the modules that ``modules_to_save`` names, and those that share their weights.
+def fully_trained_modules(model: PreTrainedModel, entries: Sequence[str]) -> list[str]:
+    """Return the names of the modules that ``modules_to_save`` names, and of those that share their weights.
 
     Raises:
-        ConfigError: An entry names no module that has weights, or one whose weights are quantized.
+        ConfigError: An entry does not name a module with weights, or names one with quantized weights.
     """
     owners = {name: module for name, module in model.named_modules() if next(module.parameters(), None) is not None}
     chosen: list[str] = []
@@ -149,21 +149,21 @@ def whole_modules(model: PreTrainedModel, entries: Sequence[str]) -> list[str]:
         found = [name for name in owners if name == entry or name.endswith(f".{entry}")]
         if not entry or not found:
             raise ConfigError(
-                f"{entry!r} names no module of this model",
+                f"{entry!r} is not a module of this model",
                 where="model.init_args.modules_to_save",
-                remedy=f"it has {describe_matrices(weight_matrices(model))}",
+                remedy=f"name some of these: {describe_matrices(weight_matrices(model))}",
             )
         if isinstance(owners[found[0]], nn.ModuleList | nn.ModuleDict):
             raise ConfigError(
                 f"{entry!r} is a list of modules, which peft cannot save as one",
                 where="model.init_args.modules_to_save",
-                remedy=f"name what it holds, as {next(name for name in owners if name.startswith(f'{found[0]}.'))}",
+                remedy=f"name its modules, as {next(name for name in owners if name.startswith(f'{found[0]}.'))}",
             )
         if any(not parameter.is_floating_point() for name in found for parameter in owners[name].parameters()):
             raise ConfigError(
-                f"{entry!r} is quantized, so it cannot be trained whole",
+                f"{entry!r} is quantized, so its weights cannot be trained",
                 where="model.init_args.modules_to_save",
-                remedy="adapt it, or leave quantization out",
+                remedy="name it in targets, or remove quantization",
             )
         chosen += found
     weights = {id(parameter) for name in chosen for parameter in owners[name].parameters()}
@@ -173,21 +173,21 @@ def whole_modules(model: PreTrainedModel, entries: Sequence[str]) -> list[str]:
 
 
 def _check_base_modifying(model: PreTrainedModel, found: Iterable[WeightMatrix], settings: LoraSettings) -> None:
-    """Refuse layers that an init cannot take a start out of: peft would fail late, or start somewhere else.
+    """Reject layers that an init cannot decompose: peft would fail later, or use another init without a message.
 
     Raises:
-        ConfigError: There is one.
+        ConfigError: There is such a layer.
     """
     for matrix in found if modifies_base(settings.init) else ():
         least = min(matrix.shape)
         is_known = isinstance(model.get_submodule(matrix.module), nn.Linear)
         if not is_known and not (matrix.is_transposed and settings.init != "olora"):
             message = f"init {settings.init} is for plain linear layers, not for {matrix.name}"
-            raise ConfigError(message, where=INIT_OPTION, remedy="take another init, or leave it out of targets")
+            raise ConfigError(message, where=INIT_OPTION, remedy="use another init, or remove the layer from targets")
         if settings.r > least:
             shape = " x ".join(map(str, matrix.shape))
             message = f"r {settings.r} is more than the {least} directions of {matrix.name} ({shape})"
-            remedy = f"init {settings.init} takes {least} at most: lower r, or take another init"
+            remedy = f"init {settings.init} allows {least} at most: lower r, or use another init"
             raise ConfigError(message, where="model.init_args.r", remedy=remedy)
 
 
@@ -201,11 +201,11 @@ def _config(model: PreTrainedModel, found: Sequence[WeightMatrix], settings: Lor
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
         r=settings.r,
-        lora_alpha=cast("int", settings.alpha),  # typed as a whole number, used as any
+        lora_alpha=cast("int", settings.alpha),  # typed as an int, but any float works
         lora_dropout=settings.dropout,
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
-        init_lora_weights=False if on_meta else start,  # type: ignore[arg-type]  # one of the words it knows
+        init_lora_weights=False if on_meta else start,  # type: ignore[arg-type]  # a value that peft knows
         target_modules=[matrix.module for matrix in [*layers, *embeddings]],
         target_parameters=[matrix.full_name for matrix in others if matrix not in embeddings] or None,
         fan_in_fan_out=bool(layers) and all(matrix.is_transposed for matrix in layers),
@@ -220,7 +220,7 @@ def layers_of(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
 
 
 def _store_initial_factors(model: nn.Module) -> None:
-    """Keep what the adapters start from: the frozen weights lack it, so an adapter for the whole ones needs it."""
+    """Keep the initial factors: they were subtracted from the frozen weights, and the export needs them."""
     for _, layer in layers_of(model):
         for key in ("A", "B"):
             weight: Tensor = getattr(layer, f"lora_{key}")[ADAPTER_NAME].weight
@@ -228,15 +228,15 @@ def _store_initial_factors(model: nn.Module) -> None:
 
 
 def initial_factors(layer: LoraLayer) -> tuple[Tensor, Tensor]:
-    """Return what the ``A`` and ``B`` of a layer have started from, on the host."""
-    held = cast("nn.Module", layer)
-    return held.get_buffer("start_A").cpu(), held.get_buffer("start_B").cpu()
+    """Return the initial ``A`` (r, in) and ``B`` (out, r) of a layer, float32 on the host."""
+    module = cast("nn.Module", layer)
+    return module.get_buffer("start_A").cpu(), module.get_buffer("start_B").cpu()
 
 
 def hash_of_base(model: nn.Module) -> str:
-    """Return a hash of a model as it was read: names, shapes, and numbers from all over each tensor.
+    """Return a hash of a model as it was loaded: names, shapes, and a fingerprint of each tensor.
 
-    Numbers are rounded to bfloat16 first, so that the hash is the same in whichever precision a model was read.
+    Numbers are rounded to bfloat16 first, so the hash does not depend on the dtype in which the model was loaded.
     """
     found = hashlib.sha256()
     for name, parameter in model.named_parameters():
@@ -246,15 +246,17 @@ def hash_of_base(model: nn.Module) -> str:
 
 
 def describe_adapters(model: nn.Module, settings: LoraSettings, trained: Sequence[str]) -> list[str]:
-    """Return lines about what is adapted: how many layers of which name and shape."""
+    """Return lines about the adapters: how many layers, with their name and shape."""
     kinds: Counter[str] = Counter()
     for name, layer in layers_of(model):
         shape = f"{layer.in_features} -> {layer.out_features}"
         last = name.removesuffix(".base_layer").rpartition(".")[2]
-        own = getattr(layer, "parameter_name", "weight")  # matrices that lie in no layer of their own
+        own = getattr(layer, "parameter_name", "weight")  # expert matrices are parameters, not layers
         kinds[f"{last if own == 'weight' else f'{last}.{own}'} ({shape})"] += 1
     listed = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
     scale = f"{settings.alpha:g} / {'sqrt ' if settings.use_rslora else ''}{settings.r}"
     variant = " (DoRA)" if settings.use_dora else ""
     lines = [f"lora   rank {settings.r}, scaled by {scale}{variant}, beside {listed}"]
-    return lines + [f"       trained whole: {', '.join(trained)}"] * bool(trained)
+    if trained:
+        lines.append(f"       trained whole: {', '.join(trained)}")
+    return lines

@@ -1,4 +1,4 @@
-"""The init ``eva``: each ``A`` starts at the main directions of what its layer is given (arXiv 2410.07170), by peft."""
+"""The init ``eva``: ``A`` starts at the main directions of its layer's inputs (arXiv 2410.07170), through peft."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from lightning_hub.ops.batch import IGNORE_INDEX, PackedSequence, StepBatch
 from lightning_hub.ops.loss import ModelCapabilities, forwards_of, inputs_of
 
 FORWARDS = 1000
-"""Rows after which directions that still turn are given up."""
+"""The largest number of forwards; if the directions have not converged by then, there is an error."""
 
 
 class StepSource(Protocol):
     """The steps of a run, by epoch and number."""
 
     def __len__(self) -> int:
-        """Return the number of steps of an epoch."""
+        """Return the number of steps of one epoch."""
 
     def step(self, epoch: int, index: int, rank: int = 0, world_size: int = 1) -> StepBatch:
-        """Return a step."""
+        """Return one step, of one rank; of all ranks by default."""
 
 
 @dataclass(frozen=True)
 class PackedRows:
-    """The rows of the first epoch in its order, whole, whoever shares them out later.
+    """The packed rows of the first epoch of all ranks, in order, so that the result does not depend on the topology.
 
-    Only those are of use that train at least as many tokens as the adapters have ranks.
+    It yields only rows with at least ``least`` trained tokens, which is the rank of the adapters.
     """
 
     steps: StepSource
@@ -56,47 +56,52 @@ class PackedRows:
 def eva_directions(
     model: PreTrainedModel, capabilities: ModelCapabilities, config: LoraConfig, steps: StepSource
 ) -> dict[str, Tensor]:
-    """Return the main directions of what each target layer is given, as peft finds them.
+    """Return the main directions of the inputs of each target layer, computed by peft.
 
-    It looks at trained tokens only, and goes on through the rows until the directions no longer turn. Each layer keeps
-    the rank that the recipe says: ranks that follow the data would be another model on every topology.
+    It uses trained tokens only, and takes packed rows until the directions have converged. Each layer keeps the rank
+    of the recipe: ranks that depend on the data would give another model in every topology.
 
     Args:
-        model: The model as it was read, without adapters, on the device that computes.
-        capabilities: What is known about it.
-        config: The adapters that it is to have.
-        steps: The run's own.
+        model: The loaded model without adapters, on the device that computes.
+        capabilities: How the model can run.
+        config: The configuration of its adapters.
+        steps: The steps of the run.
 
     Returns:
         For each layer an orthonormal matrix of shape ``(rank, inputs)``.
 
     Raises:
-        ConfigError: There are other layers than linear ones, too few tokens in every row, or no end.
+        ConfigError: A target is not a linear layer, every packed row has too few trained tokens, or the directions do
+            not converge.
     """
     layers = [
         name for name in config.target_modules or () if isinstance(model.get_submodule(name), (nn.Linear, Conv1D))
     ]
     if others := sorted({*(config.target_modules or ()), *(config.target_parameters or ())} - {*layers}):
         message = f"init eva is for linear layers, not for {others[0]}"
-        raise ConfigError(message, where=INIT_OPTION, remedy="take another init, or leave it out of targets")
+        raise ConfigError(message, where=INIT_OPTION, remedy="use another init, or remove the layer from targets")
     rows = PackedRows(steps, capabilities, config.r)
     if next(iter(rows), None) is None:
-        message = f"no row has {config.r} trained tokens, from which init eva takes rank {config.r}"
-        raise ConfigError(message, where=INIT_OPTION, remedy="take longer rows, a smaller r or another init")
-    asked = 0
+        message = f"no packed row has {config.r} trained tokens, which init eva needs for rank {config.r}"
+        raise ConfigError(
+            message,
+            where=INIT_OPTION,
+            remedy="use longer packed rows (max_tokens_per_gpu), a smaller r, or another init",
+        )
+    num_forwards = 0
 
     def forward(model: PreTrainedModel, row: PackedSequence) -> None:
-        nonlocal asked
-        asked += 1
-        if asked > FORWARDS:
-            message = f"the directions of init eva still turn after {FORWARDS} rows"
-            raise ConfigError(message, where=INIT_OPTION, remedy="take another init")
+        nonlocal num_forwards
+        num_forwards += 1
+        if num_forwards > FORWARDS:
+            message = f"the directions of init eva have not converged after {FORWARDS} packed rows"
+            raise ConfigError(message, where=INIT_OPTION, remedy="use another init")
         model(**inputs_of(model, row, capabilities.isolates_documents))
 
     plain = LoraConfig(
         r=config.r,
         target_modules=config.target_modules,
-        init_lora_weights=EVA,  # type: ignore[arg-type]  # one of the words it knows
+        init_lora_weights=EVA,  # type: ignore[arg-type]  # a value that peft knows
         eva_config=EvaConfig(rho=1.0),
     )
     try:
@@ -112,12 +117,14 @@ def eva_directions(
         )
     except ValueError as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(f"peft finds no directions in this data ({reason})", where=INIT_OPTION) from error
+        raise ConfigError(
+            f"peft finds no directions in this data ({reason})", where=INIT_OPTION, remedy="use another init"
+        ) from error
     return cast("dict[str, Tensor]", found)
 
 
 @torch.no_grad()
 def set_directions(model: PreTrainedModel, found: dict[str, Tensor]) -> None:
-    """Give the ``A`` of each layer its directions; every ``B`` stays zero."""
+    """Copy the directions into the ``A`` of each layer; every ``B`` stays zero."""
     for name, layer in layers_of(model):
         cast("Tensor", layer.lora_A[ADAPTER_NAME].weight).copy_(found[name])

@@ -30,8 +30,8 @@ class FusedLoraLinear(PeftLinear):
     """peft's layer with a forward that adds the adapter's product into the output of the base layer.
 
     ``W x + s B A x`` is one ``addmm``: one rounding in half precision where peft has three, and no tensor of the size
-    of the output but the output itself. Whatever is not plain LoRA in training or
-    evaluation (merged or disabled adapters, DoRA, layers that are cut for tensor parallelism) takes peft's way.
+    of the output but the output itself. Everything else than plain LoRA (merged or
+    disabled adapters, DoRA, layers that are sharded for tensor parallelism) uses the forward of peft.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -41,7 +41,7 @@ class FusedLoraLinear(PeftLinear):
             return super().forward(x, *args, **kwargs)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))  # once, for the base and the adapter
-        flat = x.reshape(-1, x.shape[-1])  # an output of two dimensions is no view, so it can be added to in place
+        flat = x.reshape(-1, x.shape[-1])  # an output with two dims is not a view, so it can be changed in place
         output: Tensor = self.base_layer(flat)
         low = self.lora_A[name](self.lora_dropout[name](flat))
         weight = cast("Tensor", self.lora_B[name].weight).to(output.dtype)
@@ -49,7 +49,7 @@ class FusedLoraLinear(PeftLinear):
         return output.view(*x.shape[:-1], output.shape[-1])
 
     def _single_adapter(self) -> str | None:
-        """Return the one active adapter of a layer with plain LoRA; None if there is no such."""
+        """Return the one active adapter of a layer with plain LoRA; None if this is not the case."""
         if self.disable_adapters or self.merged or len(self.active_adapters) != 1:
             return None
         name: str = self.active_adapters[0]
@@ -58,15 +58,14 @@ class FusedLoraLinear(PeftLinear):
 
 
 def _has_own_forward(*modules: nn.Module) -> bool:
-    """Whether nothing is hooked to the modules: a layer cut for tensor parallelism has to be called as a module."""
+    """Return whether the modules have no hooks: a layer sharded by tensor parallelism must be called as a module."""
     return not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
 
 
 def compute_in_layer_dtype(model: nn.Module) -> None:
     """Let the adapters of a model compute in the dtype of their layers.
 
-    The classes of peft's modules are exchanged for subclasses of theirs, so names, weights, merging and files are
-    peft's own.
+    The classes of peft's modules are replaced by subclasses, so names, weights, merging and files stay those of peft.
     """
     for module in model.modules():
         if not isinstance(module, LoraLayer):

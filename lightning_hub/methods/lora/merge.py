@@ -1,4 +1,4 @@
-"""Merging: an adapter folder and its base become a plain model, and what the cast loses is said."""
+"""Merges an adapter folder and its base model into a plain model, and reports what the cast loses."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from lightning_hub.models.pretrained import Pretrained
 
 
 def _weight(layer: LoraLayer) -> Tensor:
-    """Return the weight that a layer adapts."""
+    """Return the weight that an adapter layer adapts."""
     if isinstance(layer, ParamWrapper):
-        held: Tensor = layer.get_param()  # type: ignore[no-untyped-call]
-        return held.detach()
+        weight: Tensor = layer.get_param()  # type: ignore[no-untyped-call]
+        return weight.detach()
     return cast("Tensor", layer.get_base_layer().weight).detach()
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast weights only: buffers, as those of rotary positions, need their digits."""
+    """Cast the parameters only: buffers, such as rotary frequencies, need their precision."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
 
@@ -41,36 +41,36 @@ def write_merged(
 
     Args:
         target: The folder to write.
-        folder: The adapter's.
-        base: The model that it was trained on.
+        folder: The folder of the adapter.
+        base: The base model.
         tokenizer: The tokenizer that made the training data, with its chat template.
-        dtype: Of the weights as they are written.
+        dtype: The dtype of the written weights.
 
     Returns:
-        What of the change has survived the cast to bfloat16, and to ``dtype``.
+        Lines about what the cast to bfloat16, and to ``dtype``, loses of the change.
 
     Raises:
-        HubError: The folder does not answer as base and adapter together.
+        HubError: The written model gives other logits than the base model with the adapter.
     """
     loaded = base.load(dtype=torch.float32, attn_implementation="eager")
     names = set(loaded.state_dict())
     adapted = PeftModel.from_pretrained(loaded, str(folder))
     expected = probe_logits(adapted)
-    survivals = [CastError(found) for found in dict.fromkeys((torch.bfloat16, dtype))]
+    cast_errors = [CastError(found) for found in dict.fromkeys((torch.bfloat16, dtype))]
     for _, layer in layers_of(adapted):
         before = _weight(layer).clone()
         layer.merge(safe_merge=True)
         end = _weight(layer)
-        for survival in survivals:
-            survival.add(before, end - before, end)
+        for cast_error in cast_errors:
+            cast_error.add(before, end - before, end)
     merged = adapted.unload()
     check_answers(probe_logits(merged), expected, folder)
     _cast(merged, dtype)
     weights = merged.state_dict()
     if weights.keys() != names:
-        raise HubError(f"merging has changed names: {min(weights.keys() ^ names)}", where=str(folder))
+        raise HubError(f"merging has changed the names of weights: {min(weights.keys() ^ names)}", where=str(folder))
     write_export(target, merged, weights, tokenizer)
     _cast(merged, torch.float32)
     again = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32, attn_implementation="eager")
     check_answers(probe_logits(again), probe_logits(merged), target)
-    return "\n".join(f"merge  {survival.describe()}" for survival in survivals)
+    return "\n".join(f"merge  {cast_error.describe()}" for cast_error in cast_errors)

@@ -1,4 +1,4 @@
-"""LoRA: what is trained are low-rank adapters; the step, the data and the loss are those of SFT."""
+"""LoRA: trains low-rank adapters; the step, the data and the loss are those of SFT."""
 
 from __future__ import annotations
 
@@ -48,19 +48,19 @@ class LoRA(CausalLMModule):
 
     Args:
         model: Local folder or hub id of the model to adapt.
-        learning_rate: Peak learning rate of AdamW; adapters want about ten times that of full training.
+        learning_rate: Peak learning rate of AdamW; adapters need about ten times that of full training.
         r: Rank of the adapters.
-        alpha: Their strength: outputs are scaled by alpha / r.
-        dropout: Share of an adapter's inputs that is left out while training.
+        alpha: Scale of the adapters: their outputs are multiplied by alpha / r.
+        dropout: Dropout probability of an adapter's inputs during training.
         targets: Which layers are adapted: all-linear, or groups (attention, mlp, experts, router), names and regular
             expressions.
-        modules_to_save: Modules that are trained whole beside the adapters, as embed_tokens for new tokens.
-        use_rslora: Scale by alpha / sqrt(r), which keeps high ranks alive (arXiv 2312.03732).
-        use_dora: Train the length of each weight column apart from its direction (arXiv 2402.09353).
-        init: What adapters start from; pissa and olora decompose the weights, eva what the layers are given, and all
-            but pissa and olora start at no change.
-        quantization: How the frozen weights are held: none, nf4 (4 bits) or int8, in one process with bitsandbytes.
-        adapter: Folder of an adapter to go on from, made for this model with the same r, alpha, targets and variant.
+        modules_to_save: Modules whose weights are all trained, beside the adapters; embed_tokens for new tokens.
+        use_rslora: Scale by alpha / sqrt(r), so that high ranks train well (arXiv 2312.03732).
+        use_dora: Train the magnitude of each weight column separately from its direction (arXiv 2402.09353).
+        init: How the adapters are initialised. pissa and olora decompose the weights, eva the inputs of the layers;
+            with all inits but pissa and olora the product of the factors starts at zero.
+        quantization: Quantization of the frozen weights: none, nf4 (4 bits) or int8; one process, with bitsandbytes.
+        adapter: Folder of an adapter to continue from, made for this model with the same r, alpha, targets and variant.
         **options: SFT's.
     """
 
@@ -85,7 +85,9 @@ class LoRA(CausalLMModule):
         super().__init__(model, learning_rate, **options)
         if (modifies_base(init) and (use_dora or adapter)) or (init == EVA and adapter):
             other = "adapter" if adapter else "use_dora"
-            raise ConfigError(f"{other} does not go with init {init}", where=INIT_OPTION, remedy="leave it out")
+            raise ConfigError(
+                f"{other} cannot be used with init {init}", where=INIT_OPTION, remedy="remove one of them"
+            )
         self.settings = LoraSettings(r, alpha, dropout, targets, modules_to_save or [], use_rslora, use_dora, init)
         check_quantization(quantization, init)
         self.quantization: Quantization = quantization
@@ -99,7 +101,7 @@ class LoRA(CausalLMModule):
     # ---- what trains -------------------------------------------------------------------------------------------------
 
     def choose_trainable(self, model: PreTrainedModel) -> None:
-        """Freeze everything, and put adapters beside the target layers."""
+        """Freeze everything, and inject adapters into the target layers."""
         is_read = not next(model.parameters()).is_meta
         if is_read and self.quantization == "none":
             self.base_hash = hash_of_base(model)
@@ -108,33 +110,33 @@ class LoRA(CausalLMModule):
             load_adapter(self.adapter, model, self.base_hash)
 
     def configure_model(self) -> None:
-        """Read the weights; tell every rank which base it is; draw other random numbers for other rows."""
+        """Load the weights, broadcast the hash of the base model, and seed each data-parallel rank differently."""
         if self.model is not None:
             return
         self._check_strategy()
         if self.trainer.state.fn == "fit" and (base := self.pretrained.base) is not None:
             raise ConfigError(
-                f"{self.source} is an adapter itself: peft would read one upon it as if it were alone",
+                f"{self.source} is itself an adapter: peft cannot put a second adapter on it",
                 where="model.init_args.model",
-                remedy=f"go on from it (model: {base.name}, adapter: {self.source}), or merge it with export --merge",
+                remedy=f"continue from it (model: {base.name}, adapter: {self.source}), or merge it (export --merge)",
             )
         super().configure_model()
-        assert self.model is not None, "the call before has made it"
+        assert self.model is not None, "super().configure_model has set it"
         self.base_hash = Ranks().run_on_rank_zero(lambda: self.base_hash)
         if share := data_parallel(self.trainer.strategy).rank:
             reseed(share)
 
     def _check_strategy(self) -> None:
-        """Refuse what has not been made right, where no recipe was checked before the processes started.
+        """Reject strategies and precisions that adapters do not support; a run without a recipe was not checked before.
 
         Raises:
-            ConfigError: The strategy cuts what the adapters need whole.
+            ConfigError: The strategy shards weights that the adapters need complete, or the precision is float64.
         """
         if str(self.trainer.precision) in ("64", "64-true"):
             raise ConfigError(
-                "adapters are float32 beside any base, so they cannot be trained in float64",
+                "adapters are always float32, so they cannot be trained in float64",
                 where="trainer.precision",
-                remedy="take 32-true",
+                remedy="use 32-true",
             )
         strategy = self.trainer.strategy
         mesh = strategy.device_mesh if isinstance(strategy, MeshStrategy) else None
@@ -145,18 +147,20 @@ class LoRA(CausalLMModule):
         )
 
     def load_pretrained(self) -> tuple[PreTrainedModel, ModelCapabilities]:
-        """Read the base, and find out what its layers are given where the adapters start from that."""
+        """Load the base model; for init ``eva`` also compute the directions of the inputs of its layers."""
         if self.settings.init != EVA or self.run.resume_from is not None or self.trainer.state.fn != "fit":
             return super().load_pretrained()
         proven = self.proven_capabilities()
         model = self.load_weights(proven.attention)
-        if not isinstance(self.trainer.strategy, HubStrategy):  # else it may be too large for the device of one
-            nn.Module.to(model, self.trainer.strategy.root_device)  # its own `to` is typed as no method
+        if not isinstance(self.trainer.strategy, HubStrategy):  # a model to shard may be too large for one device
+            nn.Module.to(model, self.trainer.strategy.root_device)  # the types of its own `to` are wrong
         config, _ = build_lora_config(model, self.settings, self.source)
         steps = getattr(self._data(), "plan", None)
         if steps is None:
             raise ConfigError(
-                "init eva looks at the rows of the run", where=INIT_OPTION, remedy="take the data class ChatData"
+                "init eva needs the training data of a ChatData",
+                where=INIT_OPTION,
+                remedy="use the data class ChatData",
             )
         found = eva_directions(model, apply_capabilities(model, proven), config, steps)
         self.choose_trainable(model)
@@ -164,79 +168,79 @@ class LoRA(CausalLMModule):
         return model, apply_capabilities(model, proven)
 
     def load_weights(self, attention: str) -> PreTrainedModel:
-        """Read the base, in fewer bits where that is asked for."""
+        """Load the base model, quantized if the recipe asks for it."""
         if self.quantization == "none":
             return super().load_weights(attention)
         device = self.trainer.strategy.root_device
         return load_quantized(self.pretrained, self.quantization, self.load_dtype(), attention, device)
 
     def load_dtype(self) -> torch.dtype:
-        """Frozen weights need no more than the precision that is computed in, unless some train or are decomposed."""
+        """Return bfloat16 for frozen weights in bf16 precision, unless some of them train or are decomposed."""
         shifting = modifies_base(self.settings.init)
         dtype = super().load_dtype()
         if shifting and dtype != torch.float32:
             raise ConfigError(
-                f"init {self.settings.init} takes a part out of the weights, which loses digits in bfloat16",
+                f"init {self.settings.init} changes the base weights, which loses precision in bfloat16",
                 where=INIT_OPTION,
-                remedy="read the base in float32: precision bf16-mixed or 32-true, dtype auto or float32",
+                remedy="load the base model in float32: precision bf16-mixed or 32-true, dtype auto or float32",
             )
         is_frozen = not self.settings.modules_to_save and not shifting
         is_bf16 = str(self.trainer.precision).startswith("bf16")
         return torch.bfloat16 if self.weights_dtype == "auto" and is_frozen and is_bf16 else dtype
 
     def summary_lines(self) -> list[str]:
-        """Return what is adapted."""
+        """Return lines about the adapters."""
         assert self.model is not None, "configure_model has run"
-        assert self.adapter_config is not None, "so adapters are in place"
-        begun = [f"       going on from {self.adapter}"] if self.adapter else []
+        assert self.adapter_config is not None, "configure_model has injected the adapters"
+        start = [f"       continuing from {self.adapter}"] if self.adapter else []
         trained = list(self.adapter_config.modules_to_save or [])
-        return describe_adapters(self.model, self.settings, trained) + begun
+        return describe_adapters(self.model, self.settings, trained) + start
 
     def tensor_parallel_plan(self, name: str, layer: nn.Module, style: str) -> dict[str, str]:
-        """Return which parts of a layer are cut under tensor parallelism, each with its style.
+        """Return which modules of a layer are sharded under tensor parallelism, each with its style.
 
-        An adapter computes ``B(A(x))``. Beside columns, ``B`` gives the columns of its rank, and every rank has all of
-        ``A``. Beside rows, ``A`` takes the inputs of its rank and its short outputs are summed; every rank has all of
-        ``B``.
+        An adapter computes ``B(A(x))``. For a colwise layer, ``B`` computes the outputs of its rank and ``A`` is
+        replicated. For a rowwise layer, ``A`` takes the inputs of its rank, its outputs (``r`` numbers for each token)
+        are all-reduced, and ``B`` is replicated.
         """
         if not isinstance(layer, LoraLayer):
             return super().tensor_parallel_plan(name, layer, style)
-        cut = {"colwise": "lora_B", "rowwise": "lora_A"}.get(style)
-        adapters = [] if cut is None else [f"{name}.{cut}.{adapter}" for adapter in getattr(layer, cut)]
+        factor = {"colwise": "lora_B", "rowwise": "lora_A"}.get(style)
+        adapters = [] if factor is None else [f"{name}.{factor}.{adapter}" for adapter in getattr(layer, factor)]
         return {f"{name}.base_layer": style, **dict.fromkeys(adapters, style)}
 
-    # ---- that it learns ----------------------------------------------------------------------------------------------
+    # ---- liveness -------------------------------------------------------------------------------------------------
 
     def on_train_start(self) -> None:
-        """Begin to watch."""
+        """Start the check that all adapters change."""
         assert self.model is not None, "configure_model has run"
         self.update_check = AdapterUpdateCheck(self.model)
         self.update_check.check(self.trainer.optimizers)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Remember the weights before the first steps."""
+        """Copy the weights before each of the first steps."""
         assert self.update_check is not None, "training has started"
         self.update_check.before_step(optimizer)
 
     def on_train_batch_end(self, outputs: object, batch: StepBatch, batch_idx: int) -> None:
-        """See whether they have moved."""
+        """Check that the weights have changed."""
         assert self.update_check is not None, "training has started"
         self.update_check.after_step(counts=batch.num_trained > 0 and not self.is_skipped)
 
-    # ---- what is kept ------------------------------------------------------------------------------------------------
+    # ---- checkpoints ------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep which base the adapters belong to: the base itself is not saved."""
+        """Save the hash of the base model; the base model itself is not saved."""
         super().on_save_checkpoint(checkpoint)
         if self.update_check is not None:
             self.update_check.check(self.trainer.optimizers)
         checkpoint["base"] = self.base_hash
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse adapters of another base.
+        """Reject a checkpoint of another base model.
 
         Raises:
-            ConfigError: The checkpoint's base is not this run's.
+            ConfigError: The base model of the checkpoint is not that of this run.
         """
         if checkpoint.get("base") != self.base_hash:
             raise ConfigError(
@@ -246,22 +250,22 @@ class LoRA(CausalLMModule):
             )
 
     def checkpoint_state_dict(self) -> dict[str, Tensor]:
-        """Return what trains: frozen weights are read again from where they came."""
+        """Return the trained tensors only; frozen weights are loaded from the base model again."""
         return {name: tensor for name, tensor in super().checkpoint_state_dict().items() if tensor.requires_grad}
 
     def build_empty(self) -> None:
-        """Read the base: what is written is compared with it."""
+        """Load the base model with its weights: the export needs them for its comparison."""
         self.model, _ = self.load_pretrained()
 
     def export(self, target: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Write the adapter, and check it by loading it into a fresh base.
+        """Write the adapter, and check it by loading it into a fresh base model.
 
         Raises:
-            DeadAdapterError: Some layers have learnt, and others nothing at all.
-            HubError: What was written does not answer as what was trained.
+            DeadAdapterError: The adapters of some layers are still zero, and others are not.
+            HubError: The written adapter gives other logits than the trained model.
         """
         assert self.model is not None, "configure_model has run"
-        assert self.adapter_config is not None, "so adapters are in place"
+        assert self.adapter_config is not None, "configure_model has injected the adapters"
         state = full_tensors(self.checkpoint_state_dict())
         if not state:
             return
@@ -278,16 +282,16 @@ class LoRA(CausalLMModule):
         write_adapter(target, adapter, tokenizer, self.pretrained, as_trained)
 
     def export_merged(self, target: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype | None) -> str:
-        """Write a plain model, in the dtype of the base on disk if None; return what of the change has survived."""
-        kept = dtype or self.pretrained.stored_dtype
+        """Write a merged model (``dtype`` None: that of the base model on disk); return lines about the cast."""
+        dtype = dtype or self.pretrained.stored_dtype
         target.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=target.parent) as scratch:
             self.export(Path(scratch) / "adapter", tokenizer)
-            return write_merged(target, Path(scratch) / "adapter", self.pretrained, tokenizer, kept)
+            return write_merged(target, Path(scratch) / "adapter", self.pretrained, tokenizer, dtype)
 
 
 def _check_alive(state: dict[str, Tensor]) -> None:
-    """Refuse an adapter of which some layers have learnt and others nothing; untrained as a whole it may be."""
+    """Reject an adapter in which some layers are still zero and others are not; all zero is allowed (no step)."""
     ends = {name: bool(tensor.any()) for name, tensor in state.items() if ".lora_B." in name}
     alive = {group_of(name) for name, moved in ends.items() if moved}
     dead = [name for name in ends if group_of(name) not in alive]

@@ -1,4 +1,4 @@
-"""Frozen weights in four or eight bits, by bitsandbytes."""
+"""Quantizes frozen weights to 4 or 8 bits with bitsandbytes."""
 
 from __future__ import annotations
 
@@ -18,32 +18,34 @@ QUANTIZATION = "model.init_args.quantization"
 
 
 def check_quantization(kind: Quantization, init: str) -> None:
-    """Refuse what cannot be held so, before a model is read.
+    """Check before a model is loaded that it can be quantized.
 
     Raises:
-        ConfigError: There is no bitsandbytes, or the adapters need the weights themselves.
+        ConfigError: bitsandbytes is missing, or the init of the adapters changes the base weights.
     """
     if kind == "none":
         return
     if find_spec("bitsandbytes") is None:
-        remedy = "install lightning-hub[gpu], or leave it out"
+        remedy = "install lightning-hub[gpu], or set quantization: none"
         raise ConfigError(f"{kind} weights need the library bitsandbytes", where=QUANTIZATION, remedy=remedy)
     if modifies_base(init):
-        message = f"init {init} takes its start out of the weights, which {kind} has rounded"
-        raise ConfigError(message, where="model.init_args.init", remedy="leave one of them out")
+        message = f"init {init} changes the base weights, which {kind} has rounded"
+        raise ConfigError(message, where="model.init_args.init", remedy="remove one of them")
 
 
 def load_quantized(
     pretrained: Pretrained, kind: Quantization, dtype: torch.dtype, attn_implementation: str, device: torch.device
 ) -> PreTrainedModel:
-    """Read a model with the linear layers of its blocks quantized; they compute in ``dtype``, as the rest does.
+    """Load a model with the linear layers of its blocks quantized; they compute in ``dtype``, like all others.
 
     Raises:
-        ConfigError: The model is an adapter on its base, which are merged first.
+        ConfigError: The model is an adapter with its base model: these must be merged first.
     """
     if pretrained.base is not None:
-        remedy = "merge it with lightning-hub export --merge, and name what that writes"
-        raise ConfigError(f"an adapter's folder cannot be read in {kind}", where="model.init_args.model", remedy=remedy)
+        remedy = "merge it with lightning-hub export --merge, and name the folder that this writes"
+        raise ConfigError(
+            f"an adapter folder cannot be quantized ({kind})", where="model.init_args.model", remedy=remedy
+        )
     config = BitsAndBytesConfig(
         load_in_8bit=kind == "int8",
         load_in_4bit=kind == "nf4",
@@ -56,6 +58,6 @@ def load_quantized(
     )
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            # Else an evaluation packs the weights for inference on a CPU, and steps after it get no gradients.
+            # With the default, an evaluation packs the weights for CPU inference, and later steps get no gradients.
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # modules are typed to hold tensors
     return model

@@ -1,4 +1,4 @@
-"""OSFT: the module that trains changes in the unprotected subspace of each weight."""
+"""OSFT: trains deltas in the unprotected subspace of each weight."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lightning_hub.methods.osft.export import (
     describe_sizes,
     merge_delta,
     merged_state,
-    write_changes,
+    write_deltas,
 )
 from lightning_hub.methods.osft.importance import layer_ratios, similarities
 from lightning_hub.methods.osft.inject import (
@@ -51,14 +51,14 @@ from lightning_hub.parallel.strategies import MeshStrategy
 from lightning_hub.runs.folder import default_cache_dir
 
 LAYER_RATIOS = "osft_layer_ratios"
-"""Under which name a checkpoint keeps adaptive ratios."""
+"""The key of adaptive ratios in a checkpoint."""
 
 PREVIOUS = "osft_previous"
-"""Under which name a checkpoint keeps a hash of the earlier changes that its bases protect."""
+"""The key, in a checkpoint, of the hash of the previous deltas that its bases protect."""
 
 
 class OSFT(CausalLMModule):
-    """Orthogonal subspace fine-tuning: each weight learns along its smallest singular directions only.
+    """Orthogonal subspace fine-tuning (arXiv 2504.07097): weights change along their smallest singular directions only.
 
     Takes SFT's options as well.
 
@@ -66,24 +66,25 @@ class OSFT(CausalLMModule):
         model: Local folder or hub id of the model to train.
         unfreeze_rank_ratio: Share of the singular directions that may be trained, the smallest ones: 0 trains none, 1
             is full fine-tuning of the targets.
-        targets: Weights that learn: all-linear, groups (attention, mlp, experts, router), names or patterns; attention
+        targets: Weights that train: all-linear, groups (attention, mlp, experts, router), names or patterns; attention
             and MLP, experts included, if null.
-        complement: full reaches all changes that leave the protected directions alone; thin only those within the
-            trained directions of both sides: less memory, and less for weights that are not square.
-        train_other: What else trains, unconstrained: none, norms, or all (embeddings and output layer too).
-        previous: Exports of earlier OSFT runs, oldest first, whose changes are protected as well: what they have learnt
-            is left alone. Their directions count in unfreeze_rank_ratio.
-        lr_scale: Factor of the learning rate for the changes. They move a weight about ten times as far a step as
-            the published factor form does at the same learning rate.
-        forward: How layers apply their changes: merged into the weight, factored beside it (less memory, less to
-            compute for few tokens or directions), or auto: what costs less for each weight.
-        parametrization: delta is exact whatever moves it; usv is the published form of three factors, projected before
-            and after each step: a reference, dearer than all else.
-        fused: Whether layers that do the work of several (qkv_proj, gate_up_proj, c_attn) count as one weight for each
-            of their parts, or as a whole.
-        ranks: uniform gives every weight unfreeze_rank_ratio; adaptive gives more to layers that matter less, by the
-            similarity of their inputs and outputs on the first rows of the data, and unfreeze_rank_ratio on average.
-        rank_bounds: With adaptive ranks, the least and the largest ratio of a layer.
+        complement: full allows all deltas that are orthogonal to the protected directions; thin only those within the
+            trained directions of both sides, which needs less memory and trains less for weights that are not square.
+        train_other: What else trains, without protected directions: none, norms, or all (also embeddings and output
+            layer).
+        previous: Exports of previous OSFT runs, oldest first. The directions of their deltas are protected as well, and
+            count in unfreeze_rank_ratio.
+        lr_scale: Factor of the learning rate of the deltas. A step of delta changes a weight about ten times as much as
+            a step of usv at the same learning rate.
+        forward: How layers apply their deltas: merged into the weight, factored beside it (less memory, less compute
+            for few tokens or directions), or auto: what costs less for each weight.
+        parametrization: delta is exact with every optimizer; usv is the published form with three factors, projected
+            before and after each step: a reference, more expensive than delta.
+        fused: Whether a fused layer (qkv_proj, gate_up_proj, c_attn) is one weight for each of its parts (parts) or
+            one weight (whole).
+        ranks: uniform gives every weight unfreeze_rank_ratio. adaptive gives a larger ratio to layers whose output is
+            less similar to their input, on the first packed rows of the data; the mean is unfreeze_rank_ratio.
+        rank_bounds: With adaptive ranks, the smallest and the largest ratio of a layer.
         **options: SFT's.
     """
 
@@ -116,17 +117,19 @@ class OSFT(CausalLMModule):
         super().__init__(model, **options)
         self.delta_config = DeltaConfig(unfreeze_rank_ratio, complement, forward, parametrization, fused)
         if ranks == "adaptive":
-            layer_ratios([1.0], unfreeze_rank_ratio, rank_bounds)  # refuses bounds that cannot be kept
+            layer_ratios([1.0], unfreeze_rank_ratio, rank_bounds)  # raises an error for impossible bounds
         elif rank_bounds != (0.0, 1.0):
             raise ConfigError(
-                "rank_bounds holds for adaptive ranks only",
+                "rank_bounds is for adaptive ranks only",
                 where="model.init_args.rank_bounds",
-                remedy="set ranks to adaptive, or leave it out",
+                remedy="set ranks to adaptive, or remove rank_bounds",
             )
         self.previous_tasks = PreviousTasks.of(previous or [])
         if parametrization == "usv" and previous:
             raise ConfigError(
-                "previous does not go with the published form", where="model.init_args.previous", remedy="use delta"
+                "previous cannot be used with parametrization usv",
+                where="model.init_args.previous",
+                remedy="use parametrization delta",
             )
         self.targets = targets
         self.train_other = train_other
@@ -141,14 +144,16 @@ class OSFT(CausalLMModule):
     # ---- what trains -------------------------------------------------------------------------------------------------
 
     def choose_trainable(self, model: PreTrainedModel) -> None:
-        """Freeze everything and put a change under each target."""
+        """Freeze everything and add a delta to each target."""
         self.previous_tasks.check(model)
         if not next(model.parameters()).is_meta:
             self.mismatch_warnings = self.previous_tasks.mismatch_warnings(model)
         model.requires_grad_(False)
         groups = {matrix.group for matrix in weight_matrices(model)}
         default = [group for group in ("attention", "mlp", "experts") if group in groups]
-        wanted = (default or ALL_LINEAR) if self.targets is None else self.targets  # all-linear says what there is
+        wanted = (
+            (default or ALL_LINEAR) if self.targets is None else self.targets
+        )  # the error of all-linear lists the weights
         self._targets = resolve_targets(model, wanted)
         inject_deltas(model, self._targets, self._delta_config(), self._ratios(model), self.previous_tasks.rank)
         names = {matrix.full_name for matrix in self._targets}
@@ -159,25 +164,25 @@ class OSFT(CausalLMModule):
                 parameter.requires_grad_(True)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ConfigError(
-                f"with unfreeze_rank_ratio {self.delta_config.ratio} nothing at all would train",
+                f"with unfreeze_rank_ratio {self.delta_config.ratio} nothing would train",
                 where=RATIO_OPTION,
                 remedy="raise it, or set train_other",
             )
 
     def _delta_config(self) -> DeltaConfig:
-        """Return what the changes look like, with what is known of the data and the trainer by now."""
+        """Return the settings of the deltas, completed with the length of packed rows and the precision."""
         batching = getattr(self._data(), "batching", None)
-        # Full sharding gathers what a change is made of in the precision that is computed in.
+        # FSDP gathers the tensors of a delta in the compute dtype.
         trainer = trainer_of(self)
-        is_gathered = trainer is not None and isinstance(trainer.strategy, MeshStrategy)
-        is_rounded = is_gathered and self.trainer.precision == "bf16-mixed"
+        is_sharded = trainer is not None and isinstance(trainer.strategy, MeshStrategy)
+        is_rounded = is_sharded and self.trainer.precision == "bf16-mixed"
         return replace(self.delta_config, row_tokens=batching.max_tokens if batching else None, is_rounded=is_rounded)
 
     def _ratios(self, model: PreTrainedModel) -> Callable[[WeightMatrix], float] | None:
-        """Return what gives the ratio of each weight; None where all have the same."""
+        """Return a function that gives the ratio of each weight; None if all are equal."""
         if self.ranks == "uniform":
             return None
-        assert self.layer_ratios is not None, "they are found before anything is made trainable"
+        assert self.layer_ratios is not None, "load_weights has computed them"
         names = {block: name for name, block in model.named_modules()}
         layers = [f"{names[block]}." for block in decoder_blocks(model)]
         found = dict(zip(layers, self.layer_ratios, strict=True))
@@ -190,154 +195,171 @@ class OSFT(CausalLMModule):
         return ratio
 
     def configure_model(self) -> None:
-        """Read the weights, and find out along which directions each may learn: a checkpoint knows it already."""
+        """Load the weights and compute the bases of all deltas; a resumed run loads them from its checkpoint."""
         if self.model is not None:
             return
-        self._remember()
+        self._read_checkpoint()
         super().configure_model()
         if self.run.resume_from is not None:
             return
         with_bases = [
-            site for site in self.parametrized_weights() if any(piece.basis_names for _, _, piece, _ in site.pieces())
+            parametrized
+            for parametrized in self.parametrized_weights()
+            if any(piece.basis_names for _, _, piece, _ in parametrized.pieces())
         ]
-        with DecompositionProgress(speaks=self.trainer.is_global_zero) as progress:
+        with DecompositionProgress(is_shown=self.trainer.is_global_zero) as progress:
             cache = BasesCache(default_cache_dir())
             device = self.trainer.strategy.root_device
             self.decomposed = compute_bases(with_bases, cache, self.previous_tasks, progress.done, device)
 
     def build_empty(self) -> None:
-        """Build the model with the ranks of the checkpoint that is to fill it."""
-        self._remember()
+        """Build the model without its weights, with the ranks of the checkpoint that is loaded next."""
+        self._read_checkpoint()
         super().build_empty()
 
-    def _remember(self) -> None:
+    def _read_checkpoint(self) -> None:
+        """Read the adaptive ratios of the checkpoint that is resumed, and check its previous tasks."""
         if self.run.resume_from is None:
             return
         state = read_state(self.run.resume_from)
         self.layer_ratios = state.get(LAYER_RATIOS)
         if state.get(PREVIOUS, self.previous_tasks.fingerprint) != self.previous_tasks.fingerprint:
             raise ConfigError(
-                "the checkpoint protects what other files hold, or none",
+                "the checkpoint was made with other files in previous, or with none",
                 where="model.init_args.previous",
-                remedy="name those that the run began with, or start a new run",
+                remedy="name the files with which the run started, or start a new run",
             )
 
     def load_weights(self, attention: str) -> PreTrainedModel:
-        """Read the weights, and find the ratio of each layer where ranks are adaptive."""
+        """Load the weights; with adaptive ranks also compute the ratio of each layer."""
         model = super().load_weights(attention)
         if self.ranks == "adaptive" and self.layer_ratios is None:
             plan = getattr(self._data(), "plan", None)
             if plan is None:
-                raise ConfigError("adaptive ranks need data", where="model.init_args.ranks", remedy="use ChatData")
-            alike = similarities(model, plan.step(0, 0).rows)
-            self.layer_ratios = layer_ratios(alike, self.delta_config.ratio, self.rank_bounds)
+                raise ConfigError(
+                    "adaptive ranks need the training data of a ChatData",
+                    where="model.init_args.ranks",
+                    remedy="use the data class ChatData",
+                )
+            layer_similarities = similarities(model, plan.step(0, 0).rows)
+            self.layer_ratios = layer_ratios(layer_similarities, self.delta_config.ratio, self.rank_bounds)
         return model
 
     def build_on_meta(self, capabilities: ModelCapabilities | None) -> PreTrainedModel:
-        """Build the model without weights, with the ratios that rank 0 has found."""
+        """Build the model without its weights, with the ratios that rank 0 has computed."""
         if self.ranks == "adaptive":
             self.layer_ratios = Ranks().run_on_rank_zero(lambda: self.layer_ratios)
         return super().build_on_meta(capabilities)
 
     def parametrized_weights(self) -> Iterator[ParametrizedWeight]:
-        """Yield the weights that have a change."""
+        """Yield the weights that have a delta."""
         assert self.model is not None, "configure_model has run"
         return parametrized_weights(self.model, self._targets)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Give the changes a learning rate of their own."""
-        changes = {id(parameter) for site in self.parametrized_weights() for parameter in site.change.trained()}
+        """Return the parameter groups, with another learning rate for the deltas (``lr_scale``)."""
+        deltas = {
+            id(parameter) for parametrized in self.parametrized_weights() for parameter in parametrized.delta.trained()
+        }
         return [
             {**group, "params": params, "lr": self.learning_rate * scale}
             for group in super().parameter_groups()
             for scale, params in (
-                (self.lr_scale, [one for one in group["params"] if id(one) in changes]),
-                (1.0, [one for one in group["params"] if id(one) not in changes]),
+                (self.lr_scale, [one for one in group["params"] if id(one) in deltas]),
+                (1.0, [one for one in group["params"] if id(one) not in deltas]),
             )
             if params
         ]
 
     @property
     def num_parameters(self) -> int:
-        """How many numbers the model has, without bases and changes."""
+        """The number of elements of all parameters of the model, without bases and deltas."""
         assert self.model is not None, "configure_model has run"
         own = (parameter for name, parameter in self.model.named_parameters() if merged_name(name) is not None)
         return sum(parameter.numel() for parameter in own)
 
     def summary_lines(self) -> list[str]:
-        """Return what trains, by shape, and what no target names."""
+        """Return lines about what trains, by shape, and about the weights that are not targets."""
         lines = [f"osft   {line}" for line in lines_by_shape(self.parametrized_weights())]
         if self.layer_ratios is not None:
             lines.append(f"osft   ratio of each layer: {' '.join(f'{ratio:.3f}' for ratio in self.layer_ratios)}")
         named = {matrix.full_name for matrix in self._targets}
-        changed = {site.matrix.full_name for site in self.parametrized_weights()}
+        with_delta = {parametrized.matrix.full_name for parametrized in self.parametrized_weights()}
         assert self.model is not None, "configure_model has run"
         others = [
             matrix for matrix in weight_matrices(self.model) if merged_name(matrix.full_name) not in (None, *named)
         ]
-        how = "also train" if self.train_other == "all" else "stay as they are"
-        lines += [f"osft   no rank is left for {name}: it stays" for name in sorted(named - changed)]
-        lines += [f"osft   {how}: {describe_matrices(others)}"] * bool(others)
+        lines += [
+            f"osft   no direction is left to train for {name}: it is frozen" for name in sorted(named - with_delta)
+        ]
+        if others:
+            state = "also train" if self.train_other == "all" else "are frozen"
+            lines.append(f"osft   {state}: {describe_matrices(others)}")
         return lines + [f"osft   {line}" for line in self.mismatch_warnings]
 
     def generate(self, *args: Any, **kwargs: Any) -> list[str]:
-        """Answer prompts with weights that are built once, not for every token."""
+        """Generate answers; each merged weight is computed once, not for every token."""
         with cached_weights(list(self.parametrized_weights())):
             return super().generate(*args, **kwargs)
 
-    # ---- the published form is projected around each step ------------------------------------------------------------
+    # ---- projections of the published form (usv) ---------------------------------------------------------------------
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Project the gradients, before they are clipped."""
-        for site in self.parametrized_weights():
-            site.change.project_gradients()
+        """Project the gradients before they are clipped."""
+        for parametrized in self.parametrized_weights():
+            parametrized.delta.project_gradients()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step, and project what has moved."""
+        """Run a step of the optimizer, and project the trained parameters."""
         super().optimizer_step(*args, **kwargs)
-        for site in self.parametrized_weights():
-            site.change.project()
+        for parametrized in self.parametrized_weights():
+            parametrized.delta.project()
 
-    # ---- what is kept ------------------------------------------------------------------------------------------------
+    # ---- checkpoints ------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the ranks of the layers: they cannot be told from the options alone."""
+        """Save the ratios of the layers, which depend on the data, and the hash of the previous tasks."""
         super().on_save_checkpoint(checkpoint)
         checkpoint[PREVIOUS] = self.previous_tasks.fingerprint
         if self.layer_ratios is not None:
             checkpoint[LAYER_RATIOS] = self.layer_ratios
 
     def export_state(self) -> tuple[PreTrainedModel, dict[str, Tensor]]:
-        """Return the model and its weights with their changes, under the names that they had before."""
+        """Return the model and its merged weights, under the names of the model without deltas."""
         assert self.model is not None, "configure_model has run"
         state = full_state_dict(self.model)
-        return self.model, merged_state(self.parametrized_weights(), state) if state else {}  # rank 0 has gathered
+        return self.model, merged_state(
+            self.parametrized_weights(), state
+        ) if state else {}  # only rank 0 has the state
 
     def export(self, target: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Write the weights with their changes, and the exact changes beside them; say how large these are."""
+        """Write the merged weights and the exact deltas, and print the size of the deltas."""
         assert self.model is not None, "configure_model has run"
         state = full_state_dict(self.model)
         if state:
             self._write(target, tokenizer, state, merged_state(self.parametrized_weights(), state))
             print(f"osft   {describe_sizes(merge_delta(self.parametrized_weights(), state))}", flush=True)
-            halves = {site.original.dtype for site in self.parametrized_weights()} - {torch.float32, torch.float64}
-            for dtype in halves:
-                print(f"osft   {self._leaking(state, dtype).describe()}", flush=True)
+            low_precision = {parametrized.original.dtype for parametrized in self.parametrized_weights()} - {
+                torch.float32,
+                torch.float64,
+            }
+            for dtype in low_precision:
+                print(f"osft   {self._leakage(state, dtype).describe()}", flush=True)
 
     def export_merged(self, target: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype | None) -> str:
-        """Write a plain model in a dtype (that of the base on disk if None); return what rounding did to the change."""
+        """Write a merged model (``dtype`` None: that of the model on disk); return a line about the cast."""
         assert self.model is not None, "configure_model has run"
-        wanted = dtype or self.pretrained.stored_dtype
+        dtype = dtype or self.pretrained.stored_dtype
         state = full_state_dict(self.model)
-        self._write(target, tokenizer, state, merged_state(self.parametrized_weights(), state, wanted))
-        return f"merge  {self._leaking(state, wanted).describe()}"
+        self._write(target, tokenizer, state, merged_state(self.parametrized_weights(), state, dtype))
+        return f"merge  {self._leakage(state, dtype).describe()}"
 
-    def _leaking(self, state: dict[str, Tensor], dtype: torch.dtype) -> LeakageReport:
-        """Return what becomes of the changes in weights of a dtype."""
-        leaking = LeakageReport(dtype)
+    def _leakage(self, state: dict[str, Tensor], dtype: torch.dtype) -> LeakageReport:
+        """Return the report of the deltas after a cast to a dtype."""
+        report = LeakageReport(dtype)
         for one in merge_delta(self.parametrized_weights(), state):
-            leaking.count(one)
-        return leaking
+            report.count(one)
+        return report
 
     def _write(
         self, target: Path, tokenizer: PreTrainedTokenizerBase, state: dict[str, Tensor], weights: dict[str, Tensor]
@@ -346,12 +368,12 @@ class OSFT(CausalLMModule):
         settings = {"unfreeze_rank_ratio": self.delta_config.ratio, **asdict(self.delta_config)}
 
         def changes(folder: Path) -> None:
-            write_changes(folder / DELTA_FILE, merge_delta(self.parametrized_weights(), state), settings)
+            write_deltas(folder / DELTA_FILE, merge_delta(self.parametrized_weights(), state), settings)
 
         write_export(target, self.model, weights, tokenizer, changes)
 
 
 def _norms(model: PreTrainedModel) -> set[str]:
-    """Return the names of what normalisation layers hold: by their class, as GPT-2 calls its own ``ln_1``."""
+    """Return the names of the parameters of normalisation layers, found by class, because GPT-2 names them ``ln_1``."""
     layers = [(path, layer) for path, layer in model.named_modules() if "norm" in type(layer).__name__.lower()]
     return {f"{path}.{name}" for path, layer in layers for name, _ in layer.named_parameters(recurse=False)}

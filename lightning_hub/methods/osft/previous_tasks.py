@@ -1,4 +1,4 @@
-"""What earlier tasks have learnt, as directions that a further one leaves alone."""
+"""Subspaces used by previous tasks; they are added to the protected subspace of each weight."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from lightning_hub.methods.fingerprint import tensor_fingerprint
 from lightning_hub.methods.osft.export import DELTA_FILE, RESULT_FINGERPRINTS
 from lightning_hub.methods.osft.subspace import SubspaceSplit
 
-_PLACE = "model.init_args.previous"
+PREVIOUS_OPTION = "model.init_args.previous"
 
-_OTHER = "name exports of runs that began with this model"
+_OTHER = "name exports of runs that started from this model"
 
 NEW = 1e-8
-"""How far a direction must lie outside of what is protected to count as another one."""
+"""Singular value above which a direction is counted as outside the protected subspace."""
 
 Spans: TypeAlias = tuple[Tensor, Tensor]
-"""What the columns of changes span, and what their rows span."""
+"""Columns that span those of the deltas, ``([experts,] out, t)``, and rows that span theirs, ``([experts,] t, in)``."""
 
 
 @dataclass(frozen=True)
 class PreviousTasks:
-    """The exact changes that earlier runs have left.
+    """The exact deltas of previous runs.
 
     Attributes:
         paths: Their files, oldest first.
@@ -42,36 +42,40 @@ class PreviousTasks:
 
     @classmethod
     def of(cls, given: Sequence[str]) -> PreviousTasks:
-        """Return what lies at paths: files of exact changes, or exports that hold one.
+        """Open paths: files of exact deltas, or export folders with such a file.
 
         Raises:
-            ConfigError: There is none.
+            ConfigError: A path has no such file, or is given twice.
         """
         named = (Path(path).expanduser() for path in given)
         paths = tuple(path / DELTA_FILE if path.is_dir() else path for path in named)
-        for place, path in enumerate(paths):
-            if path.resolve() in (other.resolve() for other in paths[:place]):
-                raise ConfigError(f"{path} is named twice", where=_PLACE, remedy="name each export once")
+        for index, path in enumerate(paths):
+            if path.resolve() in (other.resolve() for other in paths[:index]):
+                raise ConfigError(f"{path} is named twice", where=PREVIOUS_OPTION, remedy="name each export once")
             try:
                 with safe_open(path, framework="pt") as file:
-                    known = "osft" in (file.metadata() or {})
+                    is_delta_file = "osft" in (file.metadata() or {})
             except (OSError, SafetensorError) as error:
-                raise ConfigError(f"{path} cannot be read ({error})", where=_PLACE, remedy="name an export") from error
-            if not known:
-                raise ConfigError(f"{path} holds no exact changes of ours", where=_PLACE, remedy="name an export")
+                raise ConfigError(
+                    f"{path} cannot be read ({error})", where=PREVIOUS_OPTION, remedy="name an export"
+                ) from error
+            if not is_delta_file:
+                raise ConfigError(
+                    f"{path} is not a file of exact deltas", where=PREVIOUS_OPTION, remedy="name an export of OSFT"
+                )
         return cls(paths)
 
     def rank(self, name: str, shape: Sequence[int] | None = None) -> int:
-        """Return how many directions of a weight, or of a part of one, the earlier changes take on each side.
+        """Return how many directions of a weight, or of a part of one, the previous deltas use on each side.
 
         Args:
-            name: Of the weight, or of the part.
-            shape: What it must have, if anything.
+            name: Name of the weight, or of the part.
+            shape: The shape that it must have; None for any.
 
         Raises:
-            ConfigError: They are of a weight of another shape.
+            ConfigError: A delta has another shape.
         """
-        taken = 0
+        num_reserved = 0
         for path in self.paths:
             with safe_open(path, framework="pt") as file:
                 names = set(file.keys())
@@ -83,44 +87,44 @@ class PreviousTasks:
                 if shape is not None and theirs != [*shape]:
                     shapes = f"{' x '.join(map(str, theirs))}, this model's is {' x '.join(map(str, shape))}"
                     raise ConfigError(
-                        f"{path} holds a change of {name} of the shape {shapes}", where=_PLACE, remedy=_OTHER
+                        f"{path} has a delta of {name} with the shape {shapes}", where=PREVIOUS_OPTION, remedy=_OTHER
                     )
-                taken += min(left[-2:])
-        return taken
+                num_reserved += min(left[-2:])
+        return num_reserved
 
     def check(self, model: nn.Module) -> None:
-        """Refuse changes of weights that a model has not.
+        """Reject deltas of weights that a model does not have.
 
         Raises:
-            ConfigError: There is one.
+            ConfigError: There is such a delta.
         """
         known = {name for name, _ in model.named_parameters()}
         for path in self.paths:
             with safe_open(path, framework="pt") as file:
-                changed = {key.rpartition(".")[0] for key in file.keys()}  # noqa: SIM118  # no dictionary
-            strange = sorted(name for name in changed if not {name, name.rpartition(".")[0]} & known)
-            if strange:
-                message = f"{path} holds a change of {strange[0]}, which this model has not"
-                raise ConfigError(message, where=_PLACE, remedy=_OTHER)
+                changed = {key.rpartition(".")[0] for key in file.keys()}  # noqa: SIM118  # not a dict
+            unknown = sorted(name for name in changed if not {name, name.rpartition(".")[0]} & known)
+            if unknown:
+                message = f"{path} has a delta of {unknown[0]}, which this model does not have"
+                raise ConfigError(message, where=PREVIOUS_OPTION, remedy=_OTHER)
 
     def mismatch_warnings(self, model: nn.Module) -> list[str]:
-        """Return a line for a person if the weights of a model, as it was read, are not what the last file has left."""
+        """Return a warning if the weights of the loaded model are not the merged weights of the last previous run."""
         if not self.paths:
             return []
         with safe_open(self.paths[-1], framework="pt") as file:
-            left = json.loads(file.metadata()["osft"]).get(RESULT_FINGERPRINTS, {})
+            expected = json.loads(file.metadata()["osft"]).get(RESULT_FINGERPRINTS, {})
         others = [
-            name for name, numbers in left.items() if tensor_fingerprint(model.get_parameter(name)).hex() != numbers
+            name for name, numbers in expected.items() if tensor_fingerprint(model.get_parameter(name)).hex() != numbers
         ]
         if not others:
             return []
         return [
-            f"previous: {len(others)} of {len(left)} weights are not what {self.paths[-1]} has left, as "
-            f"{others[0]}: is it of this model, and the last?"
+            f"previous: {len(others)} of {len(expected)} weights are not those that the run of {self.paths[-1]} "
+            f"exported, for example {others[0]}: check that it is the last one, and that model is its export"
         ]
 
     def spans(self, name: str) -> Spans | None:
-        """Return the columns and the rows that the earlier changes of a weight span, side by side, in float64."""
+        """Return the spans of the previous deltas of a weight, concatenated, float64; None without deltas."""
         lefts, rights = [], []
         for path in self.paths:
             with safe_open(path, framework="pt") as file:
@@ -129,29 +133,31 @@ class PreviousTasks:
                     left = file.get_tensor(f"{name}.left").double()
                     right = file.get_tensor(f"{name}.right").double() if f"{name}.right" in names else left
                     if not (left.isfinite().all() and right.isfinite().all()):
-                        message = f"{path} holds what is no number in the change of {name}"
-                        raise ConfigError(message, where=_PLACE, remedy="the file is damaged: export that run again")
+                        message = f"{path} has NaN or infinite numbers in the delta of {name}"
+                        raise ConfigError(
+                            message, where=PREVIOUS_OPTION, remedy="the file is damaged: export that run again"
+                        )
                     lefts.append(left)
                     rights.append(right)
         return (torch.cat(lefts, -1), torch.cat(rights, -2)) if lefts else None
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the files, for what is made with them; they are as large as models, so each is read once."""
-        found = []
+        """A hash of the files, for cache keys and checkpoints; the files are large, so each is read once."""
+        hashes = []
         for path in self.paths:
             with path.open("rb") as file:
-                found.append(hashlib.file_digest(file, "sha256").hexdigest()[:16])
-        return " ".join(found)
+                hashes.append(hashlib.file_digest(file, "sha256").hexdigest()[:16])
+        return " ".join(hashes)
 
 
 def protect(found: SubspaceSplit, columns: Tensor, rows: Tensor) -> SubspaceSplit:
-    """Return a split that also protects what earlier changes span; as many directions are no longer trained.
+    """Return a split that also protects the spans of previous deltas; it has ``t`` trainable directions fewer.
 
     Args:
         found: The split of the weight.
-        columns: What the columns of earlier changes span, shape ``(out, t)``.
-        rows: What their rows span, shape ``(t, in)``.
+        columns: Columns that span those of the previous deltas, shape ``(out, t)``.
+        rows: Rows that span theirs, shape ``(t, in)``.
     """
     count = columns.shape[1]
     left = _rotate_basis(found.u, found.protected, columns.to(found.u))
@@ -160,20 +166,23 @@ def protect(found: SubspaceSplit, columns: Tensor, rows: Tensor) -> SubspaceSpli
 
 
 def _rotate_basis(basis: Tensor, protected: int, span: Tensor) -> Tensor:
-    """Return orthonormal columns: the protected ones, as many more with which they hold a span, what is left of others.
+    """Return an orthonormal basis, shape ``(size, R)``, whose first ``protected + t`` columns contain ``span``.
+
+    The first ``protected`` columns do not change.
 
     Args:
         basis: Orthonormal columns, shape ``(size, R)``.
         protected: How many of them, the first, are protected already.
-        span: Shape ``(size, t)``; it need not lie within the basis, nor apart from what is protected.
+        span: Shape ``(size, t)``; it may overlap the protected columns, and may be outside of the basis.
     """
     high, low = basis[:, :protected], basis[:, protected:]
     count = span.shape[1]
-    taken, _ = torch.linalg.qr(span)
-    turned, _, _ = torch.linalg.svd(low.mT @ taken, full_matrices=True)
-    met, others = low @ turned[:, :count], low @ turned[:, count:]
-    found, sizes, _ = torch.linalg.svd(taken - high @ (high.mT @ taken), full_matrices=False)
-    new = found[:, sizes > NEW]
-    # Where some of the span is protected already, directions that no longer train make up the number.
-    filling, _, _ = torch.linalg.svd(met - new @ (new.mT @ met), full_matrices=False)
+    directions, _ = torch.linalg.qr(span)
+    rotation, _, _ = torch.linalg.svd(low.mT @ directions, full_matrices=True)
+    touched, others = low @ rotation[:, :count], low @ rotation[:, count:]
+    outside, sizes, _ = torch.linalg.svd(directions - high @ (high.mT @ directions), full_matrices=False)
+    new = outside[:, sizes > NEW]
+    # If a part of the span is protected already, other directions of `touched` are protected as well, so that the
+    # number of protected directions grows by `count` in every case.
+    filling, _, _ = torch.linalg.svd(touched - new @ (new.mT @ touched), full_matrices=False)
     return torch.cat([high, new, filling[:, : count - new.shape[1]], others], 1)

@@ -1,4 +1,4 @@
-"""How far the decompositions are: a bar on a terminal, a line now and then elsewhere, nothing where none is needed."""
+"""The progress of the decompositions: a bar on a terminal, else a line every ten seconds; nothing if all are cached."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from rich.progress import TaskProgressColumn
 
 from lightning_hub.progress_bar import SECONDS_BETWEEN_LINES, ProgressBar
 
-WORDS = "decomposing weights"
+DESCRIPTION = "decomposing weights"
 
 
 class DecompositionProgress:
-    """Tells how much of this rank's work is done, from its first piece on.
+    """Shows how much of the work of this rank is finished; the bar appears after the first decomposition.
 
     Args:
-        speaks: Whether this rank tells anything; ranks have about equal shares.
+        is_shown: Whether this rank shows anything: one rank is enough, because all have about equal work.
     """
 
-    def __init__(self, speaks: bool) -> None:
-        self.speaks = speaks
+    def __init__(self, is_shown: bool) -> None:
+        self.is_shown = is_shown
         self._bar: ProgressBar | None = None
-        self._said = time.monotonic()
+        self._printed_at = time.monotonic()
 
     def __enter__(self) -> DecompositionProgress:
         return self
@@ -34,13 +34,13 @@ class DecompositionProgress:
             self._bar.stop()
 
     def done(self, share: float) -> None:
-        """Tell that this share of the work is behind, 0 to 1."""
-        if not self.speaks:
+        """Show the finished share of the work, 0 to 1."""
+        if not self.is_shown:
             return
         if self._bar is None:
-            self._bar = ProgressBar(WORDS, 1.0, TaskProgressColumn(), stays=False)
+            self._bar = ProgressBar(DESCRIPTION, 1.0, TaskProgressColumn(), stays=False)
         if self._bar.is_drawn:
             self._bar.update(share)
-        elif time.monotonic() - self._said >= SECONDS_BETWEEN_LINES:
-            self._said = time.monotonic()
-            print(f"osft   {WORDS}: {share:.0%}", flush=True)
+        elif time.monotonic() - self._printed_at >= SECONDS_BETWEEN_LINES:
+            self._printed_at = time.monotonic()
+            print(f"osft   {DESCRIPTION}: {share:.0%}", flush=True)

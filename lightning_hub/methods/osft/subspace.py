@@ -1,10 +1,10 @@
-"""The split of a weight into what is protected and what may be trained.
+"""Splits the singular directions of a weight into protected and trainable ones.
 
-A weight ``W`` (out x in) with singular value decomposition ``U S V^T`` is protected along its ``k`` largest singular
-directions; what may be trained lives in the span of the other ``r``. Only the two spans matter, so one eigenvalue
-decomposition of the shorter side's Gram matrix gives them, and a QR decomposition carries them to the other side
-(orthogonal subspace fine-tuning, arXiv 2504.07097, section 3; the route over Gram and QR keeps both sides orthonormal
-to float64 rounding even where ``W`` lacks rank, where dividing by singular values does not).
+Of a weight ``W`` (out x in) with singular value decomposition ``U S V^T``, the ``k`` largest singular directions are
+protected; the other ``r`` may be trained (orthogonal subspace fine-tuning, arXiv 2504.07097, section 3). Only the two
+spans are needed. An eigenvalue decomposition of the Gram matrix of the shorter side gives them for that side, and a QR
+decomposition for the other side. With QR both sides are orthonormal to float64 rounding, also for a ``W`` without full
+rank; a division by the singular values would not give this.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_hub.errors import HubError
 
 GRAM_TOLERANCE = 1e-10
-"""Error of the split above which the slower, more accurate decomposition is used."""
+"""Relative error of the spans above which a full SVD is used, which is slower and more accurate."""
 
 
 class DecompositionError(HubError):
@@ -36,7 +36,7 @@ class SubspaceSplit:
         v: Right directions, shape ``(R, in)``.
         values: The singular values, largest first, shape ``(R,)``.
         protected: How many directions ``k`` are protected; the other ``r = R - k`` may be trained.
-        error: Bound of how far the two spans are from the exact ones, relative.
+        error: Upper bound of the relative error of the two spans.
     """
 
     u: Tensor
@@ -52,15 +52,16 @@ class SubspaceSplit:
 
     @property
     def long_side(self) -> Tensor:
-        """The protected directions of the longer side."""
+        """The protected directions of the longer side: ``(out, k)`` for a tall weight, ``(k, in)`` for a wide one."""
         return self.u[:, : self.protected] if self.u.shape[0] > self.v.shape[1] else self.v[: self.protected]
 
     @property
     def amplification(self) -> float:
-        """How much more than the rounding of the right side leaks, when the weight carries it to the longer left one.
+        """Factor by which rounding of the shorter side grows, when the longer side is computed from the weight.
 
-        An error of ``v_i`` comes back from ``W v_i / s_i`` times the weight's mean over ``s_i``, in each of the ``k``
-        protected directions, beside a change that has ``long - k`` directions. The same holds mirrored.
+        For a tall weight, ``u_i = W v_i / s_i``: an error of ``v_i`` is multiplied by the root mean square of all
+        singular values over ``s_i``, in each of the ``k`` protected directions. It is compared with a delta that has
+        ``long - k`` directions. For a wide weight the same holds for the transpose.
         """
         high = self.values[: self.protected]
         if not len(high) or not high[-1]:
@@ -73,7 +74,7 @@ class SubspaceSplit:
 def trained_rank(ratio: float, size: int) -> int:
     """Return how many of ``size`` directions train: the nearest integer to ``ratio * size``, halves upwards.
 
-    The ratio is taken as it is written in decimal, so that rounding of floats moves nothing: 0.1 of 10 is 1.
+    The ratio is read as the decimal number that is written, so rounding of floats has no effect: 0.1 of 10 is 1.
     """
     return int(Fraction(str(ratio)) * size + Fraction(1, 2))
 
@@ -87,17 +88,17 @@ def split_subspace(weight: Tensor, rank: int, name: str = "weight") -> SubspaceS
         name: For errors.
 
     Raises:
-        DecompositionError: The weight holds a NaN or an infinity.
+        DecompositionError: The weight has NaN or infinite numbers.
     """
     if not bool(torch.isfinite(weight).all()):
         raise DecompositionError(
-            "the weight holds NaN or infinite numbers", where=name, remedy="use an intact copy of the model"
+            "the weight has NaN or infinite numbers", where=name, remedy="use an intact copy of the model"
         )
     exact = weight.detach().double()
     if weight.shape[0] >= weight.shape[1]:
         return _split_tall(exact, rank)
-    turned = _split_tall(exact.mT, rank)
-    return replace(turned, u=turned.v.mT, v=turned.u.mT)
+    transposed = _split_tall(exact.mT, rank)
+    return replace(transposed, u=transposed.v.mT, v=transposed.u.mT)
 
 
 def _split_tall(weight: Tensor, rank: int) -> SubspaceSplit:
@@ -109,15 +110,15 @@ def _split_tall(weight: Tensor, rank: int) -> SubspaceSplit:
     if error > GRAM_TOLERANCE:
         _, values, right = torch.linalg.svd(weight, full_matrices=False)
         error = _error(values, protected)
-    left, reached = torch.linalg.qr(weight @ right.mT)  # its first columns span what the first rows of `right` reach
-    left = left * torch.where(reached.diagonal() < 0, -1.0, 1.0)  # so that a value is how far its direction is reached
+    left, reached = torch.linalg.qr(weight @ right.mT)  # its first columns span the images of the first rows of `right`
+    left = left * torch.where(reached.diagonal() < 0, -1.0, 1.0)  # signs such that the singular values are positive
     return SubspaceSplit(left, right, values, protected, error)
 
 
 def _error(values: Tensor, protected: int) -> float:
-    """Bound the error of the spans: rounding of the largest value over the gap at the cut.
+    """Return a bound of the error of the spans: rounding of the largest value over the gap between the two spans.
 
-    Values on both sides of the cut that are equal within rounding leave the choice open, not the guarantee.
+    If the values on both sides of the gap are equal within rounding, either choice of directions is valid.
     """
     if protected in (0, len(values)):
         return 0.0

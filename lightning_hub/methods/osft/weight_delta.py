@@ -1,4 +1,4 @@
-"""What is added to a frozen weight, as torch's parametrization of it: what all forms of a change have in common."""
+"""The base classes of deltas: a delta is added to a frozen weight, as a parametrization of torch."""
 
 from __future__ import annotations
 
@@ -13,155 +13,155 @@ from torch.distributed.tensor import DTensor
 from lightning_hub.methods.osft.subspace import SubspaceSplit
 
 Factors: TypeAlias = tuple[Tensor, Tensor | None]
-"""Two matrices whose product is a change, ``(out, r)`` and ``(r, in)``; where everything trains, the change alone."""
+"""Two matrices whose product is a delta, ``(out, r)`` and ``(r, in)``; or the dense delta and None."""
 
 Forward = Literal["merged", "factored"]
 
 
 class WeightDelta(nn.Module, ABC):
-    """A change of a weight. Without one, the weight comes out bit by bit as it went in.
+    """A delta of a weight. Where it is 0, the weight is bit-identical to the frozen one.
 
     Attributes:
-        forward_as: ``merge_delta`` adds the change to the weight, ``factored`` its effect to what the layer gives.
-        axis: Of the stored weight, along which the layer's outputs lie: -1 where it is stored as (in, out).
+        forward_as: ``merged`` adds the delta to the weight, ``factored`` adds its product to the output of the layer.
+        output_dim: The dim of the outputs in the stored weight: -2, or -1 if it is stored as (in, out).
     """
 
     forward_as: Forward = "merged"
-    axis: int = -2
+    output_dim: int = -2
 
     @abstractmethod
     def pieces(self, weight: Tensor) -> Iterator[tuple[str, SingleDelta, Tensor]]:
-        """Yield each part that has a decomposition of its own: its prefix in this module, itself, its part of a weight.
+        """Yield for each part with its own decomposition: its prefix in this module, its delta, and its weight.
 
         Args:
-            weight: The whole weight as it is stored, or anything of its shape.
+            weight: The weight as it is stored, or a tensor of its shape.
         """
 
     @abstractmethod
-    def join(self, parts: Sequence[Tensor], axis: int) -> Tensor:
-        """Put what the pieces give together again, along an axis of the weight or of the layer's output."""
+    def join(self, parts: Sequence[Tensor], dim: int) -> Tensor:
+        """Concatenate tensors of the pieces, along a dim of the weight or of the output of the layer."""
 
     @abstractmethod
     def plan(self) -> str:
-        """Return what decides which bases it has, beside the weight: a part of the name under which they are kept."""
+        """Return what the bases depend on beside the weight; a part of the cache key."""
 
     def trained(self) -> list[nn.Parameter]:
-        """Return what the optimizer moves."""
+        """Return the trained parameters."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
-    def change(self, weight: Tensor) -> Tensor:
-        """Return the change of the weight, in the dtype of what is trained: float32."""
-        return self.join([product(piece.factors(part)) for _, piece, part in self.pieces(weight)], self.axis)
+    def dense(self, weight: Tensor) -> Tensor:
+        """Return the dense delta, float32, with the shape of the weight."""
+        return self.join([product(piece.factors(part)) for _, piece, part in self.pieces(weight)], self.output_dim)
 
     def leaks(self, weight: Tensor, change: Tensor) -> tuple[float, float]:
-        """Return the largest share of any change that lies in protected columns, and in protected rows.
+        """Return the share of ``change`` in protected columns, and in protected rows: the largest of all parts.
 
         Args:
             weight: ``W0`` as it is stored.
-            change: For example what is left of a change after rounding.
+            change: Any change of the weight, for example a delta after rounding.
         """
         parts = (part for _, _, part in self.pieces(change))
         both = [piece.leak(own, part) for (_, piece, own), part in zip(self.pieces(weight), parts, strict=True)]
         return max(left for left, _ in both), max(right for _, right in both)
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Return the weight that the layer works with, in the weight's dtype."""
+        """Return the weight that the layer uses, in the dtype of the frozen weight."""
         if self.forward_as == "factored":
             return weight
         with torch.autocast(weight.device.type, enabled=False):
-            return (weight + self.change(weight)).to(weight.dtype)
+            return (weight + self.dense(weight)).to(weight.dtype)
 
     def add_to_output(self, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        """Return what a layer gives with the change: ``y + (x right^T) left^T``. A forward hook of the layer.
+        """Return the output of a layer with the delta: ``y + (x right^T) left^T``. A forward hook of the layer.
 
-        The dense change, and with it a dense gradient, is never made.
+        The dense delta and its dense gradient are not computed.
         """
         if self.forward_as == "merged":
             return output
         weight = cast("Tensor", layer.parametrizations["weight"].original)  # type: ignore[index, union-attr]
-        (given,) = args
+        (inputs,) = args
         parts = []
         for _, piece, part in self.pieces(weight):
             with torch.autocast(weight.device.type, enabled=False):
                 left, right = piece.factors(part)
-            assert right is not None, "where everything trains, the change is merged"
-            first, second = (left, right) if self.axis == -1 else (right.mT, left.mT)
-            parts.append((given @ first.to(given.dtype)) @ second.to(given.dtype))
+            assert right is not None, "where everything trains, the delta is merged"
+            first, second = (left, right) if self.output_dim == -1 else (right.mT, left.mT)
+            parts.append((inputs @ first.to(inputs.dtype)) @ second.to(inputs.dtype))
         return output + self.join(parts, -1).to(output.dtype)
 
     @abstractmethod
     def begin(self) -> None:
-        """Start at no change; called when the bases are there."""
+        """Set the delta to 0; called when the bases are set."""
 
     @abstractmethod
     def project_gradients(self) -> None:
-        """Take out of the gradients what must not be learnt; called before clipping."""
+        """Remove the protected directions from the gradients; called before clipping."""
 
     @abstractmethod
     def project(self) -> None:
-        """Take out of what is trained what must not be learnt; called after each step of the optimizer."""
+        """Remove the protected directions from the trained parameters; called after each step of the optimizer."""
 
 
 class SingleDelta(WeightDelta):
-    """A change with one decomposition: of a weight, of each expert's, or of a part of a fused weight.
+    """A delta with one decomposition: of a weight, of the weight of each expert, or of a part of a fused weight.
 
     Attributes:
         rank: How many directions train.
         protected: How many are protected.
-        taken: Directions that earlier tasks have taken of those that would be trained.
-        kept: A basis beside the parameters, for weights that cannot give it themselves.
+        num_reserved: Trainable directions that the deltas of previous tasks use; they are protected.
+        kept: A basis in a buffer, for weights that cannot give it accurately.
     """
 
     rank: int
     protected: int
-    taken: int = 0
+    num_reserved: int = 0
     kept: Tensor | None
 
     @abstractmethod
     def factors(self, weight: Tensor) -> Factors:
-        """Return the factors of the change."""
+        """Return the factors of the delta, float32."""
 
     @abstractmethod
     def leak(self, weight: Tensor, change: Tensor) -> tuple[float, float]:
-        """Return the share of any change of the weight that lies in its protected columns, and in its rows."""
+        """Return the share of the norm of ``change`` in the protected columns, and in the protected rows (0 to 1)."""
 
     @property
     @abstractmethod
     def basis_names(self) -> list[str]:
-        """The names of what is kept of the split."""
+        """The names of the stored bases."""
 
     @abstractmethod
     def bases_of(self, split: SubspaceSplit) -> dict[str, Tensor]:
-        """Return from the split of a weight what is kept of it, by name, in float64."""
+        """Return the stored bases of a split by name, in float64."""
 
-    def needs_kept(self, split: SubspaceSplit) -> bool:
-        """Say whether the protected directions of the longer side are needed beside the parameters."""
+    def needs_stored_basis(self, split: SubspaceSplit) -> bool:
+        """Return whether the protected directions of the longer side must be stored in ``kept``."""
         return False
 
     def begin(self) -> None:
-        """Do nothing: what trains starts at zero."""
+        """Do nothing: the trained parameters are zero at the start."""
 
     def project_gradients(self) -> None:
-        """Do nothing: every gradient is allowed."""
+        """Do nothing: a gradient cannot leave the allowed subspace."""
 
     def project(self) -> None:
-        """Do nothing: nothing can leave what is allowed."""
+        """Do nothing: the delta cannot leave the allowed subspace."""
 
     def pieces(self, weight: Tensor) -> Iterator[tuple[str, SingleDelta, Tensor]]:
         """Yield itself."""
         yield "", self, weight
 
-    def join(self, parts: Sequence[Tensor], axis: int) -> Tensor:
+    def join(self, parts: Sequence[Tensor], dim: int) -> Tensor:
         """Return the only part."""
         (part,) = parts
         return part
 
 
 class ZeroDelta(SingleDelta):
-    """No change, of a part of a fused weight for which no direction is left: it has no tensors that could be cut.
+    """A delta of zero, for a part of a fused weight without trained directions; it has no tensors to shard.
 
     Args:
-        shape: Of the part as it is stored, without experts.
+        shape: Shape of the part as it is stored, without the dim of experts.
     """
 
     def __init__(self, shape: tuple[int, int]) -> None:
@@ -176,7 +176,7 @@ class ZeroDelta(SingleDelta):
         return weight.new_zeros(left, dtype=torch.float32), weight.new_zeros(right, dtype=torch.float32)
 
     def leak(self, weight: Tensor, change: Tensor) -> tuple[float, float]:
-        """Return that all of any change lies in protected directions."""
+        """Return 1 for both sides, or 0 for a change of zero: all directions are protected."""
         share = float(change.any())
         return share, share
 
@@ -186,51 +186,51 @@ class ZeroDelta(SingleDelta):
         return []
 
     def bases_of(self, split: SubspaceSplit) -> dict[str, Tensor]:
-        """Return nothing."""
+        """Return an empty dict."""
         return {}
 
     def plan(self) -> str:
-        """Return that nothing trains."""
+        """Return the cache key of a part that does not train."""
         return "0"
 
 
 class FusedDelta(WeightDelta):
-    """The change of a layer that does the work of several, such as ``qkv_proj``: each of these is a weight of its own.
+    """The delta of a fused layer, such as ``qkv_proj``: each part has its own delta.
 
     Args:
-        parts: Their changes, in the order of their outputs.
-        sizes: How many outputs each has.
-        axis: Of the outputs in the stored weight.
+        parts: The deltas of the parts, in the order of their outputs.
+        sizes: The number of outputs of each part.
+        output_dim: The dim of the outputs in the stored weight.
     """
 
-    def __init__(self, parts: Sequence[SingleDelta], sizes: Sequence[int], axis: int) -> None:
+    def __init__(self, parts: Sequence[SingleDelta], sizes: Sequence[int], output_dim: int) -> None:
         super().__init__()
         self.parts = nn.ModuleList(parts)
         self.sizes = list(sizes)
-        self.axis = axis
+        self.output_dim = output_dim
 
     def pieces(self, weight: Tensor) -> Iterator[tuple[str, SingleDelta, Tensor]]:
         """Yield the parts."""
-        slices = weight.split(self.sizes, self.axis)
-        for place, (part, own) in enumerate(zip(self._parts(), slices, strict=True)):
-            yield f"parts.{place}.", part, own
+        slices = weight.split(self.sizes, self.output_dim)
+        for index, (part, own) in enumerate(zip(self._parts(), slices, strict=True)):
+            yield f"parts.{index}.", part, own
 
-    def join(self, parts: Sequence[Tensor], axis: int) -> Tensor:
-        """Return the parts side by side."""
-        return torch.cat(list(parts), axis)
+    def join(self, parts: Sequence[Tensor], dim: int) -> Tensor:
+        """Concatenate the tensors of the parts."""
+        return torch.cat(list(parts), dim)
 
     def plan(self) -> str:
         """Return the plans of the parts."""
         each = (part.plan() for part in self._parts())
-        return f"{self.axis} " + " ".join(f"{size} {plan}" for size, plan in zip(self.sizes, each, strict=True))
+        return f"{self.output_dim} " + " ".join(f"{size} {plan}" for size, plan in zip(self.sizes, each, strict=True))
 
     def begin(self) -> None:
-        """Let the parts begin."""
+        """Set the deltas of the parts to 0."""
         for part in self._parts():
             part.begin()
 
     def project_gradients(self) -> None:
-        """Project those of the parts."""
+        """Project the gradients of the parts."""
         for part in self._parts():
             part.project_gradients()
 
@@ -244,11 +244,11 @@ class FusedDelta(WeightDelta):
 
 
 def product(factors: Factors) -> Tensor:
-    """Return the change that two factors, or one, make."""
+    """Return the dense delta of two factors, or of one."""
     left, right = factors
     return left if right is None else left @ right
 
 
 def whole_gradient(tensor: Tensor) -> Tensor:
-    """Return a tensor whose gradient arrives summed over the ranks that hold it, not as one term on each."""
+    """Return the tensor in a form in which its gradient is all-reduced over its replicas, not a partial sum on each."""
     return tensor.redistribute(placements=tensor.placements) if isinstance(tensor, DTensor) else tensor

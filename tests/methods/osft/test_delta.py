@@ -27,7 +27,7 @@ def filled(weight: Tensor, ratio: float, complement: Complement = "full") -> tup
     with torch.no_grad():
         for name, basis in delta.bases_of(found).items():
             getattr(delta, name).copy_(basis)
-    if delta.needs_kept(found):
+    if delta.needs_stored_basis(found):
         delta.kept = found.long_side.float()
     return delta, found
 
@@ -68,7 +68,7 @@ def test_nothing_leaks_whatever_moves_it(shape: str, complement: Complement, opt
         ((inputs @ delta(weight).mT - wanted) ** 2).mean().backward()
         nn.utils.clip_grad_norm_([delta.delta], 1.0)
         stepper.step()
-    change = delta.change(weight).detach()
+    change = delta.dense(weight).detach()
     assert change.norm() > 0.01
     assert max(leaks(change, found)) <= 1e-5
 
@@ -94,7 +94,7 @@ class _Change(nn.Module):
         self.inner = inner
 
     def forward(self, weight: Tensor) -> Tensor:
-        return self.inner.change(weight)
+        return self.inner.dense(weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -136,7 +136,7 @@ def test_weights_that_are_hard_to_split(shape: str, kind: str) -> None:
         assert float((basis.mT @ basis - torch.eye(basis.shape[1])).abs().max()) < 1e-12
     with torch.no_grad():
         delta.delta.normal_()
-    assert max(leaks(delta.change(weight).detach(), found)) <= 1e-5
+    assert max(leaks(delta.dense(weight).detach(), found)) <= 1e-5
 
 
 def falling(by: float) -> Callable[[Tensor], Tensor]:
@@ -177,9 +177,9 @@ def test_no_spectrum_leaks_more_than_is_said(shape: tuple[int, int], spectrum: s
             setattr(delta, name, basis if name == STORED_BASIS else nn.Parameter(basis, requires_grad=False))
         with torch.no_grad():
             delta.delta.normal_(generator=torch.Generator().manual_seed(1))
-        assert max(leaks(delta.change(own).detach(), split_subspace(own, delta.rank))) <= most
-    change = gathered.change(weight).detach()
-    forward = deepcopy(gathered).bfloat16().change(weight.bfloat16()).detach()
+        assert max(leaks(delta.dense(own).detach(), split_subspace(own, delta.rank))) <= most
+    change = gathered.dense(weight).detach()
+    forward = deepcopy(gathered).bfloat16().dense(weight.bfloat16()).detach()
     assert distance(forward.float(), change) <= 1e-2, "what is computed in bfloat16 is what is exported"
     assert exact.kept is None or rounded.kept is not None
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, Phi3Config, PreTrainedModel
 from lightning_hub.errors import ConfigError
 from lightning_hub.methods.osft.bases import BasesCache, compute_bases
 from lightning_hub.methods.osft.delta_usv import UsvDelta
-from lightning_hub.methods.osft.export import DELTA_FILE, merge_delta, write_changes
+from lightning_hub.methods.osft.export import DELTA_FILE, merge_delta, write_deltas
 from lightning_hub.methods.osft.inject import DeltaConfig, ParametrizedWeight, inject_deltas, parametrized_weights
 from lightning_hub.methods.osft.previous_tasks import PreviousTasks
 from lightning_hub.methods.osft.subspace import split_subspace
@@ -46,8 +46,8 @@ def changed(
     targets = resolve_targets(model, ["attention", "experts"] if "Mixtral" in type(model).__name__ else "all-linear")
     inject_deltas(model, targets, form, num_reserved=previous_tasks.rank)
     found = list(parametrized_weights(model, targets))
-    for site in found:
-        site.change.double()
+    for parametrized in found:
+        parametrized.delta.double()
     compute_bases(found, BasesCache(cache), previous_tasks)
     return found
 
@@ -56,10 +56,10 @@ def disturb(found: Iterable[ParametrizedWeight], size: float = 0.02) -> None:
     """Let every change be something, the same for the same shapes in the same order."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for site in found:
-            for parameter in site.change.trained():
+        for parametrized in found:
+            for parameter in parametrized.delta.trained():
                 parameter.add_(size * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
-            site.change.project()
+            parametrized.delta.project()
 
 
 def loss_of(model: PreTrainedModel, seed: int = 0) -> Tensor:
@@ -69,7 +69,7 @@ def loss_of(model: PreTrainedModel, seed: int = 0) -> Tensor:
 
 
 def train(model: PreTrainedModel, found: list[ParametrizedWeight], steps: int = 5) -> list[float]:
-    trained = [parameter for site in found for parameter in site.change.trained()]
+    trained = [parameter for parametrized in found for parameter in parametrized.delta.trained()]
     optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1)
     losses = []
     for step in range(steps):
@@ -77,11 +77,11 @@ def train(model: PreTrainedModel, found: list[ParametrizedWeight], steps: int = 
         loss = loss_of(model, step)
         losses.append(float(loss.detach()))
         loss.backward()
-        for site in found:
-            site.change.project_gradients()
+        for parametrized in found:
+            parametrized.delta.project_gradients()
         optimizer.step()
-        for site in found:
-            site.change.project()
+        for parametrized in found:
+            parametrized.delta.project()
     return losses
 
 
@@ -101,12 +101,12 @@ def test_beside_the_weight_is_in_the_weight(family: str, form: DeltaConfig, tmp_
     for how in ("merged", "factored"):
         model = model_of(family)
         found = changed(model, tmp_path, replace(form, forward=how))
-        assert {site.change.forward_as for site in found} == {how}
+        assert {parametrized.delta.forward_as for parametrized in found} == {how}
         disturb(found)
         loss = loss_of(model)
         loss.backward()
         losses.append(float(loss.detach()))
-        gradients.append([parameter.grad for site in found for parameter in site.change.trained()])
+        gradients.append([parameter.grad for parametrized in found for parameter in parametrized.delta.trained()])
     assert losses[0] == pytest.approx(losses[1], rel=1e-12)
     for one, other in zip(*gradients, strict=True):
         assert one is not None
@@ -136,12 +136,12 @@ def test_before_a_step_no_form_changes_anything(
 def test_what_computes_less_is_taken(tokens: int, expected: str, tmp_path: Path) -> None:
     model = model_of("llama")
     found = changed(model, tmp_path, DeltaConfig(0.25, row_tokens=tokens))
-    square = {site.change.forward_as for site in found if "o_proj" in site.matrix.name}
+    square = {parametrized.delta.forward_as for parametrized in found if "o_proj" in parametrized.matrix.name}
     assert square == {expected}
     few = changed(model_of("llama"), tmp_path, DeltaConfig(0.05, row_tokens=None))
-    assert {site.change.forward_as for site in few} == {"factored"}
+    assert {parametrized.delta.forward_as for parametrized in few} == {"factored"}
     whole = changed(model_of("llama"), tmp_path, DeltaConfig(1.0, forward="factored"))
-    assert {site.change.forward_as for site in whole} == {"merged"}
+    assert {parametrized.delta.forward_as for parametrized in whole} == {"merged"}
 
 
 @pytest.mark.slow
@@ -189,11 +189,11 @@ def test_parts_of_a_fused_layer_learn_as_layers_of_their_own(tmp_path: Path) -> 
     apart = split_apart(fused)
     assert float((loss_of(fused) - loss_of(apart)).abs()) < 1e-12
     found, single = (changed(model, tmp_path, DeltaConfig(0.25)) for model in (fused, apart))
-    assert sum(isinstance(site.change, FusedDelta) for site in found) == 4
-    assert sum(len(list(site.pieces())) for site in found) == len(single)
+    assert sum(isinstance(parametrized.delta, FusedDelta) for parametrized in found) == 4
+    assert sum(len(list(parametrized.pieces())) for parametrized in found) == len(single)
     assert train(fused, found) == pytest.approx(train(apart, single), rel=1e-9)
     whole = changed(model_of("phi3"), tmp_path, DeltaConfig(0.25, fused="whole"))
-    assert not any(isinstance(site.change, FusedDelta) for site in whole)
+    assert not any(isinstance(parametrized.delta, FusedDelta) for parametrized in whole)
 
 
 @pytest.mark.parametrize(
@@ -207,18 +207,18 @@ def test_a_part_for_which_no_direction_is_left_has_nothing_to_cut_and_stays(form
     found, single = (changed(model, tmp_path, form) for model in (fused, apart))
     assert all(parameter.numel() for parameter in fused.parameters()), "full sharding takes no empty ones"
     assert train(fused, found) == pytest.approx(train(apart, single), rel=1e-9)
-    for site in found:
-        change = site.change.change(site.original).detach()
-        moved = {name: bool(own.any()) for name, *_, own in site.pieces(change)}
-        assert moved == {name: piece.rank > 0 for name, _, piece, _ in site.pieces()}
-    assert {piece.rank for site in found for *_, piece, _ in site.pieces()} >= {0, 1}
+    for parametrized in found:
+        change = parametrized.delta.dense(parametrized.original).detach()
+        moved = {name: bool(own.any()) for name, *_, own in parametrized.pieces(change)}
+        assert moved == {name: piece.rank > 0 for name, _, piece, _ in parametrized.pieces()}
+    assert {piece.rank for parametrized in found for *_, piece, _ in parametrized.pieces()} >= {0, 1}
 
 
 def test_what_lies_side_by_side_is_known_by_the_layer(tmp_path: Path) -> None:
     parts = {
         family: {
-            site.matrix.name.rpartition(".")[2]: [tuple(part.shape) for *_, part in site.pieces()]
-            for site in changed(model_of(family), tmp_path, DeltaConfig(0.25))
+            parametrized.matrix.name.rpartition(".")[2]: [tuple(part.shape) for *_, part in parametrized.pieces()]
+            for parametrized in changed(model_of(family), tmp_path, DeltaConfig(0.25))
         }
         for family in ("gpt2", "mixtral")
     }
@@ -233,13 +233,13 @@ def test_the_change_of_a_fused_layer_leaks_in_no_part(tmp_path: Path) -> None:
     model = model_of("gpt2")
     found = changed(model, tmp_path, DeltaConfig(0.25))
     train(model, found)
-    for site in found:
-        change = site.change.change(site.original).detach()
-        for (_, _, piece, weight), (*_, own) in zip(site.pieces(), site.pieces(change), strict=True):
+    for parametrized in found:
+        change = parametrized.delta.dense(parametrized.original).detach()
+        for (_, _, piece, weight), (*_, own) in zip(parametrized.pieces(), parametrized.pieces(change), strict=True):
             exact = split_subspace(weight, piece.rank)
             assert float((exact.u[:, : exact.protected].mT @ own).norm() / own.norm()) < 1e-10
             assert float((own @ exact.v[: exact.protected].mT).norm() / own.norm()) < 1e-10
-        assert max(site.change.leaks(site.original.detach(), change)) < 1e-10
+        assert max(parametrized.delta.leaks(parametrized.original.detach(), change)) < 1e-10
 
 
 def test_a_further_task_leaves_alone_what_parts_have_learnt(tmp_path: Path) -> None:
@@ -247,15 +247,15 @@ def test_a_further_task_leaves_alone_what_parts_have_learnt(tmp_path: Path) -> N
     first = changed(model, tmp_path, DeltaConfig(0.25))
     train(model, first)
     learnt = list(merge_delta(first, model.state_dict()))
-    write_changes(tmp_path / DELTA_FILE, learnt, {})
+    write_deltas(tmp_path / DELTA_FILE, learnt, {})
     previous_tasks = PreviousTasks.of([str(tmp_path)])
     further = model_of("phi3")
     second = changed(further, tmp_path, DeltaConfig(0.5), previous_tasks)
     train(further, second)
     before = {name: factors for one in learnt for name, factors in one.factors.items()}
-    for site in second:
-        change = site.change.change(site.original).detach()
-        for name, *_, own in site.pieces(change):
+    for parametrized in second:
+        change = parametrized.delta.dense(parametrized.original).detach()
+        for name, *_, own in parametrized.pieces(change):
             left, right = before.pop(name)
             assert right is not None
             columns, rows = torch.linalg.qr(left)[0], torch.linalg.qr(right.mT)[0].mT
@@ -264,7 +264,7 @@ def test_a_further_task_leaves_alone_what_parts_have_learnt(tmp_path: Path) -> N
             assert float((columns.mT @ own).norm() / own.norm()) < 1e-6
             assert float((own @ rows.mT).norm() / own.norm()) < 1e-6
     assert not before
-    with pytest.raises(ConfigError, match=r"has changed .*qkv_proj as several; set parts"):
+    with pytest.raises(ConfigError, match=r"has trained .*qkv_proj as several weights; set fused to parts"):
         changed(model_of("phi3"), tmp_path, DeltaConfig(0.5, fused="whole"), previous_tasks)
 
 
@@ -329,7 +329,7 @@ def test_the_published_form_takes_the_published_path(shape: str) -> None:
     expected = published(weight, change.rank, lesson, 20)
     assert distance(expected, weight) > 1e-3
     assert distance(change(weight).detach() - weight, expected - weight) < 1e-8
-    assert max(change.leaks(weight, change.change(weight).detach())) < 1e-12
+    assert max(change.leaks(weight, change.dense(weight).detach())) < 1e-12
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -361,8 +361,8 @@ def test_models_learn_in_the_published_form(family: str, tmp_path: Path) -> None
     before = [loss_of(model, seed) for seed in range(5)]
     train(model, found)
     assert sum(loss_of(model, seed).detach() for seed in range(5)) < sum(before)
-    for site in found:
-        weight, change = site.original.detach(), site.change.change(site.original).detach()
-        assert isinstance(site.change, WeightDelta)
+    for parametrized in found:
+        weight, change = parametrized.original.detach(), parametrized.delta.dense(parametrized.original).detach()
+        assert isinstance(parametrized.delta, WeightDelta)
         assert change.norm() > 0
-        assert weight.ndim == 3 or max(site.change.leaks(weight, change)) < 1e-10
+        assert weight.ndim == 3 or max(parametrized.delta.leaks(weight, change)) < 1e-10

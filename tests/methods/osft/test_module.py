@@ -49,8 +49,8 @@ def changed(model: PreTrainedModel, folder: Path, ratio: float = 0.25) -> list[P
     return found
 
 
-def rank_of(site: ParametrizedWeight) -> int:
-    ((_, _, piece, _),) = site.pieces()
+def rank_of(parametrized: ParametrizedWeight) -> int:
+    ((_, _, piece, _),) = parametrized.pieces()
     return piece.rank
 
 
@@ -75,8 +75,8 @@ def test_before_a_step_nothing_has_changed(family: str, dtype: torch.dtype, tmp_
 def test_gradients_reach_every_change_and_leave_what_is_protected(family: str, tmp_path: Path) -> None:
     model = random_model(family)
     found = changed(model, tmp_path)
-    originals = [site.original.detach().clone() for site in found]
-    trained = [parameter for site in found for parameter in site.change.trained()]
+    originals = [parametrized.original.detach().clone() for parametrized in found]
+    trained = [parameter for parametrized in found for parameter in parametrized.delta.trained()]
     optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1)
     for seed in range(5):
         torch.manual_seed(seed)
@@ -84,10 +84,10 @@ def test_gradients_reach_every_change_and_leave_what_is_protected(family: str, t
         optimizer.zero_grad()
         model(ids, labels=ids, use_cache=False).loss.backward()
         optimizer.step()
-    for site, original in zip(found, originals, strict=True):
-        assert site.original.equal(original)
-        change = site.change.change(original).detach()
-        pieces = zip(site.pieces(change), site.pieces(original), strict=True)
+    for parametrized, original in zip(found, originals, strict=True):
+        assert parametrized.original.equal(original)
+        change = parametrized.delta.dense(original).detach()
+        pieces = zip(parametrized.pieces(change), parametrized.pieces(original), strict=True)
         for (name, _, piece, own), (_, _, _, part) in pieces:
             assert float(own.abs().sum()) > 0
             for moved, weight in slices(own, part):
@@ -120,7 +120,7 @@ def test_an_expert_is_a_weight_of_its_own() -> None:
             for name, basis in decompose(weights[place], delta, "weight").items():
                 getattr(delta, name).copy_(basis)
     for place, delta in enumerate(alone):
-        assert torch.allclose(together.change(weights)[place], delta.change(weights[place]), atol=1e-6)
+        assert torch.allclose(together.dense(weights)[place], delta.dense(weights[place]), atol=1e-6)
 
 
 def test_an_export_without_a_step_is_the_model_bit_by_bit(train: Callable[..., OSFT], tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_only_the_changes_are_trained(train: Callable[..., OSFT]) -> None:
     _, exported = module.export_state()
     plain = module.pretrained.load(dtype=torch.float32, attn_implementation="sdpa").state_dict()
     moved = {name for name, tensor in plain.items() if not exported[name].equal(tensor)}
-    assert moved == {site.matrix.full_name for site in module.parametrized_weights()}
+    assert moved == {parametrized.matrix.full_name for parametrized in module.parametrized_weights()}
     tied = {tensor.data_ptr(): tensor for tensor in plain.values()}.values()
     assert module.num_parameters == sum(tensor.numel() for tensor in tied)
 
@@ -175,8 +175,8 @@ def test_the_published_form_is_projected_before_clipping_and_after_the_step(trai
 
     class Watched(OSFT):
         def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
-            for site in self.parametrized_weights():
-                for _, _, piece, _ in site.pieces():
+            for parametrized in self.parametrized_weights():
+                for _, _, piece, _ in parametrized.pieces():
                     gradient, high = piece.get_parameter("u").grad, piece.get_parameter("u_high")
                     assert gradient is not None
                     shares.append(float((high.mT @ gradient).norm() / gradient.norm()))
@@ -185,9 +185,9 @@ def test_the_published_form_is_projected_before_clipping_and_after_the_step(trai
     module = train(kind=Watched, parametrization="usv", weight_decay=0.1)
     assert len(shares) == 3 * len(list(module.parametrized_weights()))
     assert max(shares) < 1e-5
-    for site in module.parametrized_weights():
-        change = site.change.change(site.original).detach()
-        exact = split_subspace(site.original, rank_of(site))
+    for parametrized in module.parametrized_weights():
+        change = parametrized.delta.dense(parametrized.original).detach()
+        exact = split_subspace(parametrized.original, rank_of(parametrized))
         assert change.norm() > 0
         assert max(leaks(change, exact.u[:, : exact.protected], exact.v[: exact.protected])) < 1e-3
 
@@ -200,10 +200,12 @@ def test_what_trains_is_float32_in_every_precision(
 ) -> None:
     module = train(precision=precision, learning_rate=1e-5, **form)
     halves = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
-    for site in module.parametrized_weights():
-        assert site.original.dtype == halves.get(precision, torch.float32)
-        assert {parameter.dtype for parameter in site.change.trained()} == {torch.float32}
-        assert site.change.change(site.original).any(), "steps as small as these are lost in half precision"
+    for parametrized in module.parametrized_weights():
+        assert parametrized.original.dtype == halves.get(precision, torch.float32)
+        assert {parameter.dtype for parameter in parametrized.delta.trained()} == {torch.float32}
+        assert parametrized.delta.dense(parametrized.original).any(), (
+            "steps as small as these are lost in half precision"
+        )
 
 
 def test_other_weights_train_when_they_are_asked_to(train: Callable[..., OSFT]) -> None:
@@ -255,15 +257,18 @@ def test_the_exact_changes_stand_beside_the_export(
     module.export(target, module.pretrained.tokenizer)
     changes, exported = load_file(target / DELTA_FILE), load_file(target / "model.safetensors")
     plain = module.pretrained.load(dtype=torch.float32, attn_implementation="sdpa").state_dict()
-    for site in module.parametrized_weights():
-        name = site.matrix.full_name
+    for parametrized in module.parametrized_weights():
+        name = parametrized.matrix.full_name
         assert (plain[name] + changes[f"{name}.left"] @ changes[f"{name}.right"]).equal(exported[name])
     with safe_open(target / DELTA_FILE, framework="pt") as file:
         about = json.loads(file.metadata()["osft"])
-    names = [site.matrix.full_name for site in module.parametrized_weights()]
+    names = [parametrized.matrix.full_name for parametrized in module.parametrized_weights()]
     assert about["weights"] == {name: hashlib.sha256(plain[name].numpy().tobytes()).hexdigest() for name in names}
     assert about["settings"]["unfreeze_rank_ratio"] == 0.25
-    pairs = [(exported[site.matrix.full_name], plain[site.matrix.full_name]) for site in module.parametrized_weights()]
+    pairs = [
+        (exported[parametrized.matrix.full_name], plain[parametrized.matrix.full_name])
+        for parametrized in module.parametrized_weights()
+    ]
     size = sum(float((end - start).square().sum()) for end, start in pairs)
     share = (size / sum(float(start.square().sum()) for _, start in pairs)) ** 0.5
     assert f"changed by {share:.2%} (attention)" in capsys.readouterr().out
@@ -289,16 +294,16 @@ def test_answers_build_each_weight_once(
     plain = module.pretrained.load(dtype=torch.float32, attn_implementation="sdpa")
     plain.load_state_dict(module.export_state()[1])
     built: list[ExactDelta] = []
-    change = ExactDelta.change
+    dense = ExactDelta.dense
 
     def counted(self: ExactDelta, weight: Tensor) -> Tensor:
         built.append(self)
-        return change(self, weight)
+        return dense(self, weight)
 
-    monkeypatch.setattr(ExactDelta, "change", counted)
+    monkeypatch.setattr(ExactDelta, "dense", counted)
     assert module.generate(prompts, tokenizer) == complete(plain, tokenizer, prompts)
     assert len(built) == len(set(built)) == len(list(module.parametrized_weights()))
-    assert {site.change.forward_as for site in module.parametrized_weights()} == {forward}
+    assert {parametrized.delta.forward_as for parametrized in module.parametrized_weights()} == {forward}
 
 
 def test_what_rounding_does_to_a_change_is_said(train: Callable[..., OSFT], tmp_path: Path) -> None:
@@ -307,16 +312,16 @@ def test_what_rounding_does_to_a_change_is_said(train: Callable[..., OSFT], tmp_
     rounded = load_file(tmp_path / "merged" / "model.safetensors")
     plain = module.pretrained.load(dtype=torch.float32, attn_implementation="sdpa").state_dict()
     worst, lost, size, moved, numbers = 0.0, 0.0, 0.0, 0, 0
-    for site in module.parametrized_weights():
-        exact = split_subspace(site.original, rank_of(site))
-        base, end = plain[site.matrix.full_name], rounded[site.matrix.full_name]
-        change, wanted = end.float() - base, site.change.change(site.original).detach()
+    for parametrized in module.parametrized_weights():
+        exact = split_subspace(parametrized.original, rank_of(parametrized))
+        base, end = plain[parametrized.matrix.full_name], rounded[parametrized.matrix.full_name]
+        change, wanted = end.float() - base, parametrized.delta.dense(parametrized.original).detach()
         lost += float((change - wanted).square().sum())
         size += float(wanted.square().sum())
         moved += int((end != base.bfloat16()).sum())
         numbers += int((wanted != 0).sum())
         worst = max(worst, *leaks(change, exact.u[:, : exact.protected], exact.v[: exact.protected]))
-    assert f"up to {worst:.1%} of it lies in protected directions" in said
+    assert f"up to {worst:.1%} of it is in protected directions" in said
     assert f"in bfloat16 {moved / numbers:.1%} of the changed numbers differ" in said
     assert f"the change is off by {(lost / size) ** 0.5:.1%}" in said
     assert worst > 0.01
@@ -340,9 +345,9 @@ def test_merged_weights_are_rounded_once_and_read_again_as_they_are(
     assert ("the change is off by 0.0%" in said) == (dtype == torch.float32)
     read = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert read.dtype == dtype
-    for site in module.parametrized_weights():
-        exact = site.original.detach() + site.change.change(site.original).detach()
-        assert torch.equal(read.get_parameter(site.matrix.full_name), exact.to(dtype))
+    for parametrized in module.parametrized_weights():
+        exact = parametrized.original.detach() + parametrized.delta.dense(parametrized.original).detach()
+        assert torch.equal(read.get_parameter(parametrized.matrix.full_name), exact.to(dtype))
     capsys.readouterr()
     module.export(tmp_path / "export", module.pretrained.tokenizer)
     assert ("osft   in bfloat16 " in capsys.readouterr().out) == (precision == "bf16-true")
@@ -352,17 +357,17 @@ def test_merged_weights_are_rounded_once_and_read_again_as_they_are(
     ("options", "said"),
     [
         ({"unfreeze_rank_ratio": 1.5}, "unfreeze_rank_ratio is 1.5"),
-        ({"unfreeze_rank_ratio": 0.0}, "nothing at all would train"),
+        ({"unfreeze_rank_ratio": 0.0}, "nothing would train"),
         ({"targets": ["lm_head"]}, "model.embed_tokens shares its weight with lm_head"),
-        ({"targets": []}, "names nothing"),
-        ({"targets": ""}, "names nothing"),
+        ({"targets": []}, "no weights are named"),
+        ({"targets": ""}, "no weights are named"),
         ({"targets": ["embed_tokens"]}, "shares its weight"),
         ({"previous": ["nowhere.safetensors"]}, "nowhere.safetensors cannot be read"),
         ({"targets": ["q_proj", "typo"]}, "'typo' matches no weight"),
-        ({"parametrization": "usv", "complement": "thin"}, "thin does not go with the published form"),
-        ({"rank_bounds": (0.1, 0.5)}, "rank_bounds holds for adaptive ranks only"),
-        ({"ranks": "adaptive", "rank_bounds": (0.3, 0.5)}, "do not lie around unfreeze_rank_ratio 0.25"),
-        ({"ranks": "adaptive"}, "adaptive ranks need data"),
+        ({"parametrization": "usv", "complement": "thin"}, "thin cannot be used with parametrization usv"),
+        ({"rank_bounds": (0.1, 0.5)}, "rank_bounds is for adaptive ranks only"),
+        ({"ranks": "adaptive", "rank_bounds": (0.3, 0.5)}, "do not contain unfreeze_rank_ratio 0.25"),
+        ({"ranks": "adaptive"}, "adaptive ranks need the training data"),
     ],
 )
 def test_settings_that_cannot_be_meant(train: Callable[..., OSFT], options: dict[str, object], said: str) -> None:
@@ -378,7 +383,7 @@ def test_work_is_shared_out_by_its_cost(num_ranks: int) -> None:
         ParametrizedWeight(WeightMatrix("layer", "weight", "mlp", shape, False), nothing, nothing)
         for shape in layer * 32
     ]
-    owners = assign_owners([decomposition_cost(site) for site in every], num_ranks)
+    owners = assign_owners([decomposition_cost(parametrized) for parametrized in every], num_ranks)
     loads = [0.0] * num_ranks
     for shape, owner in zip(layer * 32, owners, strict=True):
         loads[owner] += min(shape) ** 2 * max(shape)

@@ -1,4 +1,4 @@
-"""A run goes on from the bases and ranks of its checkpoint, and finds out nothing anew."""
+"""A resumed run uses the bases and ranks of its checkpoint, and does not compute them again."""
 
 from __future__ import annotations
 
@@ -93,8 +93,8 @@ def test_two_ranks_go_on_without_a_cache(
     pairs = [stories(topology, data, tmp_path / topology) for topology in ("ddp", "fsdp")]
     whole, rest = ([story for pair in pairs for story in pair[half]] for half in (0, 1))
     monkeypatch.setenv("LIGHTNING_HUB_CACHE", str(tmp_path / "cache"))
-    for told in processes(2, partial(_in_turn, whole, rest, tmp_path / "empty"), tmp_path):
-        for resumed, expected in zip(told[len(whole) :], told[: len(whole)], strict=True):
+    for results in processes(2, partial(_in_turn, whole, rest, tmp_path / "empty"), tmp_path):
+        for resumed, expected in zip(results[len(whole) :], results[: len(whole)], strict=True):
             assert_same(resumed, expected)
     assert not (tmp_path / "empty" / "bases").exists()
 
@@ -129,7 +129,7 @@ def test_a_checkpoint_of_other_ranks_is_refused(
     other = replace(
         whole, folder=tmp_path / "again", resume=tmp_path / "run" / "step-2", method={"unfreeze_rank_ratio": 0.5}
     )
-    with pytest.raises(HubError, match=r"is stored in the shape \(32, 32\)"):
+    with pytest.raises(HubError, match=r"is stored with the shape \(32, 32\)"):
         run_cases([other])
 
 
@@ -204,10 +204,10 @@ def test_what_is_behind_is_told(tmp_path: Path) -> None:
     model = make("llama", "sdpa")
     targets = resolve_targets(model, "all-linear")
     inject_deltas(model, targets, DeltaConfig(0.25))
-    told: list[float] = []
-    assert compute_bases(list(parametrized_weights(model, targets)), BasesCache(tmp_path), done=told.append) == len(
+    results: list[float] = []
+    assert compute_bases(list(parametrized_weights(model, targets)), BasesCache(tmp_path), done=results.append) == len(
         targets
     )
-    assert told == sorted(told)
-    assert told[-1] == pytest.approx(1.0)
-    assert len(told) == len(targets)
+    assert results == sorted(results)
+    assert results[-1] == pytest.approx(1.0)
+    assert len(results) == len(targets)
