@@ -13,15 +13,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-CHECKED = (
-    "lightning_hub/*.py",
-    "lightning_hub/config/**/*.py",
-    "lightning_hub/data/**/*.py",
-    "lightning_hub/demo/**/*.py",
-    "lightning_hub/doctor/**/*.py",
-    "lightning_hub/models/**/*.py",
-    "lightning_hub/runs/**/*.py",
+PACKAGES = (
+    ["callbacks", "checkpoints", "commands", "config", "data", "demo", "doctor", "launch", "methods", "models", "ops", "parallel", "runs", "training"]
 )
+CHECKED = ("lightning_hub/*.py", *(f"lightning_hub/{package}/**/*.py" for package in PACKAGES))
 """The code whose strings, comments and docstrings are checked."""
 
 GLOSSARY = ROOT / "docs/glossary.md"
