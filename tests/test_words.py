@@ -13,9 +13,22 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-PACKAGES = (
-    ["callbacks", "checkpoints", "commands", "config", "data", "demo", "doctor", "launch", "methods", "models", "ops", "parallel", "runs", "training"]
-)
+PACKAGES = [
+    "callbacks",
+    "checkpoints",
+    "commands",
+    "config",
+    "data",
+    "demo",
+    "doctor",
+    "launch",
+    "methods",
+    "models",
+    "ops",
+    "parallel",
+    "runs",
+    "training",
+]
 CHECKED = ("lightning_hub/*.py", *(f"lightning_hub/{package}/**/*.py" for package in PACKAGES))
 """The code whose strings, comments and docstrings are checked."""
 
