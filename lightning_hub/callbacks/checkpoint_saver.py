@@ -25,6 +25,7 @@ from lightning_hub.errors import ConfigError, ExitCode, HubError
 from lightning_hub.parallel.collectives import Ranks
 from lightning_hub.parallel.data_parallel import data_parallel, strategy_name
 from lightning_hub.parallel.lightning_internals import is_validation_next, progress_of_finished_steps
+from lightning_hub.runs.folder import checkpoint_name
 from lightning_hub.runs.manifest import list_checkpoints
 
 SaveRequest: TypeAlias = Literal["checkpoint", "stop"] | None
@@ -128,7 +129,7 @@ class CheckpointSaver(Checkpoint):
         step = trainer.global_step
         if step != self._saved_step:
             self._publish(wait=True)
-            target = self.folder / f"step-{step}"
+            target = self.folder / checkpoint_name(step)
             with self._in_background(trainer.strategy.checkpoint_io):
                 trainer.save_checkpoint(target)
             self._saved_step, self._saved_at, self._is_due = step, time.monotonic(), False
@@ -172,7 +173,7 @@ class CheckpointSaver(Checkpoint):
         self.on_saved(step, target)
         # Checkpoints of later steps are from an attempt from which this one did not resume: they are deleted.
         newest = [path for saved, path in list_checkpoints(self.folder) if saved <= step][: self.settings.keep]
-        prune(self.folder, {*newest, *(self.folder / f"step-{best}" for best in self._best_steps())})
+        prune(self.folder, {*newest, *(self.folder / checkpoint_name(best) for best in self._best_steps())})
 
     def _best_steps(self) -> list[int]:
         best = self.settings.best

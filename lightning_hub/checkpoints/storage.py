@@ -20,6 +20,7 @@ from typing import TypeAlias, TypeVar
 
 from lightning_hub.errors import HubError
 from lightning_hub.parallel.collectives import Ranks
+from lightning_hub.runs.folder import CHECKPOINT_PREFIX
 from lightning_hub.runs.manifest import MANIFEST, Manifest, list_checkpoints
 
 _T = TypeVar("_T")
@@ -152,7 +153,7 @@ def prune(folder: Path, keep: set[Path]) -> None:
     for _, path in list_checkpoints(folder):
         if path not in keep:
             delete_checkpoint(path)
-    for leftover in [*folder.glob("step-*.old"), *folder.glob("step-*.tmp")]:
+    for leftover in [*folder.glob(f"{CHECKPOINT_PREFIX}*.old"), *folder.glob(f"{CHECKPOINT_PREFIX}*.tmp")]:
         shutil.rmtree(leftover, ignore_errors=True)
 
 

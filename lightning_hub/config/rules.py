@@ -82,17 +82,40 @@ def _lengths(recipe: Recipe) -> _Fault:
 
 
 def _batch_size(recipe: Recipe) -> _Fault:
-    path = "data.init_args.tokens_per_step"
-    if recipe.get(path) is None or recipe.get("data.init_args.effective_batch_size") is None:
+    size = recipe.get("data.init_args.effective_batch_size")
+    return batch_size_fault(size, recipe.get("data.init_args.tokens_per_step"))
+
+
+def batch_size_fault(effective_batch_size: object, tokens_per_step: object) -> _Fault:
+    """Return the fault of a step whose size is set twice, or None."""
+    if effective_batch_size is None or tokens_per_step is None:
         return None
-    return path, "given together with effective_batch_size: both set the size of a step", "keep one of them"
+    message = "given together with effective_batch_size: both set the size of a step"
+    return "data.init_args.tokens_per_step", message, "keep one of them"
 
 
 def _warmup(recipe: Recipe) -> _Fault:
-    path = "model.init_args.warmup_ratio"
-    if not recipe.get(path) or not recipe.get("model.init_args.warmup_steps"):
+    steps = recipe.get("model.init_args.warmup_steps")
+    return warmup_fault(steps, recipe.get("model.init_args.warmup_ratio"))
+
+
+def warmup_fault(warmup_steps: object, warmup_ratio: object) -> _Fault:
+    """Return the fault of a warm-up whose length is set twice, or None."""
+    if not warmup_steps or not warmup_ratio:
         return None
-    return path, "given together with warmup_steps: both set the length of the warm-up", "keep one of them"
+    message = "given together with warmup_steps: both set the length of the warm-up"
+    return "model.init_args.warmup_ratio", message, "keep one of them"
+
+
+def refuse(fault: _Fault) -> None:
+    """Raise the error of a fault, for classes that Python code constructs without a recipe.
+
+    Raises:
+        ConfigError: There is one.
+    """
+    if fault is not None:
+        path, message, remedy = fault
+        raise ConfigError(message, where=path, remedy=remedy)
 
 
 def _remote_code(recipe: Recipe) -> Iterator[ConfigError]:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_hub.config.rules import batch_size_fault, refuse
 from lightning_hub.data.packing import assign_to_ranks, estimate_cost, pack, packing_efficiency
 from lightning_hub.data.sample_store import SampleStore
 from lightning_hub.errors import ConfigError, DataError
@@ -31,11 +32,12 @@ class BatchSettings:
     seed: int
 
     def __post_init__(self) -> None:
-        if (self.effective_batch_size is None) == (self.tokens_per_step is None):
+        refuse(batch_size_fault(self.effective_batch_size, self.tokens_per_step))
+        if self.effective_batch_size is None and self.tokens_per_step is None:
             raise ConfigError(
-                "a step is counted in samples or in tokens",
+                "the size of a step is not set",
                 where="data.init_args.effective_batch_size",
-                remedy="set either effective_batch_size or tokens_per_step",
+                remedy="set effective_batch_size or tokens_per_step",
             )
         if self.tokens_per_step is not None and self.tokens_per_step % self.max_tokens:
             below = self.tokens_per_step // self.max_tokens * self.max_tokens

@@ -21,6 +21,7 @@ from transformers.initialization import no_init_weights
 
 from lightning_hub.checkpoints.export import write_export
 from lightning_hub.config.bounds import Bounds
+from lightning_hub.config.rules import refuse, warmup_fault
 from lightning_hub.errors import ConfigError
 from lightning_hub.methods.neftune import Neftune
 from lightning_hub.methods.nonfinite import NonFiniteGuard
@@ -86,12 +87,7 @@ class CausalLMModule(LightningModule):
         on_nan: str = "stop",
     ) -> None:
         super().__init__()
-        if warmup_steps and warmup_ratio:
-            raise ConfigError(
-                f"both warmup_steps {warmup_steps} and warmup_ratio {warmup_ratio} are given",
-                where="model.init_args.warmup_ratio",
-                remedy="give only one of them",
-            )
+        refuse(warmup_fault(warmup_steps, warmup_ratio))
         self.source = model
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay

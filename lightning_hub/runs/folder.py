@@ -28,6 +28,14 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
+CHECKPOINT_PREFIX = "step-"
+
+
+def checkpoint_name(step: int) -> str:
+    """Return the name of the checkpoint folder after ``step`` finished steps."""
+    return f"{CHECKPOINT_PREFIX}{step}"
+
+
 @dataclass(frozen=True)
 class RankFolder:
     """The files of one rank in one attempt."""
@@ -155,7 +163,7 @@ class RunFolder:
 
     def checkpoint(self, step: int) -> Path:
         """Folder of the checkpoint after a step."""
-        return self.checkpoints / f"step-{step}"
+        return self.checkpoints / checkpoint_name(step)
 
     @property
     def export(self) -> Path:

@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lightning_hub.errors import ConfigError, ExitCode, HubError
+from lightning_hub.runs.folder import CHECKPOINT_PREFIX
 
 MANIFEST = "manifest.json"
 FORMAT = 2
 """Version of the format of a checkpoint folder. Version 2 stores tensors by name, one file for each writer."""
 
-_NAME = re.compile(r"step-(\d+)")
+_NAME = re.compile(rf"{CHECKPOINT_PREFIX}(\d+)")
 
 
 class DamagedError(HubError):
@@ -128,7 +129,9 @@ def check_untrusted(folder: Path) -> ConfigError:
 
 def list_checkpoints(folder: Path) -> Iterator[tuple[int, Path]]:
     """Yield step and path of each folder with the name of a checkpoint, newest first, not verified."""
-    found = [(int(match[1]), path) for path in folder.glob("step-*") if (match := _NAME.fullmatch(path.name))]
+    found = [
+        (int(match[1]), path) for path in folder.glob(f"{CHECKPOINT_PREFIX}*") if (match := _NAME.fullmatch(path.name))
+    ]
     yield from sorted(found, reverse=True)
 
 
