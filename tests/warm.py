@@ -248,6 +248,7 @@ class Forked:
         signal.set_wakeup_fd(-1)
         os.environ.clear()
         os.environ.update(env)
+        atexit._clear()  # those of the parent: they would remove its temporary folders
         from lightning_hub import parent
 
         parent.die_with_parent.cache_clear()
