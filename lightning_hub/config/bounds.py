@@ -64,4 +64,5 @@ def check_bounds(init: Callable[..., Any], values: Mapping[str, object], section
     for name, hint in get_type_hints(init, include_extras=True).items():
         bounds = bounds_of(hint)
         if bounds is not None and name in values and not bounds.hold(values[name]):
-            raise ConfigError(f"{values[name]!r} is not {bounds.text}", where=f"{section}.{name}")
+            remedy = f"give a number {bounds.text}"
+            raise ConfigError(f"{values[name]!r} is out of range", where=f"{section}.{name}", remedy=remedy)

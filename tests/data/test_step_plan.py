@@ -88,7 +88,7 @@ def test_the_position_is_asked_when_the_first_step_is_wanted() -> None:
 
 
 def test_contradictions_are_refused() -> None:
-    with pytest.raises(ConfigError, match="in samples or in tokens"):
+    with pytest.raises(ConfigError, match="both set the size of a step"):
         BatchSettings(30, 4, 60, shuffle=True, seed=0)
     with pytest.raises(ConfigError, match=r"not a multiple.*use 60 or 90"):
         BatchSettings(30, None, 70, shuffle=True, seed=0)

@@ -303,8 +303,8 @@ def test_an_adapter_is_gone_on_from(tmp_path: Path) -> None:
     [
         ("calm", {}, ["was trained on another model"]),
         ("demo", {"r": 8}, ["has r 4, the recipe says 8", "set it to 4"]),
-        ("demo", {"targets": ["q_proj"]}, ["the recipe adapts no", "self_attn.k_proj.lora_A"]),
-        ("demo", {"targets": "all-linear"}, ["the adapter has no", "mlp"]),
+        ("demo", {"targets": ["q_proj"]}, ["the recipe does not train", "self_attn.k_proj.lora_A"]),
+        ("demo", {"targets": "all-linear"}, ["the adapter does not contain", "mlp"]),
     ],
 )
 def test_an_adapter_for_something_else_is_refused(
@@ -399,7 +399,7 @@ def test_an_adapter_upon_an_adapter_is_refused(
     upon = ["--model.model", str(first.export), "--trainer.max_steps", "1"]
     assert fit(tmp_path, write_rows, *upon, folder="second")[0] == 2
     error = capsys.readouterr().err
-    assert f"{first.export} is an adapter itself" in error
+    assert f"{first.export} is itself an adapter" in error
     assert f"adapter: {first.export})" in error
     going_on = ["--model.adapter", str(first.export), "--trainer.max_steps", "1"]
     assert fit(tmp_path, write_rows, *going_on, folder="third")[0] == 0

@@ -42,7 +42,7 @@ def not_in_the_optimizer(module: LoRA, step: int) -> None:
 @pytest.mark.parametrize(
     ("harm", "hook", "parts"),
     [
-        (frozen_at_the_start, "on_train_start", ["1 of 42", "are frozen", "layers.1.self_attn.k_proj.lora_B"]),
+        (frozen_at_the_start, "on_train_start", ["1 of 42", "are now frozen", "layers.1.self_attn.k_proj.lora_B"]),
         (not_in_the_optimizer, "on_train_start", ["1 of 42", "in no optimizer", "layers.0.self_attn.k_proj.lora_B"]),
         (without_gradient, "on_before_optimizer_step", ["have not changed in 2 steps", "layers.1.mlp.up_proj.lora_A"]),
     ],

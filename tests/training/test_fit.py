@@ -123,7 +123,7 @@ def test_an_export_below_a_file_is_refused(
 ) -> None:
     (tmp_path / "file").touch()
     assert run(["export", str(trained.path), "--to", str(tmp_path / "file/export")]) == 2
-    assert f"{tmp_path / 'file'} is no folder" in capsys.readouterr().err
+    assert f"{tmp_path / 'file'} is not a folder" in capsys.readouterr().err
 
 
 def test_an_export_leaves_its_neighbours_alone(trained: RunFolder, tmp_path: Path) -> None:

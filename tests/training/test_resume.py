@@ -221,7 +221,7 @@ def test_what_is_trained_stays_what_it_is(
     assert run(["runs", "resume", str(folder.path), "--trainer.max_steps", "2", *change]) == 2
     error = capsys.readouterr().err
     assert f"error: model.init_args.{name}: it was " in error
-    assert "leave it as it was" in error
+    assert "or start a new run" in error
     assert folder.latest.resolve() == before
     assert run(["runs", "resume", str(folder.path), "--trainer.max_steps", "2"]) == 0
 

@@ -127,9 +127,9 @@ def test_earlier_changes_of_something_else_are_refused(train: Callable[..., OSFT
     wrong = {
         "wider": (
             lambda held: held.update({f"{QUERY}.right": torch.zeros(32, 129)}),
-            "of the shape 128 x 129, this model's is 128 x 128",
+            "with the shape 128 x 129, this model's is 128 x 128",
         ),
-        "other": (lambda held: held.update({"h.0.weight.left": torch.zeros(2, 2)}), "h.0.weight, which this model has"),
+        "other": (lambda held: held.update({"h.0.weight.left": torch.zeros(2, 2)}), "h.0.weight, which this model does not have"),
         "nan": (lambda held: held[f"{QUERY}.left"].fill_(float("nan")), f"no number in the change of {QUERY}"),
     }
     for name, (change, said) in wrong.items():
@@ -157,4 +157,4 @@ def test_a_model_that_the_earlier_task_has_not_left_is_noticed(
     assert not [line for line in on.summary_lines() if "previous" in line]
     astray = train(unfreeze_rank_ratio=0.5, previous=[str(export)])
     (line,) = [line for line in astray.summary_lines() if "previous" in line]
-    assert f"21 of 21 weights are not what {export / DELTA_FILE} has left" in line
+    assert f"21 of 21 weights are not those that the run of {export / DELTA_FILE}" in line
