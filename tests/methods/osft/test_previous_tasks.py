@@ -129,8 +129,11 @@ def test_earlier_changes_of_something_else_are_refused(train: Callable[..., OSFT
             lambda held: held.update({f"{QUERY}.right": torch.zeros(32, 129)}),
             "with the shape 128 x 129, this model's is 128 x 128",
         ),
-        "other": (lambda held: held.update({"h.0.weight.left": torch.zeros(2, 2)}), "h.0.weight, which this model does not have"),
-        "nan": (lambda held: held[f"{QUERY}.left"].fill_(float("nan")), f"no number in the change of {QUERY}"),
+        "other": (
+            lambda held: held.update({"h.0.weight.left": torch.zeros(2, 2)}),
+            "h.0.weight, which this model does not have",
+        ),
+        "nan": (lambda held: held[f"{QUERY}.left"].fill_(float("nan")), f"infinite numbers in the delta of {QUERY}"),
     }
     for name, (change, said) in wrong.items():
         path = altered(name, change, export)
