@@ -144,7 +144,7 @@ def test_earlier_changes_of_something_else_are_refused(train: Callable[..., OSFT
     everything = tmp_path / "all"
     second = train(unfreeze_rank_ratio=1.0)
     second.export(everything, second.pretrained.tokenizer)
-    with pytest.raises(ConfigError, match="leave it out of targets: nothing of it is left"):
+    with pytest.raises(ConfigError, match="remove it from targets: it has no direction left"):
         train(unfreeze_rank_ratio=1.0, model=str(everything), previous=[str(everything)])
 
 
