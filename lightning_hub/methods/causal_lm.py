@@ -131,7 +131,8 @@ class CausalLMModule(LightningModule):
         self.model.train()
         if self.gradient_checkpointing:
             # The name changed within the versions of transformers that are supported.
-            enable = getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)
+            newer = getattr(self.model, "activation_checkpointing_enable", None)
+            enable = self.model.gradient_checkpointing_enable if newer is None else newer
             enable({"use_reentrant": False})
         if self.neftune_alpha is not None:
             Neftune(self.neftune_alpha).attach(self.model)
