@@ -59,9 +59,9 @@ def _data(data: ChatData) -> list[str]:
         f"       {report.samples:,} samples, {report.tokens:,} tokens, {report.trained_share:.1%} of them trained; "
         f"packed rows of {data.batching.max_tokens:,} are {fill:.1%} full",
     ]
-    notes = [f"{count:,} examples dropped: {reason}" for reason, count in report.dropped.items() if count]
+    notes = [f"examples dropped: {count:,} ({reason})" for reason, count in report.dropped.items() if count]
     if report.truncated:
-        notes.append(f"{report.truncated:,} samples truncated, {report.tokens_lost:,} tokens lost")
+        notes.append(f"samples truncated: {report.truncated:,}, tokens lost: {report.tokens_lost:,}")
     notes += [f"{note}: {count}" for note, count in report.notes.items()]
     return lines + [f"note   {note}" for note in notes]
 
