@@ -51,7 +51,7 @@ def bounds_of(hint: object) -> Bounds | None:
 
 
 def check_bounds(init: Callable[..., Any], values: Mapping[str, object], section: str) -> None:
-    """Refuse values outside the bounds of a signature.
+    """Refuse values outside the bounds of a signature, and what is not a whole number where one is needed.
 
     Args:
         init: The ``__init__`` whose annotations give the bounds.
@@ -63,6 +63,11 @@ def check_bounds(init: Callable[..., Any], values: Mapping[str, object], section
     """
     for name, hint in get_type_hints(init, include_extras=True).items():
         bounds = bounds_of(hint)
-        if bounds is not None and name in values and not bounds.hold(values[name]):
-            remedy = f"give a number {bounds.text}"
-            raise ConfigError(f"{values[name]!r} is out of range", where=f"{section}.{name}", remedy=remedy)
+        if bounds is None or name not in values:
+            continue
+        value, key, remedy = values[name], f"{section}.{name}", f"give a number {bounds.text}"
+        is_whole = get_origin(hint) is Annotated and get_args(hint)[0] is int
+        if is_whole and (isinstance(value, bool) or not isinstance(value, int)):
+            raise ConfigError(f"{value!r} is not a whole number", where=key, remedy=remedy)
+        if not bounds.hold(value):
+            raise ConfigError(f"{value!r} is out of range", where=key, remedy=remedy)

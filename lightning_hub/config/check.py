@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 
+from lightning_hub.config.bounds import Bounds
 from lightning_hub.config.recipe import CLASS_KEYS, SEED_OPTION, Recipe, keyed_fault
 from lightning_hub.config.registry import LIGHTNING_CLI_SECTIONS, REFUSED
 from lightning_hub.config.resolve import fill_defaults
-from lightning_hub.config.rules import check_rules, out_of_range
+from lightning_hub.config.rules import check_rules
 from lightning_hub.config.safety import AllowList, check_names
 from lightning_hub.config.schema import SECTIONS, ClassInfo, Option, Schema, shipped_schema
 from lightning_hub.config.secrets import check_secrets, is_secret, mask_secrets
@@ -207,7 +208,7 @@ class _Checker:
         inner = list(self.nested(path, value, option.type))
         if inner or not option.type.accepts(value):
             yield from inner or [self.wrong_type(path, value, option)]
-        elif out_of_range(value, option.range):
+        elif not Bounds(option.range).hold(value):
             yield self.fault(
                 path, f"{_shown(path, value)} is out of range", f"give a number {option.range or 'that is finite'}"
             )

@@ -18,12 +18,10 @@ class ClassConfig:
     Attributes:
         class_path: A short name of the catalogue, or a dotted path.
         init_args: Its options, with the defaults of the catalogue.
-        dict_kwargs: Further keywords, for classes that take them.
     """
 
     class_path: str
     init_args: Mapping[str, YamlValue] = field(default_factory=dict)
-    dict_kwargs: Mapping[str, YamlValue] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -35,12 +33,8 @@ class ClassConfig:
         """Read a class as a recipe gives it: a name, or a mapping with ``class_path``."""
         if not isinstance(value, dict):
             return cls(str(value))
-        options, others = value.get("init_args"), value.get("dict_kwargs")
-        return cls(
-            str(value.get("class_path", "")),
-            options if isinstance(options, dict) else {},
-            others if isinstance(others, dict) else {},
-        )
+        options = value.get("init_args")
+        return cls(str(value.get("class_path", "")), options if isinstance(options, dict) else {})
 
 
 @dataclass(frozen=True)
@@ -52,7 +46,8 @@ class TrainerConfig:
     @property
     def accelerator(self) -> str | None:
         """auto, cpu, gpu, cuda or mps."""
-        return self._text("accelerator")
+        accelerator: str | None = self.options.get("accelerator")
+        return accelerator
 
     @property
     def strategy(self) -> ClassConfig:
@@ -80,10 +75,6 @@ class TrainerConfig:
         """What ends a training: epochs, steps, time."""
         return self.options.get("max_epochs"), self.options.get("max_steps"), self.options.get("max_time")
 
-    def _text(self, name: str) -> str | None:
-        value = self.options.get(name)
-        return None if value is None else str(value)
-
 
 @dataclass(frozen=True)
 class ResolvedConfig:
@@ -94,12 +85,10 @@ class ResolvedConfig:
     Attributes:
         trainer: The section ``trainer``.
         model: The method and its options.
-        data: The data class and its options.
     """
 
     trainer: TrainerConfig
     model: ClassConfig
-    data: ClassConfig
     _tree: Mapping[str, Any]
 
     @classmethod
@@ -107,9 +96,7 @@ class ResolvedConfig:
         """Take a filled recipe, as plain data, which may change later without effect on this one."""
         kept: dict[str, Any] = deepcopy(dict(tree))
         trainer = TrainerConfig(MappingProxyType(kept.get("trainer") or {}))
-        return cls(
-            trainer, ClassConfig.read(kept.get("model")), ClassConfig.read(kept.get("data")), MappingProxyType(kept)
-        )
+        return cls(trainer, ClassConfig.read(kept.get("model")), MappingProxyType(kept))
 
     def tree(self) -> dict[str, Any]:
         """Return a copy as plain data, for a file or for the parser."""

@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 
-from lightning_hub.config.bounds import Bounds
 from lightning_hub.config.recipe import Recipe, keyed_fault
 from lightning_hub.config.registry import CLASSES
 from lightning_hub.config.suggest import nearest
@@ -18,11 +17,6 @@ MEASURED = ("loss", "grad_norm")
 
 _SHIPPED = frozenset(path.rpartition(".")[2] for path in CLASSES)
 _DEVICE_WORDS = re.compile(r"auto|-1|\d+(\s*,\s*\d+)*,?")
-
-
-def out_of_range(value: YamlValue, bounds: str) -> bool:
-    """Say whether a number breaks bounds such as ``"> 0, <= 1"``, or is infinite."""
-    return not Bounds(bounds).hold(value)
 
 
 def check_rules(recipe: Recipe, filled: dict[str, YamlValue]) -> Iterator[ConfigError]:

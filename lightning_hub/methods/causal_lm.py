@@ -185,7 +185,11 @@ class CausalLMModule(LightningModule):
 
     def choose_trainable(self, model: PreTrainedModel) -> None:
         """Set ``requires_grad`` of every parameter, and add what the method trains. Every method defines this."""
-        raise NotImplementedError(f"{type(self).__name__} does not say what trains: define choose_trainable")
+        raise ConfigError(
+            f"{type(self).__name__} does not say what trains",
+            where="model.class_path",
+            remedy="name a method, or define choose_trainable in the class",
+        )
 
     def load_dtype(self) -> torch.dtype:
         """Return the dtype in which weights are loaded."""

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from lightning_hub.commands import schema
 from lightning_hub.config import registry
+from lightning_hub.config.bounds import Bounds
 from lightning_hub.config.check import check_recipe
 from lightning_hub.config.recipe import recipe_from_text
 from lightning_hub.config.resolve import diff, fill_defaults
-from lightning_hub.config.rules import out_of_range
 from lightning_hub.config.schema import shipped_schema
 from lightning_hub.config.types import parse_type
 from lightning_hub.config.yaml_reader import YamlValue
@@ -47,7 +47,7 @@ def test_every_default_fits_its_own_type_and_range() -> None:
         for option in info.options.values():
             if option.has_default and not option.required:
                 assert option.default is None or option.type.accepts(option.default), (info.name, option)
-                assert not out_of_range(option.default, option.range), (info.name, option)
+                assert Bounds(option.range).hold(option.default), (info.name, option)
 
 
 def test_bounds_hold_for_methods_with_defaults_of_their_own() -> None:
@@ -63,8 +63,8 @@ def test_bounds_hold_for_methods_with_defaults_of_their_own() -> None:
         }
         assert len(own) >= 8
         assert {name: bounds[f"{method}.{name}"] for name in own} == own
-    assert out_of_range(float("inf"), bounds["LoRA.alpha"])
-    assert out_of_range(-1.0, bounds["OSFT.lr_scale"])
+    assert not Bounds(bounds["LoRA.alpha"]).hold(float("inf"))
+    assert not Bounds(bounds["OSFT.lr_scale"]).hold(-1.0)
 
 
 def test_the_verb_prints_the_catalogue(capsys: pytest.CaptureFixture[str]) -> None:

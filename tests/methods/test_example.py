@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from lightning_hub.cli import run
+from lightning_hub.errors import ConfigError
+from lightning_hub.methods.causal_lm import CausalLMModule
 from lightning_hub.models.pretrained import EMBEDDED_FOLDER
 from tests.conftest import WriteRows
 
@@ -32,3 +34,9 @@ def test_the_shown_method_trains_biases_and_norms_only(
     before, after = (load_file(folder / "model.safetensors") for folder in (EMBEDDED_FOLDER, tmp_path / "run/export"))
     changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name].float())}
     assert changed == {name for name, tensor in after.items() if tensor.ndim == 1}
+
+
+def test_a_class_that_does_not_say_what_trains_is_refused() -> None:
+    module = CausalLMModule("demo")
+    with pytest.raises(ConfigError, match="CausalLMModule does not say what trains"):
+        module.choose_trainable(module.pretrained.skeleton(dtype=torch.float32, attn_implementation="eager"))
